@@ -1,0 +1,9 @@
+//! The kubelet's work: pods that should run here, brought about over the CRI.
+//!
+//! Floors: pure decisions (`pod::plan`, `pod::status`, ...), loops, effects behind small traits.
+//! `ARCHITECTURE.md` has the map.
+
+pub mod ids;
+pub mod objects;
+pub mod report;
+pub mod source;

@@ -1,0 +1,84 @@
+//! What pods refer to: ConfigMaps, Secrets, Services, tokens. One trait, so that volumes and
+//! environment work the same from a folder of manifests and from an API server.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret, Service};
+use tokio::sync::broadcast;
+
+use crate::ids::{NamespacedName, PodUid};
+
+/// Why an object could not be had.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// The control plane is away and no earlier copy is held. Try again later.
+    #[error("cannot read {kind} {key}: {cause}")]
+    Unavailable {
+        /// `ConfigMap`, `Secret`, `ServiceAccount token`.
+        kind: &'static str,
+        /// Which object.
+        key: NamespacedName,
+        /// What the client said.
+        cause: String,
+    },
+    /// The API server refused; retrying changes nothing until somebody grants it.
+    #[error("not allowed to read {kind} {key}: {cause}")]
+    Forbidden {
+        /// As above.
+        kind: &'static str,
+        /// Which object.
+        key: NamespacedName,
+        /// What the API server said.
+        cause: String,
+    },
+    /// There is no control plane that could do this (tokens in standalone mode).
+    #[error("{what} needs a control plane: this node runs standalone")]
+    Standalone {
+        /// What was asked for.
+        what: &'static str,
+    },
+}
+
+/// An object that changed, appeared or went.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum ObjectRef {
+    /// A ConfigMap.
+    ConfigMap(NamespacedName),
+    /// A Secret.
+    Secret(NamespacedName),
+}
+
+/// Read access to the objects that this node's pods use.
+#[async_trait]
+pub trait Objects: Send + Sync + 'static {
+    /// The ConfigMap, `None` if it does not exist. Served from a watch once `retain`ed.
+    async fn config_map(&self, key: &NamespacedName)
+    -> Result<Option<Arc<ConfigMap>>, ObjectError>;
+
+    /// The Secret, `None` if it does not exist. Never logged.
+    async fn secret(&self, key: &NamespacedName) -> Result<Option<Arc<Secret>>, ObjectError>;
+
+    /// A bound token for `service_account` (namespace, name).
+    async fn service_account_token(
+        &self,
+        service_account: &NamespacedName,
+        spec: TokenRequestSpec,
+    ) -> Result<TokenRequestStatus, ObjectError>;
+
+    /// Services of `namespace` plus `default/kubernetes`, for the service environment variables.
+    fn services(&self, namespace: &str) -> Vec<Arc<Service>>;
+
+    /// This node's own object, where there is one.
+    fn node(&self) -> Option<Arc<Node>>;
+
+    /// Starts to hold (watch) what `pod` refers to.
+    fn retain(&self, pod: &Pod);
+
+    /// Lets go of what only this pod referred to.
+    fn release(&self, uid: &PodUid);
+
+    /// Wakes for each retained object that changes. A receiver that lagged must look at all it uses.
+    fn changes(&self) -> broadcast::Receiver<ObjectRef>;
+}

@@ -1,0 +1,3 @@
+//! Services and EndpointSlices -> netfilter: the work of kube-proxy.
+
+pub mod object;

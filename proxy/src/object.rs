@@ -1,0 +1,169 @@
+//! Services and EndpointSlices as the proxy keeps them: only what decides about packets.
+//!
+//! The composition root turns API objects into these, so that the proxy needs no API client and
+//! stays small at 50,000 Services.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// `namespace/name`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamespacedName {
+    /// Namespace; never empty.
+    pub namespace: Arc<str>,
+    /// Object name.
+    pub name: Arc<str>,
+}
+
+/// Transport protocol of a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// TCP, the default.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// Which endpoints a kind of traffic may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum TrafficPolicy {
+    /// All of the cluster's.
+    #[default]
+    Cluster,
+    /// Only those on this node.
+    Local,
+}
+
+/// A CIDR, `address/prefix_len`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Cidr {
+    /// Network address.
+    pub address: IpAddr,
+    /// Prefix length, at most 32 or 128.
+    pub prefix_len: u8,
+}
+
+/// A Service that the proxy must serve. ExternalName and headless Services are left out by `Change`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Which Service.
+    pub key: NamespacedName,
+    /// `spec.clusterIPs`, at most one of each family.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` with ipMode VIP (or unset); ipMode Proxy is left out.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// `spec.loadBalancerSourceRanges`; empty allows everybody.
+    pub load_balancer_source_ranges: Vec<Cidr>,
+    /// The ports.
+    pub ports: Vec<ServicePort>,
+    /// ClientIP affinity with its timeout; `None` is no affinity.
+    pub session_affinity: Option<Duration>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_traffic_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_traffic_policy: TrafficPolicy,
+    /// `spec.healthCheckNodePort`, 0 for none.
+    pub health_check_node_port: u16,
+    /// `spec.trafficDistribution`.
+    pub traffic_distribution: Option<Arc<str>>,
+    /// Annotations and labels that the proxy reads; others are not kept.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ServicePort {
+    /// Port name; empty if the Service has a single unnamed port. Joins to a slice's port name.
+    pub name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// The port that clients use.
+    pub port: u16,
+    /// NodePort, 0 for none.
+    pub node_port: u16,
+}
+
+/// An EndpointSlice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Which slice.
+    pub key: NamespacedName,
+    /// Name of its Service (label `kubernetes.io/service-name`), same namespace.
+    pub service: Arc<str>,
+    /// Ports of every endpoint in it: name, protocol, number.
+    pub ports: Vec<EndpointPort>,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of a slice.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EndpointPort {
+    /// Joins to `ServicePort::name`.
+    pub name: Arc<str>,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Port on the endpoint.
+    pub port: u16,
+}
+
+/// One endpoint (its first address; further ones mean the same endpoint, KEP-752).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    /// Address of the slice's family.
+    pub address: IpAddr,
+    /// `conditions.ready`, unset means true.
+    pub ready: bool,
+    /// `conditions.serving`, unset means ready.
+    pub serving: bool,
+    /// `conditions.terminating`.
+    pub terminating: bool,
+    /// Whether `nodeName` is this node.
+    pub local: bool,
+    /// Zone hints.
+    pub zones: Vec<Arc<str>>,
+}
+
+/// One change in what the proxy must serve.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// A Service is new or changed.
+    Service(Service),
+    /// A Service is gone, or is none that the proxy serves.
+    ServiceGone(NamespacedName),
+    /// A slice is new or changed.
+    Slice(EndpointSlice),
+    /// A slice is gone.
+    SliceGone(NamespacedName),
+    /// Services and slices have both been told completely once. Nothing of an earlier process's
+    /// rules is taken away before this.
+    Synced,
+    /// A list was told anew after a gap: all Services that it held. Others are gone.
+    ServicesRelisted(Vec<NamespacedName>),
+    /// Likewise for slices.
+    SlicesRelisted(Vec<NamespacedName>),
+    /// The node's own object: addresses for NodePorts, zone, whether it is being deleted.
+    Node(NodeState),
+    /// Why Services or slices cannot be had ("forbidden: ... run longshore cluster-setup"); shown
+    /// in status. `None` clears it.
+    SourceError(Option<String>),
+}
+
+/// What the proxy must know of its node.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct NodeState {
+    /// Addresses of type InternalIP.
+    pub addresses: Vec<IpAddr>,
+    /// Pod CIDRs of this node, for telling local from off-cluster traffic.
+    pub pod_cidrs: Vec<Cidr>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+    /// The node is being deleted (or carries ToBeDeletedByClusterAutoscaler): `/healthz` is 503.
+    pub being_deleted: bool,
+}

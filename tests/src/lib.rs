@@ -1,0 +1,1 @@
+//! Black-box suites, the test control plane, benchmarks.
