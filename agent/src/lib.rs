@@ -4,6 +4,8 @@
 //! `ARCHITECTURE.md` has the map.
 
 pub mod ids;
+pub mod node_context;
 pub mod objects;
 pub mod report;
+pub mod runtime;
 pub mod source;
