@@ -3,6 +3,8 @@
 //! Floors: pure decisions (`pod::plan`, `pod::status`, ...), loops, effects behind small traits.
 //! `ARCHITECTURE.md` has the map.
 
+pub mod api;
+pub mod cluster;
 pub mod ids;
 pub mod node_context;
 pub mod objects;

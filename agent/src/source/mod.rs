@@ -3,6 +3,8 @@
 //! Every source speaks the same small language to the sync loop, so that the loop does not know
 //! whether a control plane exists.
 
+pub mod proxy_object;
+
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::Pod;
