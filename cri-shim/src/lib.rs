@@ -5,3 +5,7 @@ pub mod api {
     #![allow(clippy::all, reason = "generated code")]
     tonic::include_proto!("runtime.v1");
 }
+
+pub mod image;
+pub mod network;
+pub mod snapshot;

@@ -1,0 +1,128 @@
+//! Where things lie in a store, and the lock over it.
+//!
+//! ```text
+//! <state>/images/lock                  flock: exclusive to change the index or remove layers
+//!               /index.json            the images (`index`)
+//!               /configs/<hex>         image configs as they came, named by their digest
+//!               /layers/<24 hex>/d     an unpacked layer, named by the start of its chain id
+//!                               /layer.json
+//!               /tmp/<random>/         work in progress, removed at the next start
+//! <state>/snapshots/<container id>/    (`crate::snapshot`)
+//! ```
+//! Layer folders have short names because overlay's mount options must fit in one page.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// The paths of a store.
+#[derive(Debug, Clone)]
+pub(crate) struct Layout {
+    state: PathBuf,
+}
+
+/// What a layer folder says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LayerMeta {
+    pub(crate) version: u32,
+    pub(crate) chain_id: String,
+    pub(crate) bytes: u64,
+    pub(crate) inodes: u64,
+}
+
+impl Layout {
+    pub(crate) fn new(state: impl Into<PathBuf>) -> Self {
+        Self { state: state.into() }
+    }
+
+    pub(crate) fn images(&self) -> PathBuf {
+        self.state.join("images")
+    }
+
+    pub(crate) fn index(&self) -> PathBuf {
+        self.images().join("index.json")
+    }
+
+    pub(crate) fn config(&self, id: &str) -> PathBuf {
+        self.images().join("configs").join(hex(id))
+    }
+
+    pub(crate) fn layers(&self) -> PathBuf {
+        self.images().join("layers")
+    }
+
+    pub(crate) fn layer(&self, chain_id: &str) -> PathBuf {
+        self.layers().join(layer_name(chain_id))
+    }
+
+    /// The unpacked files of a layer.
+    pub(crate) fn layer_files(&self, chain_id: &str) -> PathBuf {
+        self.layer(chain_id).join("d")
+    }
+
+    pub(crate) fn tmp(&self) -> PathBuf {
+        self.images().join("tmp")
+    }
+
+    pub(crate) fn snapshots(&self) -> PathBuf {
+        self.state.join("snapshots")
+    }
+
+    /// Makes the folders.
+    pub(crate) fn create(&self) -> io::Result<()> {
+        for folder in [self.images().join("configs"), self.layers(), self.tmp(), self.snapshots()] {
+            fs::create_dir_all(folder)?;
+        }
+        Ok(())
+    }
+
+    /// Locks the store against other processes and threads until the file is dropped. Held only
+    /// for short file operations, never over a download.
+    pub(crate) fn lock(&self, exclusive: bool) -> io::Result<File> {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(self.images().join("lock"))?;
+        if exclusive {
+            file.lock()?
+        } else {
+            file.lock_shared()?
+        }
+        Ok(file)
+    }
+
+    /// The layer's own record, if the layer is there and is the one meant.
+    pub(crate) fn layer_meta(&self, chain_id: &str) -> Option<LayerMeta> {
+        let text = fs::read(self.layer(chain_id).join("layer.json")).ok()?;
+        serde_json::from_slice::<LayerMeta>(&text).ok().filter(|meta| meta.chain_id == chain_id)
+    }
+}
+
+/// The folder name of a layer: enough of the chain id to be unique, short for the mount options.
+pub(crate) fn layer_name(chain_id: &str) -> &str {
+    let hex = hex(chain_id);
+    hex.get(..24).unwrap_or(hex)
+}
+
+/// A digest without its algorithm.
+pub(crate) fn hex(digest: &str) -> &str {
+    digest.strip_prefix("sha256:").unwrap_or(digest)
+}
+
+/// Writes a file whole: temporary file, fsync, rename, fsync of the folder.
+pub(crate) fn write_whole(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
+    let folder = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut temporary = tempfile::Builder::new().prefix(".new").tempfile_in(folder)?;
+    temporary.write_all(content)?;
+    fs::set_permissions(temporary.path(), std::os::unix::fs::PermissionsExt::from_mode(mode))?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(path).map_err(|error| error.error)?;
+    File::open(folder)?.sync_all()
+}

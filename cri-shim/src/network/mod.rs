@@ -1,0 +1,131 @@
+//! Pod networks: network namespaces, the built-in bridge, and CNI plugins where they are configured.
+//!
+//! The kubelet's network duties are the runtime's, so they live with the shim: a sandbox gets its
+//! namespace, addresses and host ports here, and loses them here.
+
+mod cidr;
+mod error;
+pub mod netns;
+mod sys;
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use async_trait::async_trait;
+
+pub use cidr::Cidr;
+pub use error::NetworkError;
+
+/// Where the network keeps its state and finds its plugins.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// Reservations and sandbox records; survives a reboot. Usually `/var/lib/longshore/network`.
+    pub state_dir: PathBuf,
+    /// Where CNI network configurations are looked for.
+    pub cni_conf_dir: PathBuf,
+    /// Where CNI plugins are looked for, first match first.
+    pub cni_bin_dirs: Vec<PathBuf>,
+    /// CNI's own cache, `/var/lib/cni` upstream; ours holds what `DEL` needs after a crash.
+    pub pod_cidrs: Vec<Cidr>,
+    /// The bridge's name.
+    pub bridge: String,
+    /// MTU of the pods' links; the kernel's default when absent.
+    pub mtu: Option<u32>,
+}
+
+impl NetworkConfig {
+    /// The defaults, with reservations kept under `state` (such as `/var/lib/longshore`).
+    pub fn new(state: impl Into<PathBuf>) -> Self {
+        Self {
+            state_dir: state.into().join("network"),
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_bin_dirs: ["/opt/cni/bin", "/usr/lib/cni", "/usr/libexec/cni"]
+                .iter()
+                .map(PathBuf::from)
+                .collect(),
+            pod_cidrs: Vec::new(),
+            bridge: "longshore0".to_owned(),
+            mtu: None,
+        }
+    }
+}
+
+/// Transport protocol of a host port.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP
+    Tcp,
+    /// UDP
+    Udp,
+    /// SCTP
+    Sctp,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        })
+    }
+}
+
+/// One host port of a sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct PortMapping {
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// The host address to listen on; all of them when absent.
+    pub host_ip: Option<IpAddr>,
+    /// Port on the host; never 0 (the caller leaves out ports without a host port).
+    pub host_port: u16,
+    /// Port in the pod.
+    pub container_port: u16,
+}
+
+/// What the network needs to know of a sandbox.
+#[derive(Debug, Clone)]
+pub struct SandboxNetwork {
+    /// The sandbox's id.
+    pub id: String,
+    /// The pinned namespace.
+    pub netns: PathBuf,
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub name: String,
+    /// The pod's UID.
+    pub uid: String,
+    /// The sandbox's host name.
+    pub hostname: String,
+    /// Its host ports.
+    pub port_mappings: Vec<PortMapping>,
+    /// The sandbox's annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What a sandbox got.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkResult {
+    /// The pod's addresses, the primary one first.
+    pub ips: Vec<IpAddr>,
+}
+
+/// A way to connect sandboxes.
+#[async_trait]
+pub trait Network: Send + Sync {
+    /// Connects a sandbox. Calling it again for the same sandbox gives the same addresses.
+    async fn setup(&self, sandbox: &SandboxNetwork) -> Result<NetworkResult, NetworkError>;
+    /// Takes away all that `setup` made for sandbox `id`; nothing to do is a success. The netns
+    /// itself is the caller's ([`netns::delete`]) and may be gone already.
+    async fn teardown(&self, id: &str) -> Result<(), NetworkError>;
+    /// Whether a sandbox could be connected now; the text is the CRI's `NetworkReady` message.
+    fn status(&self) -> Result<(), String>;
+    /// The node's pod CIDRs, as the control plane assigned them. Running sandboxes keep their addresses.
+    fn set_pod_cidrs(&self, cidrs: Vec<Cidr>);
+    /// Removes what belongs to no sandbox in `keep`: links, addresses, host ports, CNI attachments.
+    async fn collect(&self, keep: &[String]) -> Result<(), NetworkError>;
+}

@@ -1,0 +1,245 @@
+//! Container root filesystems: overlayfs over the shared layers of an image.
+//!
+//! A snapshot is a folder with the container's own upper and work folder and a record of the layers
+//! below. The record is what keeps an image from being removed under a container, so it is written
+//! under the image store's lock.
+
+mod error;
+mod mount;
+mod sys;
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+pub use error::SnapshotError;
+pub use mount::{is_mounted, mount, unmount};
+
+use crate::image::{Image, layout::Layout, layout::write_whole};
+
+const VERSION: u32 = 1;
+const RECORD: &str = "snapshot.json";
+
+/// The folders of a container's root filesystem. Mount them with [`mount()`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rootfs {
+    /// The image's layers, topmost first.
+    pub lowerdirs: Vec<PathBuf>,
+    /// What the container changed.
+    pub upper: PathBuf,
+    /// overlayfs' own folder.
+    pub work: PathBuf,
+    /// Where it is to be mounted.
+    pub merged: PathBuf,
+}
+
+/// What a container's own layer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// Files, folders and links.
+    pub inodes: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    image: String,
+    /// Bottom first.
+    layers: Vec<String>,
+}
+
+/// A container that needs an image.
+#[derive(Debug)]
+pub(crate) struct User {
+    pub(crate) container: String,
+    pub(crate) image: String,
+    pub(crate) layers: Vec<String>,
+}
+
+/// All snapshots of a state folder.
+#[derive(Debug, Clone)]
+pub struct SnapshotStore {
+    layout: Layout,
+}
+
+impl SnapshotStore {
+    /// Opens the snapshots in `state_dir` (the same as the image store's) and removes half-made ones.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`].
+    pub fn open(state_dir: &Path) -> Result<Self, SnapshotError> {
+        let layout = Layout::new(state_dir);
+        layout.create().map_err(SnapshotError::io("create snapshot folder", state_dir))?;
+        let store = Self { layout };
+        for id in store.list()? {
+            if !store.folder(&id)?.join(RECORD).exists() {
+                store.remove(&id)?;
+            }
+        }
+        Ok(store)
+    }
+
+    /// Makes the folders of `container`'s root filesystem. One that is there already is returned as it is.
+    ///
+    /// # Errors
+    /// [`SnapshotError::MissingLayer`] when the image was removed meanwhile: pull it again.
+    pub fn prepare(&self, container: &str, image: &Image) -> Result<Rootfs, SnapshotError> {
+        let folder = self.folder(container)?;
+        let lock = self.layout.lock(false);
+        let _lock = lock.map_err(SnapshotError::io("lock image store", self.layout.images()))?;
+        if let Some(rootfs) = self.get(container)? {
+            return Ok(rootfs);
+        }
+        for chain_id in &image.layers {
+            if self.layout.layer_meta(chain_id).is_none() {
+                return Err(SnapshotError::MissingLayer {
+                    container: container.to_owned(),
+                    image: image.id.to_string(),
+                    chain_id: chain_id.clone(),
+                });
+            }
+        }
+        let make = |path: &Path| match fs::create_dir(path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                Err(SnapshotError::io("create", path)(error))
+            }
+            _ => Ok(()),
+        };
+        make(&folder)?;
+        for name in ["upper", "work", "merged"] {
+            make(&folder.join(name))?;
+        }
+        let record =
+            Record { version: VERSION, image: image.id.to_string(), layers: image.layers.clone() };
+        let path = folder.join(RECORD);
+        let text = serde_json::to_vec(&record)
+            .map_err(|error| SnapshotError::io("encode", &path)(error.into()))?;
+        write_whole(&path, &text, 0o600).map_err(SnapshotError::io("write", &path))?;
+        Ok(self.rootfs(&folder, &record))
+    }
+
+    /// The root filesystem of a container that was prepared.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`] when its record can't be read.
+    pub fn get(&self, container: &str) -> Result<Option<Rootfs>, SnapshotError> {
+        let folder = self.folder(container)?;
+        let record = read_record(&folder).map_err(SnapshotError::io("read snapshot", &folder))?;
+        Ok(record.map(|record| self.rootfs(&folder, &record)))
+    }
+
+    /// Unmounts the container's root filesystem, if it is mounted here, and removes it. Nothing
+    /// there is a success.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`].
+    pub fn remove(&self, container: &str) -> Result<(), SnapshotError> {
+        let folder = self.folder(container)?;
+        unmount(&folder.join("merged"))?;
+        // The record goes last, so that an interrupted removal is found again by its name.
+        for name in ["upper", "work", "merged", RECORD] {
+            let path = folder.join(name);
+            let removed = match fs::symlink_metadata(&path) {
+                Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path),
+                Ok(_) => fs::remove_file(&path),
+                Err(error) => Err(error),
+            };
+            ignore_absent(removed).map_err(SnapshotError::io("remove", &path))?;
+        }
+        ignore_absent(fs::remove_dir_all(&folder)).map_err(SnapshotError::io("remove", &folder))
+    }
+
+    /// What the container wrote, by walking its upper folder. Blocking; cost grows with the number
+    /// of files it changed.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`]; files that vanish during the walk are not one.
+    pub fn usage(&self, container: &str) -> Result<Usage, SnapshotError> {
+        let upper = self.folder(container)?.join("upper");
+        let mut usage = Usage::default();
+        let mut folders = vec![upper];
+        while let Some(folder) = folders.pop() {
+            let entries = match fs::read_dir(&folder) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(SnapshotError::io("read", &folder)(error)),
+            };
+            for entry in entries.flatten() {
+                let Ok(meta) = entry.metadata() else { continue };
+                usage.inodes += 1;
+                usage.bytes += meta.blocks() * 512;
+                if meta.is_dir() {
+                    folders.push(entry.path());
+                }
+            }
+        }
+        Ok(usage)
+    }
+
+    /// The containers that have a snapshot.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`].
+    pub fn list(&self) -> Result<Vec<String>, SnapshotError> {
+        let folder = self.layout.snapshots();
+        let entries = fs::read_dir(&folder).map_err(SnapshotError::io("read", &folder))?;
+        Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+    }
+
+    fn folder(&self, container: &str) -> Result<PathBuf, SnapshotError> {
+        let plain = !container.is_empty()
+            && container.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+        if plain {
+            Ok(self.layout.snapshots().join(container))
+        } else {
+            Err(SnapshotError::BadId { container: container.to_owned() })
+        }
+    }
+
+    fn rootfs(&self, folder: &Path, record: &Record) -> Rootfs {
+        Rootfs {
+            lowerdirs: record.layers.iter().rev().map(|id| self.layout.layer_files(id)).collect(),
+            upper: folder.join("upper"),
+            work: folder.join("work"),
+            merged: folder.join("merged"),
+        }
+    }
+}
+
+/// The containers with a snapshot, and what they need. The caller holds the store's lock.
+pub(crate) fn users(snapshots: &Path) -> io::Result<Vec<User>> {
+    let mut users = Vec::new();
+    for entry in fs::read_dir(snapshots)? {
+        let entry = entry?;
+        if let Some(Record { image, layers, .. }) = read_record(&entry.path())? {
+            let container = entry.file_name().to_string_lossy().into_owned();
+            users.push(User { container, image, layers });
+        }
+    }
+    Ok(users)
+}
+
+fn read_record(folder: &Path) -> io::Result<Option<Record>> {
+    let text = match fs::read(folder.join(RECORD)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text?,
+    };
+    let record: Record = serde_json::from_slice(&text)?;
+    if record.version != VERSION {
+        return Err(io::Error::other(format!("unknown snapshot version {}", record.version)));
+    }
+    Ok(Some(record))
+}
+
+fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
