@@ -47,6 +47,74 @@ pub struct Cidr {
     pub prefix_len: u8,
 }
 
+impl std::fmt::Display for NamespacedName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+            Protocol::Sctp => "sctp",
+        })
+    }
+}
+
+impl std::fmt::Display for Cidr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix_len)
+    }
+}
+
+impl std::str::FromStr for Cidr {
+    type Err = String;
+
+    /// Parses `address/prefix`; host bits are cleared.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is not a CIDR such as 10.0.0.0/8 or fd00::/64");
+        let (address, prefix_len) = text.split_once('/').ok_or_else(wrong)?;
+        let address: IpAddr = address.parse().map_err(|_| wrong())?;
+        let prefix_len: u8 = prefix_len.parse().map_err(|_| wrong())?;
+        if prefix_len > if address.is_ipv4() { 32 } else { 128 } {
+            return Err(wrong());
+        }
+        Ok(Cidr { address, prefix_len }.network())
+    }
+}
+
+impl Cidr {
+    /// The same network with the host bits cleared.
+    pub fn network(self) -> Self {
+        let address = match self.address {
+            IpAddr::V4(a) => {
+                let shift = 32 - u32::from(self.prefix_len.min(32));
+                IpAddr::V4(
+                    (a.to_bits().checked_shr(shift).unwrap_or(0).checked_shl(shift).unwrap_or(0))
+                        .into(),
+                )
+            }
+            IpAddr::V6(a) => {
+                let shift = 128 - u32::from(self.prefix_len.min(128));
+                IpAddr::V6(
+                    (a.to_bits().checked_shr(shift).unwrap_or(0).checked_shl(shift).unwrap_or(0))
+                        .into(),
+                )
+            }
+        };
+        Cidr { address, ..self }
+    }
+
+    /// Whether `address` lies within.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.address.is_ipv4()
+            && Cidr { address, prefix_len: self.prefix_len }.network().address
+                == self.network().address
+    }
+}
+
 /// A Service that the proxy must serve. ExternalName and headless Services are left out by `Change`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
