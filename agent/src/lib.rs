@@ -8,6 +8,7 @@ pub mod cluster;
 pub mod ids;
 pub mod node_context;
 pub mod objects;
+pub mod pod;
 pub mod report;
 pub mod runtime;
 pub mod source;

@@ -1,0 +1,16 @@
+//! Pods: what should run is brought about over the CRI, one worker task per pod.
+//!
+//! Pure: `plan`, `status`, `qos`, `backoff`, ...; loops: `worker`, `sync`; effects: the traits that
+//! the composition root passes in.
+
+pub mod backoff;
+pub mod config;
+pub mod facts;
+pub mod observed;
+pub mod plan;
+pub mod qos;
+pub mod quantity;
+pub mod spec;
+pub mod status;
+#[cfg(test)]
+pub(crate) mod testing;

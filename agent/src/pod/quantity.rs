@@ -1,0 +1,126 @@
+//! Resource quantities (`500m`, `1.5Gi`, `2e3`) as numbers. Sub-units are rounded up, as
+//! apimachinery's `Value()` and `MilliValue()` do.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+
+/// One unit in nano-units, the finest grain of a quantity.
+const NANO: i128 = 1_000_000_000;
+
+/// The quantity in nano-units; `None` where the text is not a quantity or does not fit.
+fn nanos(text: &str) -> Option<i128> {
+    let split = text
+        .char_indices()
+        .find(|(i, c)| !(c.is_ascii_digit() || *c == '.' || (*i == 0 && matches!(c, '+' | '-'))))
+        .map_or(text.len(), |(i, _)| i);
+    let (number, suffix) = text.split_at(split);
+    let (negative, number) = match number.strip_prefix('-') {
+        Some(rest) => (true, rest),
+        None => (false, number.strip_prefix('+').unwrap_or(number)),
+    };
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    if whole.is_empty() && fraction.is_empty() {
+        return None;
+    }
+    // multiplier = numerator * 10^power
+    let (binary, power): (i128, i32) = match suffix {
+        "" => (1, 0),
+        "n" => (1, -9),
+        "u" => (1, -6),
+        "m" => (1, -3),
+        "k" => (1, 3),
+        "M" => (1, 6),
+        "G" => (1, 9),
+        "T" => (1, 12),
+        "P" => (1, 15),
+        "E" => (1, 18),
+        "Ki" => (1 << 10, 0),
+        "Mi" => (1 << 20, 0),
+        "Gi" => (1 << 30, 0),
+        "Ti" => (1 << 40, 0),
+        "Pi" => (1 << 50, 0),
+        "Ei" => (1 << 60, 0),
+        _ => (1, suffix.strip_prefix(['e', 'E'])?.parse::<i32>().ok()?),
+    };
+    let digits: i128 = format!("0{whole}{fraction}").parse().ok()?;
+    let scale = i32::try_from(fraction.len()).ok()?;
+    let exponent = 9i32.checked_add(power)?.checked_sub(scale)?;
+    let value = digits.checked_mul(binary)?;
+    let ten = |n: i32| 10i128.checked_pow(n.unsigned_abs());
+    let value = if exponent >= 0 {
+        value.checked_mul(ten(exponent)?)?
+    } else {
+        let divisor = ten(exponent)?;
+        // Finer than a nano-unit: rounded away from zero.
+        value.checked_add(divisor - 1)? / divisor
+    };
+    Some(if negative { -value } else { value })
+}
+
+fn rounded(value: i128, unit: i128) -> Option<i64> {
+    let up = if value >= 0 { (value + unit - 1) / unit } else { value / unit };
+    i64::try_from(up).ok()
+}
+
+/// Whole units (bytes, counts), rounded up.
+pub fn value(quantity: &Quantity) -> Option<i64> {
+    rounded(nanos(&quantity.0)?, NANO)
+}
+
+/// Thousandths of a unit (milli-CPUs), rounded up.
+pub fn milli_value(quantity: &Quantity) -> Option<i64> {
+    rounded(nanos(&quantity.0)?, NANO / 1000)
+}
+
+/// A set of resources as `requests` and `limits` hold them.
+pub type ResourceList = BTreeMap<String, Quantity>;
+
+/// Milli-CPUs in `list`; `None` where it names no CPU.
+pub fn cpu_milli(list: Option<&ResourceList>) -> Option<i64> {
+    milli_value(list?.get("cpu")?)
+}
+
+/// Whole units of `resource` in `list`; `None` where it is not named.
+pub fn amount(list: Option<&ResourceList>, resource: &str) -> Option<i64> {
+    value(list?.get(resource)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_every_notation() {
+        for (text, milli) in [
+            ("0", 0),
+            ("1", 1000),
+            ("100m", 100),
+            ("0.1", 100),
+            ("1.5", 1500),
+            (".5", 500),
+            ("5.", 5000),
+            ("1n", 1),
+            ("2u", 1),
+            ("1k", 1_000_000),
+            ("1Ki", 1_024_000),
+            ("1.5Ki", 1_536_000),
+            ("1e3", 1_000_000),
+            ("1E-3", 1),
+            ("+2", 2000),
+            ("-1", -1000),
+        ] {
+            assert_eq!(milli_value(&Quantity(text.into())), Some(milli), "{text}");
+        }
+        assert_eq!(value(&Quantity("1Gi".into())), Some(1 << 30));
+        assert_eq!(value(&Quantity("1500m".into())), Some(2));
+        assert_eq!(value(&Quantity("1E".into())), Some(1_000_000_000_000_000_000));
+    }
+
+    #[test]
+    fn refuses_what_is_no_quantity() {
+        for text in ["", "x", "1x", "1KiB", "--1", "1.2.3", "e3", "99999E", "1e400"] {
+            assert_eq!(value(&Quantity(text.into())), None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Pod conditions, their reasons and transition times.
+
+use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::{StatusInput, initialized};
+use crate::pod::spec::{init_containers, is_sidecar, spec_of};
+
+/// Conditions that the node sets; all others belong to their owners and are kept.
+pub(super) const OWNED: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+/// Status, reason and message of a condition.
+type Verdict = (bool, Option<&'static str>, Option<String>);
+
+fn holds() -> Verdict {
+    (true, None, None)
+}
+
+/// All conditions of the pod.
+pub(super) fn conditions(
+    input: StatusInput<'_>,
+    status: &PodStatus,
+    sandbox_up: bool,
+) -> Vec<PodCondition> {
+    let phase = status.phase.as_deref().unwrap_or_default();
+    let containers_ready = containers_ready(input, status, phase);
+    let found = [
+        (OWNED[0], (sandbox_up, None, None)),
+        (OWNED[1], is_initialized(input, status, phase)),
+        (OWNED[2], ready(input, &containers_ready)),
+        (OWNED[3], containers_ready),
+        (OWNED[4], holds()),
+    ];
+    let before = |kind: &str| {
+        let published = input.previous.and_then(|p| p.conditions.as_ref());
+        let from_api = input.pod.status.as_ref().and_then(|p| p.conditions.as_ref());
+        published
+            .into_iter()
+            .flatten()
+            .chain(from_api.into_iter().flatten())
+            .find(|c| c.type_ == kind)
+            .cloned()
+    };
+    let mut all: Vec<PodCondition> = found
+        .into_iter()
+        .map(|(kind, (holds, reason, message))| {
+            let status = if holds { "True" } else { "False" };
+            let old = before(kind);
+            let since = old
+                .as_ref()
+                .filter(|c| c.status == status)
+                .and_then(|c| c.last_transition_time.clone());
+            PodCondition {
+                type_: kind.to_owned(),
+                status: status.to_owned(),
+                reason: reason.map(str::to_owned),
+                message,
+                last_transition_time: Some(since.unwrap_or(Time(input.now))),
+                last_probe_time: None,
+                observed_generation: input.pod.metadata.generation,
+            }
+        })
+        .collect();
+    let foreign = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    all.extend(foreign.into_iter().flatten().filter(|c| !OWNED.contains(&&*c.type_)).cloned());
+    all
+}
+
+fn list(names: &[&str]) -> String {
+    format!("[{}]", names.join(" "))
+}
+
+fn containers_ready(input: StatusInput<'_>, status: &PodStatus, phase: &str) -> Verdict {
+    match phase {
+        "Succeeded" => return (false, Some("PodCompleted"), None),
+        "Failed" => return (false, Some("PodFailed"), None),
+        _ => {}
+    }
+    let spec = spec_of(input.pod);
+    let unready = |s: &&ContainerStatus| !s.ready;
+    let mut names: Vec<&str> = init_containers(spec)
+        .iter()
+        .zip(status.init_container_statuses.iter().flatten())
+        .filter(|(c, s)| is_sidecar(c) && !s.ready)
+        .map(|(c, _)| &*c.name)
+        .collect();
+    for container in &spec.containers {
+        let own = status.container_statuses.iter().flatten().find(|s| s.name == container.name);
+        if own.as_ref().is_none_or(unready) {
+            names.push(&container.name);
+        }
+    }
+    if names.is_empty() {
+        return holds();
+    }
+    let message = format!("containers with unready status: {}", list(&names));
+    (false, Some("ContainersNotReady"), Some(message))
+}
+
+/// Ready is ContainersReady and every readiness gate.
+fn ready(input: StatusInput<'_>, containers_ready: &Verdict) -> Verdict {
+    if !containers_ready.0 {
+        return containers_ready.clone();
+    }
+    let mut missing = Vec::new();
+    let conditions = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    for gate in spec_of(input.pod).readiness_gates.iter().flatten() {
+        let kind = &gate.condition_type;
+        match conditions.into_iter().flatten().find(|c| c.type_ == *kind) {
+            None => missing.push(format!(
+                "corresponding condition of pod readiness gate \"{kind}\" does not exist."
+            )),
+            Some(c) if c.status != "True" => missing.push(format!(
+                "the status of pod readiness gate \"{kind}\" is not \"True\", but {}",
+                c.status
+            )),
+            Some(_) => {}
+        }
+    }
+    if missing.is_empty() {
+        holds()
+    } else {
+        (false, Some("ReadinessGatesNotReady"), Some(missing.join(", ")))
+    }
+}
+
+fn is_initialized(input: StatusInput<'_>, status: &PodStatus, phase: &str) -> Verdict {
+    if phase == "Succeeded" {
+        return (true, Some("PodCompleted"), None);
+    }
+    if initialized(status) {
+        return holds();
+    }
+    let names: Vec<&str> = init_containers(spec_of(input.pod))
+        .iter()
+        .zip(status.init_container_statuses.iter().flatten())
+        .filter(|(c, s)| if is_sidecar(c) { s.started != Some(true) } else { !s.ready })
+        .map(|(c, _)| &*c.name)
+        .collect();
+    if names.is_empty() {
+        return holds();
+    }
+    let message = format!("containers with incomplete status: {}", list(&names));
+    (false, Some("ContainersNotInitialized"), Some(message))
+}
