@@ -1,4 +1,8 @@
 //! The CRI shim: a CRI v1 server that runs the containers itself.
+//!
+//! Three parts, each with its own floor: [`spec`] decides (CRI config and image config to an OCI
+//! spec), `cri` answers the verbs, and [`monitor`] is the small process per pod that is the
+//! parent of the pod's containers and outlives this server.
 
 /// The CRI v1 wire types, generated from `proto/cri.proto`.
 pub mod api {
@@ -6,6 +10,13 @@ pub mod api {
     tonic::include_proto!("runtime.v1");
 }
 
+pub mod config;
 pub mod image;
+pub mod monitor;
 pub mod network;
+mod serve;
 pub mod snapshot;
+pub mod spec;
+
+pub use config::Config;
+pub use serve::{ServeError, serve};

@@ -1,0 +1,72 @@
+//! What the shim is told from outside: where its socket and state are, and which of the node's
+//! facilities it uses.
+
+use std::path::PathBuf;
+
+/// The shim's configuration. [`Config::default`] is the layout of a node; several nodes on one
+/// machine each take their own `state_dir` and `run_dir`.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The unix socket the CRI is served on.
+    pub socket: PathBuf,
+    /// What outlives a reboot: images, snapshots, sandbox and container records.
+    pub state_dir: PathBuf,
+    /// What a reboot ends: monitor sockets, pinned namespaces, mounts.
+    pub run_dir: PathBuf,
+    /// The program re-executed as `longshore monitor`; its `main` must call
+    /// [`crate::monitor::main`] before it starts any thread.
+    pub monitor_exe: PathBuf,
+    /// Which cgroup driver the kubelet's `cgroup_parent` names follow.
+    pub cgroup_driver: CgroupDriver,
+    /// The parent of sandboxes whose caller gave no `cgroup_parent`.
+    pub default_cgroup_parent: String,
+    /// Where `Localhost` seccomp profiles are looked up when their name is relative.
+    pub seccomp_profile_root: PathBuf,
+    /// The addresses the built-in bridge network gives to pods, until `UpdateRuntimeConfig` or
+    /// the node's `podCIDR` says otherwise. Textual CIDRs, at most one per family.
+    pub pod_cidrs: Vec<String>,
+    /// CNI network configurations; the built-in bridge is used when there is none.
+    pub cni_conf_dir: PathBuf,
+    /// CNI plugin binaries.
+    pub cni_bin_dirs: Vec<PathBuf>,
+    /// Registry configuration in containerd's `hosts.toml` layout, first existing directory wins.
+    pub registry_config_dirs: Vec<PathBuf>,
+}
+
+/// How cgroup parents are named (KubeletConfiguration `cgroupDriver`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CgroupDriver {
+    /// Paths: `/kubepods/burstable/pod<uid>`.
+    #[default]
+    Cgroupfs,
+    /// systemd slice names: `kubepods-burstable-pod<uid>.slice`.
+    Systemd,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config::at(PathBuf::from("/var/lib/longshore"), PathBuf::from("/run/longshore"))
+    }
+}
+
+impl Config {
+    /// The default configuration with its state and run directories elsewhere.
+    pub fn at(state_dir: PathBuf, run_dir: PathBuf) -> Self {
+        Config {
+            socket: run_dir.join("cri.sock"),
+            state_dir,
+            run_dir,
+            monitor_exe: PathBuf::from("/proc/self/exe"),
+            cgroup_driver: CgroupDriver::default(),
+            default_cgroup_parent: "/longshore".to_owned(),
+            seccomp_profile_root: PathBuf::from("/var/lib/kubelet/seccomp"),
+            pod_cidrs: Vec::new(),
+            cni_conf_dir: PathBuf::from("/etc/cni/net.d"),
+            cni_bin_dirs: vec![PathBuf::from("/opt/cni/bin"), PathBuf::from("/usr/lib/cni")],
+            registry_config_dirs: vec![
+                PathBuf::from("/etc/longshore/certs.d"),
+                PathBuf::from("/etc/containerd/certs.d"),
+            ],
+        }
+    }
+}

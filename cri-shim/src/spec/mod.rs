@@ -1,0 +1,138 @@
+//! CRI container config and image config to an OCI runtime spec: pure decisions.
+//!
+//! Everything the decision needs to know of the machine is in [`Host`], everything it needs of
+//! the sandbox in [`Pod`]; the result is what libcontainer is given. Where the CRI leaves a choice
+//! open, containerd's is taken, as that is what manifests in the field were written against.
+
+use std::path::PathBuf;
+
+use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, RootBuilder, Spec, SpecBuilder};
+
+use crate::api;
+
+pub mod capabilities;
+pub mod cgroup_path;
+pub mod devices;
+pub mod mounts;
+pub mod namespaces;
+pub mod process;
+pub mod resources;
+pub mod seccomp;
+pub mod security;
+pub mod stop_signal;
+pub mod user;
+
+pub use devices::HostDevice;
+pub use namespaces::{PidNamespace, Pod};
+pub use process::ImageDefaults;
+
+/// What the machine offers, read once at start.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    /// Only the unified hierarchy (cgroup v2) is in use.
+    pub cgroup_v2: bool,
+    /// Memory cgroups account swap (`memory.memsw.*` on v1).
+    pub swap_accounting: bool,
+    /// The hugetlb controller is there.
+    pub hugetlb: bool,
+    /// AppArmor is enabled in the running kernel.
+    pub apparmor: bool,
+    /// The highest capability number the kernel knows (`/proc/sys/kernel/cap_last_cap`).
+    pub last_capability: u8,
+    /// The highest `RLIMIT_NOFILE` this process may hand on.
+    pub max_open_files: u64,
+}
+
+/// Everything a container's spec is decided from.
+pub struct Inputs<'a> {
+    /// The container's config as the kubelet gave it.
+    pub config: &'a api::ContainerConfig,
+    /// What its image says.
+    pub image: &'a ImageDefaults,
+    /// The sandbox it belongs to.
+    pub pod: &'a Pod,
+    /// The machine.
+    pub host: &'a Host,
+    /// Where its root file system is mounted while it is made.
+    pub rootfs: PathBuf,
+    /// Its cgroup, relative to the root of each hierarchy.
+    pub cgroup: PathBuf,
+    /// The `Localhost` seccomp profile it asks for, already read.
+    pub localhost_seccomp: Option<LinuxSeccomp>,
+    /// The device nodes it asks for (all of the host's when privileged), already looked up.
+    pub devices: Vec<HostDevice>,
+}
+
+/// Why a container cannot be given a spec. Each says which field to change.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SpecError {
+    /// Neither the config nor the image says what to run.
+    #[error("no command specified: set `command` or `args`, or use an image with an entrypoint")]
+    NoCommand,
+    /// A capability name the kernel does not know.
+    #[error("unknown capability {0:?} in securityContext.capabilities")]
+    UnknownCapability(String),
+    /// A feature this runtime does not have.
+    #[error("{0} is not supported by this runtime; remove it from the pod")]
+    Unsupported(&'static str),
+    /// A profile the kernel cannot enforce.
+    #[error("{0} is requested but not enabled in this node's kernel; remove it from the pod")]
+    NotInKernel(&'static str),
+    /// A mount with a relative or empty path.
+    #[error("mount of {source_path:?} at {target:?}: {reason}")]
+    BadMount { source_path: String, target: String, reason: &'static str },
+    /// A name that cannot be a systemd slice.
+    #[error("cgroup parent {0:?} is not a valid systemd slice name")]
+    BadSlice(String),
+    /// The built spec was refused by the OCI types.
+    #[error("building the OCI spec failed: {0}")]
+    Build(String),
+}
+
+impl From<oci_spec::OciSpecError> for SpecError {
+    fn from(error: oci_spec::OciSpecError) -> Self {
+        SpecError::Build(error.to_string())
+    }
+}
+
+/// Decides the whole OCI spec of a container. The user is left at root: names can only be resolved
+/// against the mounted root file system (see [`user`]), which the monitor does.
+pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
+    let security = inputs.config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    let privileged = security.is_some_and(|s| s.privileged);
+    security::check(security, inputs.host)?;
+
+    let capabilities = capabilities::plan(security)?;
+    let mut linux = LinuxBuilder::default()
+        .namespaces(namespaces::plan(inputs.pod, security, inputs.host)?)
+        .cgroups_path(inputs.cgroup.clone())
+        .resources(resources::plan(inputs.config, &inputs.devices, privileged, inputs.host)?)
+        .devices(devices::plan(&inputs.devices)?)
+        .masked_paths(security::masked_paths(security))
+        .readonly_paths(security::readonly_paths(security));
+    if let Some(propagation) = mounts::rootfs_propagation(&inputs.config.mounts) {
+        linux = linux.rootfs_propagation(propagation);
+    }
+    let mut linux = linux.build()?;
+    linux.set_seccomp(seccomp::plan(
+        security,
+        capabilities.bounding(),
+        inputs.localhost_seccomp.as_ref(),
+    )?);
+
+    let root = RootBuilder::default()
+        .path(inputs.rootfs.clone())
+        .readonly(security.is_some_and(|s| s.readonly_rootfs))
+        .build()?;
+    let spec = SpecBuilder::default()
+        .version("1.2.0")
+        .root(root)
+        .process(process::plan(inputs, security, capabilities.build()?)?)
+        .mounts(mounts::plan(inputs.config, inputs.pod, privileged)?)
+        .linux(linux)
+        .build()?;
+    Ok(spec)
+}
+
+#[cfg(test)]
+mod tests;

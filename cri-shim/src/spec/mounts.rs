@@ -1,0 +1,119 @@
+//! The mounts of a container: the kernel's file systems, the sandbox's files, the pod's volumes.
+
+use std::path::Path;
+
+use oci_spec::runtime::{Mount, MountBuilder};
+
+use super::{Pod, SpecError};
+use crate::api::{self, MountPropagation};
+
+const SYS: [&str; 4] = ["nosuid", "noexec", "nodev", "relatime"];
+
+/// All mounts in the order they are to be made: a parent before what is below it. A volume
+/// mounted at the place of a default mount replaces it.
+pub(super) fn plan(
+    config: &api::ContainerConfig,
+    pod: &Pod,
+    privileged: bool,
+) -> Result<Vec<Mount>, SpecError> {
+    let access = if privileged { "rw" } else { "ro" };
+    let mut kernel = vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
+        mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"])?,
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        )?,
+        mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access])?,
+    ];
+    let mut options = SYS.to_vec();
+    options.push(access);
+    kernel.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &options)?);
+
+    let mut bound = Vec::new();
+    for (target, source) in &pod.files {
+        bound.push(bind(source, target, &["rbind", "rprivate", "rw"])?);
+    }
+    if !pod.shm.as_os_str().is_empty() {
+        bound.push(bind(&pod.shm, "/dev/shm", &["rbind", "rprivate", "rw"])?);
+    }
+    let mut volumes = Vec::new();
+    for volume in &config.mounts {
+        volumes.push(plan_volume(volume)?);
+    }
+    let replaced = |m: &Mount| volumes.iter().any(|v| same_place(v.destination(), m.destination()));
+    kernel.retain(|m| !replaced(m));
+    bound.retain(|m| !replaced(m));
+    bound.append(&mut volumes);
+    bound.sort_by_key(|m| m.destination().components().count());
+    kernel.append(&mut bound);
+    Ok(kernel)
+}
+
+fn same_place(a: &Path, b: &Path) -> bool {
+    a.components().eq(b.components())
+}
+
+fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
+    let bad = |reason| SpecError::BadMount {
+        source_path: volume.host_path.clone(),
+        target: volume.container_path.clone(),
+        reason,
+    };
+    if volume.image.is_some() {
+        return Err(SpecError::Unsupported("an image volume"));
+    }
+    if !volume.uid_mappings.is_empty() || !volume.gid_mappings.is_empty() {
+        return Err(SpecError::Unsupported("an id-mapped mount"));
+    }
+    if volume.host_path.is_empty() || !volume.host_path.starts_with('/') {
+        return Err(bad("the host path must be absolute"));
+    }
+    if volume.container_path.is_empty() {
+        return Err(bad("the container path must not be empty"));
+    }
+    let propagation = match volume.propagation() {
+        MountPropagation::PropagationPrivate => "rprivate",
+        MountPropagation::PropagationHostToContainer => "rslave",
+        MountPropagation::PropagationBidirectional => "rshared",
+    };
+    let access = match (volume.readonly, volume.recursive_read_only) {
+        (true, true) => "rro",
+        (true, false) => "ro",
+        (false, true) => return Err(bad("recursiveReadOnly needs readOnly")),
+        (false, false) => "rw",
+    };
+    let target = Path::new("/").join(&volume.container_path);
+    bind(Path::new(&volume.host_path), target, &["rbind", propagation, access])
+}
+
+/// Propagation the container's root needs for its volumes to send or receive mounts.
+pub(super) fn rootfs_propagation(volumes: &[api::Mount]) -> Option<&'static str> {
+    let most = volumes.iter().map(api::Mount::propagation).max_by_key(|p| *p as i32)?;
+    match most {
+        MountPropagation::PropagationPrivate => None,
+        MountPropagation::PropagationHostToContainer => Some("slave"),
+        MountPropagation::PropagationBidirectional => Some("shared"),
+    }
+}
+
+fn mount(target: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount, SpecError> {
+    Ok(MountBuilder::default()
+        .destination(target)
+        .typ(typ)
+        .source(source)
+        .options(options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>())
+        .build()?)
+}
+
+fn bind(source: &Path, target: impl AsRef<Path>, options: &[&str]) -> Result<Mount, SpecError> {
+    Ok(MountBuilder::default()
+        .destination(target.as_ref())
+        .typ("bind")
+        .source(source)
+        .options(options.iter().map(|o| (*o).to_owned()).collect::<Vec<_>>())
+        .build()?)
+}
