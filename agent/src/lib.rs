@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod cluster;
+pub mod cli;
 pub mod ids;
 pub mod node_context;
 pub mod objects;
@@ -12,3 +13,4 @@ pub mod pod;
 pub mod report;
 pub mod runtime;
 pub mod source;
+pub mod volume;

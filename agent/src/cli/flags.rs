@@ -1,0 +1,171 @@
+//! The flags that configure a node, under the names that kubelet and kube-proxy use.
+//!
+//! Every one is optional: what is not given comes from `--config`, then from the defaults
+//! (`config::NodeConfig::resolve`).
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+/// Which parts run in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// The kubelet's work.
+    Agent,
+    /// The Service proxy.
+    Proxy,
+    /// The CRI shim.
+    Cri,
+}
+
+/// How Services are programmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProxyModeFlag {
+    /// nftables where the kernel has it, else iptables.
+    Auto,
+    /// Own nftables table.
+    Nftables,
+    /// Own iptables chains.
+    Iptables,
+}
+
+/// Who makes cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CgroupDriverFlag {
+    /// Directories in cgroupfs.
+    Cgroupfs,
+    /// Slices and scopes of systemd.
+    Systemd,
+}
+
+/// Flags of `longshore run`.
+#[derive(Clone, Debug, Default, Args)]
+pub struct NodeFlags {
+    /// File with KubeletConfiguration, KubeProxyConfiguration and LongshoreConfiguration documents
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Credentials for the API server [default: /etc/kubernetes/kubelet.conf unless --standalone]
+    #[arg(long, value_name = "FILE")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Credentials to ask for a certificate with, used while --kubeconfig does not exist
+    #[arg(long, value_name = "FILE")]
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// Directory of this node's certificates [default: <root-dir>/pki]
+    #[arg(long, value_name = "DIR")]
+    pub cert_dir: Option<PathBuf>,
+    /// Address (or one of each family) that this node is known by
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    pub node_ip: Vec<IpAddr>,
+    /// Name of this node, instead of the hostname
+    #[arg(long, value_name = "NAME")]
+    pub hostname_override: Option<String>,
+    /// Labels to register the node with
+    #[arg(long, value_name = "KEY=VALUE,...", value_delimiter = ',')]
+    pub node_labels: Vec<String>,
+    /// Taints to register the node with
+    #[arg(long, value_name = "KEY=VALUE:EFFECT,...", value_delimiter = ',')]
+    pub register_with_taints: Vec<String>,
+    /// Directory of pods and plugins [default: /var/lib/kubelet]
+    #[arg(long, value_name = "DIR")]
+    pub root_dir: Option<PathBuf>,
+    /// State of the CRI shim [default: /var/lib/longshore]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Sockets and network namespaces [default: /run/longshore]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Logs of containers [default: /var/log/pods]
+    #[arg(long, value_name = "DIR")]
+    pub pod_logs_dir: Option<PathBuf>,
+    /// Links to the logs of containers [default: /var/log/containers]
+    #[arg(long, value_name = "DIR")]
+    pub container_logs_dir: Option<PathBuf>,
+    /// CRI socket of another runtime; without it the built-in one is used
+    #[arg(long, value_name = "unix://PATH")]
+    pub container_runtime_endpoint: Option<String>,
+    /// CRI socket for images, where it is not the runtime's
+    #[arg(long, value_name = "unix://PATH")]
+    pub image_service_endpoint: Option<String>,
+    /// Folder of manifests [default: /etc/kubernetes/manifests with --standalone]
+    #[arg(long, alias = "manifests", value_name = "DIR")]
+    pub pod_manifest_path: Option<PathBuf>,
+    /// Run without a control plane: pods and Services from manifests only
+    #[arg(long)]
+    pub standalone: bool,
+    /// Run only this part (may be repeated)
+    #[arg(long, value_enum, value_name = "PART")]
+    pub only: Vec<Part>,
+    /// DNS servers of pods with dnsPolicy ClusterFirst
+    #[arg(long, value_name = "IP", value_delimiter = ',')]
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster
+    #[arg(long, value_name = "DOMAIN")]
+    pub cluster_domain: Option<String>,
+    /// The host's resolver configuration, for pods [default: /etc/resolv.conf]
+    #[arg(long, value_name = "FILE")]
+    pub resolv_conf: Option<PathBuf>,
+    /// Range of pod addresses on this node, where no control plane hands one out (one of each family)
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub pod_cidr: Vec<String>,
+    /// Ranges of all pods of the cluster; traffic from elsewhere to a Service is masqueraded
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub cluster_cidr: Vec<String>,
+    /// Ranges that Services without clusterIP get one from, standalone [default: 10.96.0.0/16]
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    pub service_cluster_ip_range: Vec<String>,
+    /// Ports that Services without nodePort get one from, standalone [default: 30000-32767]
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub service_node_port_range: Option<String>,
+    /// How Services are programmed [default: auto]
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub proxy_mode: Option<ProxyModeFlag>,
+    /// Masquerade all Service traffic
+    #[arg(long)]
+    pub masquerade_all: bool,
+    /// Node addresses that serve NodePorts
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
+    pub nodeport_addresses: Vec<String>,
+    /// Parent cgroup of all pods
+    #[arg(long, value_name = "CGROUP")]
+    pub cgroup_root: Option<String>,
+    /// Who makes cgroups
+    #[arg(long, value_enum, value_name = "DRIVER")]
+    pub cgroup_driver: Option<CgroupDriverFlag>,
+    /// Pods that may run here at once
+    #[arg(long, value_name = "N")]
+    pub max_pods: Option<u32>,
+    /// Address of the agent's /healthz
+    #[arg(long, value_name = "IP")]
+    pub healthz_bind_address: Option<IpAddr>,
+    /// Port of the agent's /healthz, 0 for none [default: 10248]
+    #[arg(long, value_name = "PORT")]
+    pub healthz_port: Option<u16>,
+    /// Address of the node API [default: all]
+    #[arg(long, value_name = "IP")]
+    pub address: Option<IpAddr>,
+    /// Port of the node API [default: 10250]
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Address and port of the proxy's /healthz and /livez, empty for none [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT")]
+    pub proxy_healthz_bind_address: Option<String>,
+    /// Address and port of the proxy's metrics, empty for none [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "IP:PORT")]
+    pub proxy_metrics_bind_address: Option<String>,
+    /// Folder of CNI network configurations [default: /etc/cni/net.d]
+    #[arg(long, value_name = "DIR")]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Folder of CNI plugins [default: /opt/cni/bin]
+    #[arg(long, value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// Verbosity, 0 to 10 as Kubernetes counts it
+    #[arg(short, long = "v", value_name = "LEVEL")]
+    pub verbosity: Option<u8>,
+    /// Filter of log lines (error, warn, info, debug, trace, or target=level,...)
+    #[arg(long, value_name = "FILTER", env = "LONGSHORE_LOG")]
+    pub log_level: Option<String>,
+    /// Shape of log lines
+    #[arg(long, value_name = "text|json", value_parser = ["text", "json"])]
+    pub logging_format: Option<String>,
+}

@@ -1,0 +1,72 @@
+//! What can go wrong with a volume, each with what to do about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::objects::ObjectError;
+
+/// Why a volume could not be put in place or taken away.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// The volume names a kind that this node does not provide.
+    #[error(
+        "unimplemented: volume {volume:?} is of kind {kind}, which this node does not provide; \
+         use emptyDir, hostPath, configMap, secret, downwardAPI or projected"
+    )]
+    Unsupported {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// The field of the volume's source.
+        kind: String,
+    },
+    /// The pod asks for something that cannot be had as written.
+    #[error("volume {volume:?}: {reason}")]
+    Invalid {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// What is wrong, with the field.
+        reason: String,
+    },
+    /// A ConfigMap, Secret or key that the volume needs is not there (yet).
+    #[error("volume {volume:?}: {what} not found")]
+    NotFound {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// `configmap "name"`, `secret "name" key "k"`.
+        what: String,
+    },
+    /// The object behind the volume could not be read.
+    #[error("volume {volume:?}: {source}")]
+    Object {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// Why.
+        source: ObjectError,
+    },
+    /// The kernel refused.
+    #[error("{operation} {}: {source}", path.display())]
+    Io {
+        /// `mount tmpfs on`, `create`, ...
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl VolumeError {
+    /// An `Io` error, for `map_err`.
+    pub(crate) fn io(
+        operation: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> VolumeError + use<> {
+        let path = path.to_path_buf();
+        move |source| VolumeError::Io { operation, path, source }
+    }
+
+    /// Whether trying again without any change to the pod may help.
+    pub fn is_retryable(&self) -> bool {
+        !matches!(self, Self::Unsupported { .. })
+    }
+}

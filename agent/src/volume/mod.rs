@@ -1,0 +1,39 @@
+//! Volumes: what a pod's containers share, put in place before they start and taken away after
+//! they are gone.
+//!
+//! One file per volume kind; `layout` says where things lie on disk (kubelet's own layout, because
+//! CSI drivers and people look there).
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::{Container, Pod};
+
+use crate::ids::PodUid;
+
+mod error;
+
+pub use error::VolumeError;
+
+/// Brings volumes about. Every verb is idempotent and may be repeated after a crash at any instant.
+#[async_trait]
+pub trait Volumes: Send + Sync {
+    /// Puts all volumes of the pod in place.
+    async fn mount(&self, pod: &Arc<Pod>) -> Result<(), VolumeError>;
+
+    /// The CRI mounts of one container: its `volumeMounts` with `subPath`, `subPathExpr` (expanded
+    /// with the container's literal and downward-API environment), `readOnly` and propagation.
+    /// `attempt` is the container's restart count; a new attempt resolves its subPaths anew.
+    async fn container_mounts(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        attempt: u32,
+    ) -> Result<Vec<cri_shim::api::Mount>, VolumeError>;
+
+    /// Takes everything of the pod away: nothing is left under `<root>/pods/<uid>`.
+    async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError>;
+
+    /// Pods that have something left on disk, for the clean-up of orphans at start.
+    async fn on_disk(&self) -> Result<Vec<PodUid>, VolumeError>;
+}
