@@ -4,8 +4,8 @@
 //! `ARCHITECTURE.md` has the map.
 
 pub mod api;
-pub mod cluster;
 pub mod cli;
+pub mod cluster;
 pub mod ids;
 pub mod node_context;
 pub mod objects;
