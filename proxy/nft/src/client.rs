@@ -1,0 +1,205 @@
+//! The kernel, in the network namespace of the thread that made the client.
+
+use std::io;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::encode::{SUBSYSTEM, encode};
+use crate::object::{Family, Table};
+use crate::reply::{Failure, error_of, failure};
+use crate::sys::Socket;
+use crate::transaction::Transaction;
+use crate::wire::{
+    Message, Messages, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, Writer,
+};
+
+const MEGABYTE: usize = 1 << 20;
+/// Dumps that were interrupted by a change are begun again so often.
+const DUMP_ATTEMPTS: usize = 20;
+
+/// Why the kernel could not be changed or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket does not work: no nf_tables in this kernel, or no CAP_NET_ADMIN.
+    #[error("{operation} over nfnetlink: {source}")]
+    Socket {
+        /// What was tried.
+        operation: &'static str,
+        /// The cause.
+        source: io::Error,
+    },
+    /// The batch was refused; nothing of it was applied.
+    #[error("nf_tables refused a batch of {ops} changes to table {table}: {}", list(failures))]
+    Refused {
+        /// The table.
+        table: Table,
+        /// Number of changes in the batch.
+        ops: usize,
+        /// What was refused.
+        failures: Vec<Failure>,
+    },
+    /// The kernel refused to list objects.
+    #[error("list {what}: {errno}")]
+    Dump {
+        /// What was listed.
+        what: String,
+        /// The kernel's error.
+        errno: Errno,
+    },
+    /// The rules kept changing while they were listed.
+    #[error("list {what}: the ruleset kept changing; try again")]
+    Unstable {
+        /// What was listed.
+        what: String,
+    },
+}
+
+fn list(failures: &[Failure]) -> String {
+    let mut text: Vec<String> = failures.iter().take(5).map(Failure::to_string).collect();
+    if failures.len() > 5 {
+        text.push(format!("and {} more", failures.len() - 5));
+    }
+    text.join("; ")
+}
+
+/// A connection to nf_tables. Calls block; the kernel does the work within the call.
+#[derive(Debug)]
+pub struct Client {
+    socket: Socket,
+    seq: u32,
+    send_buffer: usize,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    /// Connects in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel has no nfnetlink.
+    pub fn new() -> Result<Self, Error> {
+        let open = |source| Error::Socket { operation: "open a socket", source };
+        let socket = Socket::open(false).map_err(open)?;
+        socket.receive_buffer(4 * MEGABYTE).map_err(open)?;
+        socket.receive_timeout(Duration::from_secs(30)).map_err(open)?;
+        Ok(Client { socket, seq: 1, send_buffer: 0, buffer: vec![0; 64 * 1024] })
+    }
+
+    /// The netlink port by which notifications tell this client's changes from others'.
+    pub fn port(&self) -> u32 {
+        self.socket.port()
+    }
+
+    /// Applies a transaction whole, or not at all.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] names every change that the kernel refused.
+    pub fn apply(&mut self, transaction: &Transaction) -> Result<(), Error> {
+        if transaction.is_empty() {
+            return Ok(());
+        }
+        let batch = encode(transaction, self.seq);
+        if batch.messages() == 0 {
+            return Ok(());
+        }
+        self.seq = self.seq.wrapping_add(batch.messages() as u32 + 2);
+        // The socket's accounting adds some overhead to the bytes of the batch.
+        let needed = batch.bytes.len() + batch.bytes.len() / 4 + 256 * 1024;
+        let failed = |source| Error::Socket { operation: "send a batch", source };
+        if needed > self.send_buffer {
+            self.socket.send_buffer(needed).map_err(failed)?;
+            self.send_buffer = needed;
+        }
+        self.drain();
+        self.socket.send(&batch.bytes).map_err(failed)?;
+        let mut failures = Vec::new();
+        let mut acknowledged = false;
+        // The kernel has done the work within send(): every answer is waiting already. Only the
+        // first receive may wait, in case that ever changes.
+        let mut first = true;
+        loop {
+            let len = match self.socket.receive(&mut self.buffer, first) {
+                Ok(len) => len,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !first => break,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => continue,
+                Err(source) => {
+                    return Err(Error::Socket { operation: "receive answers", source });
+                }
+            };
+            first = false;
+            for message in Messages(&self.buffer[..len]) {
+                let ours = message.seq.wrapping_sub(batch.first_seq.wrapping_sub(1)) as usize;
+                if message.kind != NLMSG_ERROR || ours > batch.messages() + 1 {
+                    continue;
+                }
+                match error_of(&message) {
+                    Some(errno) => failures.push(failure(transaction, &batch, &message, errno)),
+                    None => acknowledged = true,
+                }
+            }
+        }
+        if failures.is_empty() && acknowledged {
+            return Ok(());
+        }
+        let table = transaction.table.clone();
+        Err(Error::Refused { table, ops: transaction.ops.len(), failures })
+    }
+
+    /// Throws away what an earlier, failed call left.
+    fn drain(&mut self) {
+        while self.socket.receive(&mut self.buffer, false).is_ok() {}
+    }
+
+    /// Lists objects; `each` is called per message, `begin` before each attempt. An object that is
+    /// not there lists as nothing.
+    pub(crate) fn dump(
+        &mut self,
+        kind: u16,
+        family: Family,
+        what: &str,
+        body: impl Fn(&mut Writer),
+        mut begin: impl FnMut(),
+        mut each: impl FnMut(&Message<'_>),
+    ) -> Result<(), Error> {
+        for _ in 0..DUMP_ATTEMPTS {
+            begin();
+            self.seq = self.seq.wrapping_add(1);
+            let seq = self.seq;
+            let mut out = Writer::new();
+            out.begin(SUBSYSTEM << 8 | kind, NLM_F_REQUEST | NLM_F_DUMP, seq, family as u8, 0);
+            body(&mut out);
+            out.end();
+            self.drain();
+            let failed = |source| Error::Socket { operation: "list objects", source };
+            self.socket.send(&out.into_bytes()).map_err(failed)?;
+            let mut interrupted = false;
+            'dump: loop {
+                let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;
+                for message in Messages(&self.buffer[..len]) {
+                    if message.seq != seq {
+                        continue;
+                    }
+                    interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                    match message.kind {
+                        NLMSG_DONE => break 'dump,
+                        NLMSG_ERROR => match error_of(&message) {
+                            None | Some(Errno::ENOENT) => break 'dump,
+                            Some(Errno::EINTR | Errno::EAGAIN) => {
+                                interrupted = true;
+                                break 'dump;
+                            }
+                            Some(errno) => {
+                                return Err(Error::Dump { what: what.to_owned(), errno });
+                            }
+                        },
+                        _ => each(&message),
+                    }
+                }
+            }
+            if !interrupted {
+                return Ok(());
+            }
+        }
+        Err(Error::Unstable { what: what.to_owned() })
+    }
+}
