@@ -6,6 +6,7 @@
 pub mod api;
 pub mod cli;
 pub mod cluster;
+pub mod config;
 pub mod ids;
 pub mod node_context;
 pub mod objects;
@@ -13,4 +14,5 @@ pub mod pod;
 pub mod report;
 pub mod runtime;
 pub mod source;
+pub mod standalone;
 pub mod volume;

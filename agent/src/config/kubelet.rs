@@ -1,0 +1,270 @@
+//! `KubeletConfiguration` (kubelet.config.k8s.io/v1beta1): every field of 1.36 by name.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::Taint;
+use kube::core::Duration;
+use serde::Deserialize;
+
+use super::documents::{Fields, Treatment};
+
+/// The fields that this node reads. What is not given is `None`; defaults are applied by `resolve`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct KubeletConfiguration {
+    pub static_pod_path: Option<String>,
+    pub pod_logs_dir: Option<String>,
+    pub sync_frequency: Option<Duration>,
+    pub address: Option<String>,
+    pub port: Option<u16>,
+    pub tls_cert_file: Option<String>,
+    pub tls_private_key_file: Option<String>,
+    #[serde(rename = "serverTLSBootstrap")]
+    pub server_tls_bootstrap: Option<bool>,
+    pub authentication: Option<Authentication>,
+    pub authorization: Option<Authorization>,
+    #[serde(rename = "registryPullQPS")]
+    pub registry_pull_qps: Option<u32>,
+    pub registry_burst: Option<u32>,
+    #[serde(rename = "eventRecordQPS")]
+    pub event_record_qps: Option<u32>,
+    pub event_burst: Option<u32>,
+    pub healthz_port: Option<u16>,
+    pub healthz_bind_address: Option<String>,
+    pub cluster_domain: Option<String>,
+    #[serde(rename = "clusterDNS")]
+    pub cluster_dns: Option<Vec<IpAddr>>,
+    pub node_status_update_frequency: Option<Duration>,
+    pub node_status_report_frequency: Option<Duration>,
+    pub node_lease_duration_seconds: Option<u32>,
+    #[serde(rename = "imageMinimumGCAge")]
+    pub image_minimum_gc_age: Option<Duration>,
+    #[serde(rename = "imageMaximumGCAge")]
+    pub image_maximum_gc_age: Option<Duration>,
+    #[serde(rename = "imageGCHighThresholdPercent")]
+    pub image_gc_high_threshold_percent: Option<u8>,
+    #[serde(rename = "imageGCLowThresholdPercent")]
+    pub image_gc_low_threshold_percent: Option<u8>,
+    pub cgroup_root: Option<String>,
+    pub cgroup_driver: Option<String>,
+    pub runtime_request_timeout: Option<Duration>,
+    pub max_pods: Option<u32>,
+    #[serde(rename = "podCIDR")]
+    pub pod_cidr: Option<String>,
+    pub pod_pids_limit: Option<i64>,
+    pub resolv_conf: Option<String>,
+    pub serialize_image_pulls: Option<bool>,
+    pub max_parallel_image_pulls: Option<u32>,
+    #[serde(rename = "kubeAPIQPS")]
+    pub kube_api_qps: Option<u32>,
+    #[serde(rename = "kubeAPIBurst")]
+    pub kube_api_burst: Option<u32>,
+    pub eviction_hard: Option<BTreeMap<String, String>>,
+    pub container_log_max_size: Option<String>,
+    pub container_log_max_files: Option<u32>,
+    pub system_reserved: Option<BTreeMap<String, String>>,
+    pub kube_reserved: Option<BTreeMap<String, String>>,
+    #[serde(rename = "providerID")]
+    pub provider_id: Option<String>,
+    pub crash_loop_back_off: Option<CrashLoopBackOff>,
+    pub register_with_taints: Option<Vec<Taint>>,
+    pub register_node: Option<bool>,
+    pub node_status_max_images: Option<i32>,
+    pub seccomp_default: Option<bool>,
+    pub container_runtime_endpoint: Option<String>,
+    pub image_service_endpoint: Option<String>,
+}
+
+/// Who may talk to the node API.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Authentication {
+    pub x509: Option<X509>,
+    pub webhook: Option<WebhookAuthentication>,
+    pub anonymous: Option<Anonymous>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct X509 {
+    #[serde(rename = "clientCAFile")]
+    pub client_ca_file: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct WebhookAuthentication {
+    pub enabled: Option<bool>,
+    #[serde(rename = "cacheTTL")]
+    pub cache_ttl: Option<Duration>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Anonymous {
+    pub enabled: Option<bool>,
+}
+
+/// What who may talk to the node API may do.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Authorization {
+    pub mode: Option<String>,
+    pub webhook: Option<WebhookAuthorization>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct WebhookAuthorization {
+    #[serde(rename = "cacheAuthorizedTTL")]
+    pub cache_authorized_ttl: Option<Duration>,
+    #[serde(rename = "cacheUnauthorizedTTL")]
+    pub cache_unauthorized_ttl: Option<Duration>,
+}
+
+/// KEP-4603.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct CrashLoopBackOff {
+    pub max_container_restart_period: Option<Duration>,
+}
+
+use Treatment::{Inert, NotBuilt, Used};
+
+/// All fields of the kind.
+pub(super) const FIELDS: Fields = &[
+    ("enableServer", NotBuilt(&["true"])),
+    ("staticPodPath", Used),
+    ("podLogsDir", Used),
+    ("syncFrequency", Used),
+    ("fileCheckFrequency", Inert), // manifests are watched with inotify
+    ("httpCheckFrequency", Inert),
+    ("staticPodURL", NotBuilt(&[])),
+    ("staticPodURLHeader", NotBuilt(&[])),
+    ("address", Used),
+    ("port", Used),
+    ("readOnlyPort", NotBuilt(&[])),
+    ("tlsCertFile", Used),
+    ("tlsPrivateKeyFile", Used),
+    ("tlsCipherSuites", NotBuilt(&[])),
+    ("tlsCurvePreferences", NotBuilt(&[])),
+    ("tlsMinVersion", NotBuilt(&["\"VersionTLS12\""])),
+    ("rotateCertificates", NotBuilt(&["true"])),
+    ("serverTLSBootstrap", Used),
+    ("authentication", Used),
+    ("authorization", Used),
+    ("registryPullQPS", Used),
+    ("registryBurst", Used),
+    ("imagePullCredentialsVerificationPolicy", NotBuilt(&["\"NeverVerify\""])),
+    ("preloadedImagesVerificationAllowlist", NotBuilt(&[])),
+    ("eventRecordQPS", Used),
+    ("eventBurst", Used),
+    ("enableDebuggingHandlers", NotBuilt(&["true"])),
+    ("enableContentionProfiling", Inert),
+    ("healthzPort", Used),
+    ("healthzBindAddress", Used),
+    ("oomScoreAdj", Inert), // the unit's OOMScoreAdjust
+    ("clusterDomain", Used),
+    ("clusterDNS", Used),
+    ("streamingConnectionIdleTimeout", NotBuilt(&["\"4h0m0s\"", "\"4h\""])),
+    ("nodeStatusUpdateFrequency", Used),
+    ("nodeStatusReportFrequency", Used),
+    ("nodeLeaseDurationSeconds", Used),
+    ("imageMinimumGCAge", Used),
+    ("imageMaximumGCAge", Used),
+    ("imageGCHighThresholdPercent", Used),
+    ("imageGCLowThresholdPercent", Used),
+    ("volumeStatsAggPeriod", Inert),
+    ("kubeletCgroups", Inert), // systemd places the service
+    ("systemCgroups", NotBuilt(&[])),
+    ("cgroupRoot", Used),
+    ("cgroupsPerQOS", NotBuilt(&["true"])),
+    ("cgroupDriver", Used),
+    ("cpuManagerPolicy", NotBuilt(&["\"none\""])),
+    ("singleProcessOOMKill", NotBuilt(&["false"])),
+    ("cpuManagerPolicyOptions", NotBuilt(&[])),
+    ("cpuManagerReconcilePeriod", Inert),
+    ("memoryManagerPolicy", NotBuilt(&["\"None\""])),
+    ("topologyManagerPolicy", NotBuilt(&["\"none\""])),
+    ("topologyManagerScope", NotBuilt(&["\"container\""])),
+    ("topologyManagerPolicyOptions", NotBuilt(&[])),
+    ("qosReserved", NotBuilt(&[])),
+    ("runtimeRequestTimeout", Used),
+    ("hairpinMode", NotBuilt(&["\"promiscuous-bridge\"", "\"hairpin-veth\""])),
+    ("maxPods", Used),
+    ("podCIDR", Used),
+    ("podPidsLimit", Used),
+    ("resolvConf", Used),
+    ("runOnce", NotBuilt(&[])),
+    ("cpuCFSQuota", NotBuilt(&["true"])),
+    ("cpuCFSQuotaPeriod", NotBuilt(&["\"100ms\""])),
+    ("nodeStatusMaxImages", Used),
+    ("maxOpenFiles", Inert), // the unit's LimitNOFILE
+    ("contentType", Inert),
+    ("kubeAPIQPS", Used),
+    ("kubeAPIBurst", Used),
+    ("serializeImagePulls", Used),
+    ("maxParallelImagePulls", Used),
+    ("evictionHard", Used),
+    ("evictionSoft", NotBuilt(&[])),
+    ("evictionSoftGracePeriod", NotBuilt(&[])),
+    ("evictionPressureTransitionPeriod", NotBuilt(&["\"5m0s\"", "\"5m\""])),
+    ("evictionMaxPodGracePeriod", NotBuilt(&["0"])),
+    ("evictionMinimumReclaim", NotBuilt(&[])),
+    ("mergeDefaultEvictionSettings", NotBuilt(&["false"])),
+    ("podsPerCore", NotBuilt(&["0"])),
+    ("enableControllerAttachDetach", NotBuilt(&["true"])),
+    ("protectKernelDefaults", NotBuilt(&["false"])),
+    ("makeIPTablesUtilChains", Inert),
+    ("iptablesMasqueradeBit", Inert),
+    ("iptablesDropBit", Inert),
+    ("featureGates", NotBuilt(&[])),
+    ("failSwapOn", Inert), // swap is never an error here; pods get none (NoSwap)
+    ("memorySwap", NotBuilt(&["{\"swapBehavior\":\"NoSwap\"}", "{\"swapBehavior\":\"\"}"])),
+    ("containerLogMaxSize", Used),
+    ("containerLogMaxFiles", Used),
+    ("containerLogMaxWorkers", Inert), // each monitor rotates its own
+    ("containerLogMonitorInterval", Inert),
+    ("configMapAndSecretChangeDetectionStrategy", NotBuilt(&["\"Watch\""])),
+    ("systemReserved", Used),
+    ("kubeReserved", Used),
+    ("reservedSystemCPUs", NotBuilt(&[])),
+    ("showHiddenMetricsForVersion", Inert),
+    ("systemReservedCgroup", NotBuilt(&[])),
+    ("kubeReservedCgroup", NotBuilt(&[])),
+    ("enforceNodeAllocatable", NotBuilt(&["[\"pods\"]", "[\"none\"]"])),
+    ("allowedUnsafeSysctls", NotBuilt(&[])),
+    ("volumePluginDir", Inert), // flexVolume is refused by name
+    ("providerID", Used),
+    ("kernelMemcgNotification", Inert),
+    ("logging", Inert), // --v, --log-level, --logging-format
+    ("enableSystemLogHandler", Inert),
+    ("enableSystemLogQuery", NotBuilt(&["false"])),
+    ("shutdownGracePeriod", NotBuilt(&[])),
+    ("shutdownGracePeriodCriticalPods", NotBuilt(&[])),
+    ("shutdownGracePeriodByPodPriority", NotBuilt(&[])),
+    ("crashLoopBackOff", Used),
+    ("reservedMemory", NotBuilt(&[])),
+    ("enableProfilingHandler", Inert),
+    ("enableDebugFlagsHandler", Inert),
+    ("seccompDefault", Used),
+    ("memoryThrottlingFactor", NotBuilt(&["0.9"])),
+    ("memoryReservationPolicy", NotBuilt(&["\"None\""])),
+    ("registerWithTaints", Used),
+    ("registerNode", Used),
+    ("tracing", NotBuilt(&[])),
+    ("localStorageCapacityIsolation", NotBuilt(&["true"])),
+    ("containerRuntimeEndpoint", Used),
+    ("imageServiceEndpoint", Used),
+    ("failCgroupV1", Inert), // cgroup v1 works here
+    ("userNamespaces", NotBuilt(&["{\"idsPerPod\":65536}"])),
+];

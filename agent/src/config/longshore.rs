@@ -1,0 +1,42 @@
+//! `LongshoreConfiguration` (longshore.io/v1alpha1): what neither kubelet nor kube-proxy has.
+
+use serde::Deserialize;
+
+use super::documents::{Fields, Treatment};
+
+/// The fields; each is also a flag of the same meaning, which wins.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LongshoreConfiguration {
+    /// Run without a control plane.
+    pub standalone: Option<bool>,
+    /// Folder of the CRI shim's state.
+    pub state_dir: Option<String>,
+    /// Folder of sockets and network namespaces.
+    pub run_dir: Option<String>,
+    /// Folder of links to container logs.
+    pub container_logs_dir: Option<String>,
+    /// Folder of CNI network configurations.
+    pub cni_conf_dir: Option<String>,
+    /// Folder of CNI plugins.
+    pub cni_bin_dir: Option<String>,
+    /// Ranges that standalone Services get a clusterIP from, one of each family.
+    #[serde(rename = "serviceClusterIPRange")]
+    pub service_cluster_ip_range: Option<String>,
+    /// `first-last`.
+    pub service_node_port_range: Option<String>,
+}
+
+use Treatment::Used;
+
+/// All fields of the kind.
+pub(super) const FIELDS: Fields = &[
+    ("standalone", Used),
+    ("stateDir", Used),
+    ("runDir", Used),
+    ("containerLogsDir", Used),
+    ("cniConfDir", Used),
+    ("cniBinDir", Used),
+    ("serviceClusterIPRange", Used),
+    ("serviceNodePortRange", Used),
+];

@@ -1,0 +1,661 @@
+//! The node's configuration, resolved: every value decided.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Taint;
+
+use super::quantity::{Threshold, parse_bytes};
+use super::{ConfigError, Documents, Note};
+use crate::cli::{CgroupDriverFlag, NodeFlags, Part, ProxyModeFlag};
+
+/// Where kubeadm and `longshore join` put the node's credentials.
+const KUBECONFIG: &str = "/etc/kubernetes/kubelet.conf";
+const BOOTSTRAP_KUBECONFIG: &str = "/etc/kubernetes/bootstrap-kubelet.conf";
+const MANIFESTS: &str = "/etc/kubernetes/manifests";
+
+/// Facts of the machine that defaults depend on.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// The kernel's hostname.
+    pub hostname: String,
+    /// systemd is PID 1 and makes the cgroups.
+    pub systemd_cgroups: bool,
+}
+
+/// Which parts run in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// The kubelet's work.
+    pub agent: bool,
+    /// The Service proxy.
+    pub proxy: bool,
+    /// The CRI shim.
+    pub cri: bool,
+}
+
+/// How Services are programmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// nftables where the kernel has it.
+    Auto,
+    /// Own nftables table.
+    Nftables,
+    /// Own iptables chains.
+    Iptables,
+}
+
+/// Who makes cgroups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupDriver {
+    /// Directories in cgroupfs.
+    Cgroupfs,
+    /// Slices and scopes of systemd.
+    Systemd,
+}
+
+/// Everything that `longshore run` needs to know.
+#[derive(Clone, Debug)]
+#[allow(
+    missing_docs,
+    reason = "each field is named as its flag, which is documented in cli::flags"
+)]
+pub struct NodeConfig {
+    pub parts: Parts,
+    pub standalone: bool,
+    pub node_name: String,
+    pub hostname: String,
+    pub node_ips: Vec<IpAddr>,
+    pub node_labels: Vec<(String, String)>,
+    pub register_with_taints: Vec<Taint>,
+    pub register_node: bool,
+    pub provider_id: Option<String>,
+    pub kubeconfig: Option<PathBuf>,
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+    pub cert_dir: PathBuf,
+    pub root_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub pod_logs_dir: PathBuf,
+    pub container_logs_dir: PathBuf,
+    /// `None`: the built-in shim.
+    pub container_runtime_endpoint: Option<String>,
+    pub image_service_endpoint: Option<String>,
+    pub pod_manifest_path: Option<PathBuf>,
+    pub cluster_dns: Vec<IpAddr>,
+    pub cluster_domain: String,
+    pub resolv_conf: PathBuf,
+    pub pod_cidrs: Vec<proxy::object::Cidr>,
+    pub cluster_cidrs: Vec<proxy::object::Cidr>,
+    pub service_cluster_ip_ranges: Vec<proxy::object::Cidr>,
+    /// Inclusive.
+    pub service_node_port_range: (u16, u16),
+    pub proxy_mode: ProxyMode,
+    pub masquerade_all: bool,
+    pub masquerade_bit: u8,
+    pub nodeport_addresses: Vec<String>,
+    pub proxy_healthz: Option<SocketAddr>,
+    pub proxy_metrics: Option<SocketAddr>,
+    pub healthz: Option<SocketAddr>,
+    pub node_api: SocketAddr,
+    pub cgroup_root: String,
+    pub cgroup_driver: CgroupDriver,
+    pub max_pods: u32,
+    pub pod_pids_limit: Option<u64>,
+    pub registry_qps: u32,
+    pub registry_burst: u32,
+    pub serialize_image_pulls: bool,
+    pub max_parallel_image_pulls: Option<u32>,
+    pub sync_frequency: Duration,
+    pub runtime_request_timeout: Duration,
+    pub max_container_restart_period: Duration,
+    pub node_status_update_frequency: Duration,
+    pub node_status_report_frequency: Duration,
+    pub node_lease_duration: Duration,
+    pub event_qps: u32,
+    pub event_burst: u32,
+    pub image_minimum_gc_age: Duration,
+    pub image_gc_high_threshold_percent: u8,
+    pub image_gc_low_threshold_percent: u8,
+    pub container_log_max_size: u64,
+    pub container_log_max_files: u32,
+    pub seccomp_default: bool,
+    /// Signal (`memory.available`, ...) to threshold.
+    pub eviction_hard: Vec<(String, Threshold)>,
+    /// Resource to quantity, as written.
+    pub system_reserved: Vec<(String, String)>,
+    pub kube_reserved: Vec<(String, String)>,
+    pub cni_conf_dir: PathBuf,
+    pub cni_bin_dir: PathBuf,
+    pub log_filter: String,
+    pub log_json: bool,
+    pub notes: Vec<Note>,
+}
+
+/// Flags over documents over defaults.
+pub fn resolve(
+    flags: &NodeFlags,
+    documents: Documents,
+    host: &Host,
+) -> Result<NodeConfig, ConfigError> {
+    let Documents { kubelet, kube_proxy, longshore, notes } = documents;
+    let path = |flag: &Option<PathBuf>, file: Option<String>, default: &str| -> PathBuf {
+        let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
+        flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
+    };
+    let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
+    let node_name = flags
+        .hostname_override
+        .clone()
+        .or(kube_proxy.hostname_override.filter(|name| !name.is_empty()))
+        .unwrap_or_else(|| host.hostname.clone())
+        .trim()
+        .to_lowercase();
+    if !is_dns1123_subdomain(&node_name) {
+        return Err(ConfigError::invalid(
+            "--hostname-override",
+            format!("node name {node_name:?} must be a DNS subdomain (a-z, 0-9, '-', '.')"),
+        ));
+    }
+    let root_dir = path(&flags.root_dir, None, "/var/lib/kubelet");
+    for (flag, dir) in [("--root-dir", &root_dir)] {
+        if !dir.is_absolute() {
+            return Err(ConfigError::invalid(flag, "must be an absolute path"));
+        }
+    }
+    let manifests = flags
+        .pod_manifest_path
+        .clone()
+        .or(kubelet.static_pod_path.filter(|path| !path.is_empty()).map(PathBuf::from))
+        .or(standalone.then(|| PathBuf::from(MANIFESTS)));
+    let kubeconfig = flags
+        .kubeconfig
+        .clone()
+        .or(kube_proxy
+            .client_connection
+            .and_then(|client| client.kubeconfig)
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from))
+        .unwrap_or_else(|| KUBECONFIG.into());
+    let bootstrap = flags.bootstrap_kubeconfig.clone().unwrap_or(BOOTSTRAP_KUBECONFIG.into());
+
+    let pod_cidrs = cidrs("--pod-cidr", &flags.pod_cidr, kubelet.pod_cidr.as_deref())?;
+    let cluster_cidrs =
+        cidrs("--cluster-cidr", &flags.cluster_cidr, kube_proxy.cluster_cidr.as_deref())?;
+    let service_ranges = cidrs(
+        "--service-cluster-ip-range",
+        &flags.service_cluster_ip_range,
+        Some(longshore.service_cluster_ip_range.as_deref().unwrap_or("10.96.0.0/16")),
+    )?;
+    let port_range = flags
+        .service_node_port_range
+        .clone()
+        .or(longshore.service_node_port_range)
+        .unwrap_or_else(|| "30000-32767".into());
+
+    let proxy_mode = match flags.proxy_mode {
+        Some(ProxyModeFlag::Auto) => ProxyMode::Auto,
+        Some(ProxyModeFlag::Nftables) => ProxyMode::Nftables,
+        Some(ProxyModeFlag::Iptables) => ProxyMode::Iptables,
+        None => match kube_proxy.mode.as_deref().unwrap_or_default() {
+            "" | "auto" => ProxyMode::Auto,
+            "nftables" => ProxyMode::Nftables,
+            "iptables" => ProxyMode::Iptables,
+            other => {
+                return Err(ConfigError::invalid(
+                    "KubeProxyConfiguration.mode",
+                    format!("{other:?} is not provided; use nftables, iptables or leave it empty"),
+                ));
+            }
+        },
+    };
+    let iptables = kube_proxy.iptables.unwrap_or_default();
+    let nftables = kube_proxy.nftables.unwrap_or_default();
+    let masquerade_bit = match proxy_mode {
+        ProxyMode::Iptables => iptables.masquerade_bit,
+        ProxyMode::Nftables | ProxyMode::Auto => nftables.masquerade_bit,
+    }
+    .unwrap_or(14);
+    if masquerade_bit > 31 {
+        return Err(ConfigError::invalid(
+            "KubeProxyConfiguration.masqueradeBit",
+            format!("{masquerade_bit} is not between 0 and 31"),
+        ));
+    }
+
+    let cgroup_driver = match flags.cgroup_driver {
+        Some(CgroupDriverFlag::Cgroupfs) => CgroupDriver::Cgroupfs,
+        Some(CgroupDriverFlag::Systemd) => CgroupDriver::Systemd,
+        None => match kubelet.cgroup_driver.as_deref().unwrap_or_default() {
+            "" if host.systemd_cgroups => CgroupDriver::Systemd,
+            "" | "cgroupfs" => CgroupDriver::Cgroupfs,
+            "systemd" => CgroupDriver::Systemd,
+            other => {
+                return Err(ConfigError::invalid(
+                    "KubeletConfiguration.cgroupDriver",
+                    format!("{other:?} is unknown; use cgroupfs or systemd"),
+                ));
+            }
+        },
+    };
+
+    let high = kubelet.image_gc_high_threshold_percent.unwrap_or(85);
+    let low = kubelet.image_gc_low_threshold_percent.unwrap_or(80);
+    if high > 100 || low >= high {
+        return Err(ConfigError::invalid(
+            "KubeletConfiguration.imageGCHighThresholdPercent",
+            format!("{high} must be at most 100 and above imageGCLowThresholdPercent ({low})"),
+        ));
+    }
+    let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
+    let eviction = kubelet.eviction_hard.unwrap_or_else(|| {
+        [
+            ("memory.available", "100Mi"),
+            ("nodefs.available", "10%"),
+            ("nodefs.inodesFree", "5%"),
+            ("imagefs.available", "15%"),
+            ("imagefs.inodesFree", "5%"),
+        ]
+        .map(|(signal, threshold)| (signal.to_owned(), threshold.to_owned()))
+        .into()
+    });
+    let eviction_hard = eviction
+        .into_iter()
+        .map(|(signal, text)| match Threshold::parse(&text) {
+            Some(threshold) => Ok((signal, threshold)),
+            None => Err(ConfigError::invalid(
+                format!("KubeletConfiguration.evictionHard.{signal}"),
+                format!("{text:?} is neither a quantity nor a percentage"),
+            )),
+        })
+        .collect::<Result<_, _>>()?;
+    let mut taints = kubelet.register_with_taints.unwrap_or_default();
+    if !flags.register_with_taints.is_empty() {
+        taints = flags
+            .register_with_taints
+            .iter()
+            .map(|text| parse_taint(text))
+            .collect::<Result<_, _>>()?;
+    }
+    let node_labels = flags
+        .node_labels
+        .iter()
+        .map(|label| match label.split_once('=') {
+            Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+            _ => Err(ConfigError::invalid("--node-labels", format!("{label:?} is no key=value"))),
+        })
+        .collect::<Result<_, _>>()?;
+
+    let serialize = kubelet.serialize_image_pulls;
+    let parallel = kubelet.max_parallel_image_pulls.filter(|n| *n > 0);
+    if serialize == Some(true) && parallel.is_some_and(|n| n > 1) {
+        return Err(ConfigError::invalid(
+            "KubeletConfiguration.maxParallelImagePulls",
+            "needs serializeImagePulls: false",
+        ));
+    }
+    Ok(NodeConfig {
+        parts: Parts {
+            agent: flags.only.is_empty() || flags.only.contains(&Part::Agent),
+            proxy: flags.only.is_empty() || flags.only.contains(&Part::Proxy),
+            cri: flags.only.contains(&Part::Cri)
+                || (flags.only.is_empty()
+                    && flags.container_runtime_endpoint.is_none()
+                    && kubelet
+                        .container_runtime_endpoint
+                        .as_deref()
+                        .unwrap_or_default()
+                        .is_empty()),
+        },
+        standalone,
+        node_name,
+        hostname: host.hostname.clone(),
+        node_ips: flags.node_ip.clone(),
+        node_labels,
+        register_with_taints: taints,
+        register_node: kubelet.register_node.unwrap_or(true),
+        provider_id: kubelet.provider_id.filter(|id| !id.is_empty()),
+        kubeconfig: (!standalone).then_some(kubeconfig),
+        bootstrap_kubeconfig: (!standalone).then_some(bootstrap),
+        cert_dir: flags.cert_dir.clone().unwrap_or_else(|| root_dir.join("pki")),
+        state_dir: path(&flags.state_dir, longshore.state_dir, "/var/lib/longshore"),
+        run_dir: path(&flags.run_dir, longshore.run_dir, "/run/longshore"),
+        pod_logs_dir: path(&flags.pod_logs_dir, kubelet.pod_logs_dir, "/var/log/pods"),
+        container_logs_dir: path(
+            &flags.container_logs_dir,
+            longshore.container_logs_dir,
+            "/var/log/containers",
+        ),
+        root_dir,
+        container_runtime_endpoint: flags
+            .container_runtime_endpoint
+            .clone()
+            .or(kubelet.container_runtime_endpoint)
+            .filter(|endpoint| !endpoint.is_empty()),
+        image_service_endpoint: flags
+            .image_service_endpoint
+            .clone()
+            .or(kubelet.image_service_endpoint)
+            .filter(|endpoint| !endpoint.is_empty()),
+        pod_manifest_path: manifests,
+        cluster_dns: if flags.cluster_dns.is_empty() {
+            kubelet.cluster_dns.unwrap_or_default()
+        } else {
+            flags.cluster_dns.clone()
+        },
+        cluster_domain: flags
+            .cluster_domain
+            .clone()
+            .or(kubelet.cluster_domain)
+            .filter(|domain| !domain.is_empty())
+            .unwrap_or_else(|| "cluster.local".into()),
+        resolv_conf: path(&flags.resolv_conf, kubelet.resolv_conf, "/etc/resolv.conf"),
+        pod_cidrs,
+        cluster_cidrs,
+        service_cluster_ip_ranges: service_ranges,
+        service_node_port_range: parse_port_range(&port_range)?,
+        proxy_mode,
+        masquerade_all: flags.masquerade_all
+            || nftables.masquerade_all.unwrap_or(false)
+            || iptables.masquerade_all.unwrap_or(false),
+        masquerade_bit,
+        nodeport_addresses: if flags.nodeport_addresses.is_empty() {
+            kube_proxy.node_port_addresses.unwrap_or_default()
+        } else {
+            flags.nodeport_addresses.clone()
+        },
+        proxy_healthz: address(
+            "--proxy-healthz-bind-address",
+            flags
+                .proxy_healthz_bind_address
+                .as_deref()
+                .or(nonempty(&kube_proxy.healthz_bind_address)),
+            "0.0.0.0:10256",
+            10256,
+        )?,
+        proxy_metrics: address(
+            "--proxy-metrics-bind-address",
+            flags
+                .proxy_metrics_bind_address
+                .as_deref()
+                .or(nonempty(&kube_proxy.metrics_bind_address)),
+            "127.0.0.1:10249",
+            10249,
+        )?,
+        healthz: {
+            let ip = match flags.healthz_bind_address {
+                Some(ip) => ip,
+                None => ip_or(
+                    "KubeletConfiguration.healthzBindAddress",
+                    kubelet.healthz_bind_address.as_deref(),
+                    "127.0.0.1",
+                )?,
+            };
+            let port = flags.healthz_port.or(kubelet.healthz_port).unwrap_or(10248);
+            (port != 0).then_some(SocketAddr::new(ip, port))
+        },
+        node_api: SocketAddr::new(
+            match flags.address {
+                Some(ip) => ip,
+                None => {
+                    ip_or("KubeletConfiguration.address", kubelet.address.as_deref(), "0.0.0.0")?
+                }
+            },
+            flags.port.or(kubelet.port).filter(|port| *port != 0).unwrap_or(10250),
+        ),
+        cgroup_root: flags
+            .cgroup_root
+            .clone()
+            .or(kubelet.cgroup_root)
+            .filter(|root| !root.is_empty())
+            .unwrap_or_else(|| "/".into()),
+        cgroup_driver,
+        max_pods: flags.max_pods.or(kubelet.max_pods).filter(|pods| *pods > 0).unwrap_or(110),
+        pod_pids_limit: kubelet.pod_pids_limit.and_then(|limit| u64::try_from(limit).ok()),
+        registry_qps: kubelet.registry_pull_qps.unwrap_or(5),
+        registry_burst: kubelet.registry_burst.filter(|n| *n > 0).unwrap_or(10),
+        serialize_image_pulls: serialize.unwrap_or(parallel.is_none_or(|n| n == 1)),
+        max_parallel_image_pulls: parallel,
+        sync_frequency: period(kubelet.sync_frequency, 60),
+        runtime_request_timeout: period(kubelet.runtime_request_timeout, 120),
+        max_container_restart_period: period(
+            kubelet.crash_loop_back_off.and_then(|backoff| backoff.max_container_restart_period),
+            300,
+        ),
+        node_status_update_frequency: period(kubelet.node_status_update_frequency, 10),
+        node_status_report_frequency: period(kubelet.node_status_report_frequency, 300),
+        node_lease_duration: Duration::from_secs(
+            kubelet.node_lease_duration_seconds.filter(|s| *s > 0).unwrap_or(40).into(),
+        ),
+        event_qps: kubelet.event_record_qps.unwrap_or(50),
+        event_burst: kubelet.event_burst.filter(|n| *n > 0).unwrap_or(100),
+        image_minimum_gc_age: period(kubelet.image_minimum_gc_age, 120),
+        image_gc_high_threshold_percent: high,
+        image_gc_low_threshold_percent: low,
+        container_log_max_size: parse_bytes(&log_size).ok_or_else(|| {
+            ConfigError::invalid(
+                "KubeletConfiguration.containerLogMaxSize",
+                format!("{log_size:?} is no quantity"),
+            )
+        })?,
+        container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
+        seccomp_default: kubelet.seccomp_default.unwrap_or(false),
+        eviction_hard,
+        system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
+        kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
+        cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
+        cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
+        log_filter: flags.log_level.clone().unwrap_or_else(|| {
+            match flags.verbosity.unwrap_or(2) {
+                0 => "warn",
+                1..=3 => "info",
+                4..=5 => "info,agent=debug,proxy=debug,cri_shim=debug",
+                6..=7 => "debug",
+                _ => "trace",
+            }
+            .into()
+        }),
+        log_json: flags.logging_format.as_deref() == Some("json"),
+        notes,
+    })
+}
+
+fn nonempty(text: &Option<String>) -> Option<&str> {
+    text.as_deref().filter(|text| !text.is_empty())
+}
+
+/// A positive duration, or the default in seconds (upstream writes 0 for "default").
+fn period(given: Option<kube::core::Duration>, default: u64) -> Duration {
+    given
+        .filter(|duration| !duration.is_negative())
+        .map(Duration::from)
+        .filter(|duration| !duration.is_zero())
+        .unwrap_or(Duration::from_secs(default))
+}
+
+fn ip_or(field: &str, text: Option<&str>, default: &str) -> Result<IpAddr, ConfigError> {
+    let text = text.filter(|text| !text.is_empty()).unwrap_or(default);
+    text.parse().map_err(|_| ConfigError::invalid(field, format!("{text:?} is no IP address")))
+}
+
+/// `ip:port`, a bare IP (with `port`), or empty for none. `given: None` is the default.
+fn address(
+    field: &str,
+    given: Option<&str>,
+    default: &str,
+    port: u16,
+) -> Result<Option<SocketAddr>, ConfigError> {
+    let text = given.unwrap_or(default);
+    if text.is_empty() {
+        return Ok(None);
+    }
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok((address.port() != 0).then_some(address));
+    }
+    match text.parse::<IpAddr>() {
+        Ok(ip) => Ok(Some(SocketAddr::new(ip, port))),
+        Err(_) => Err(ConfigError::invalid(field, format!("{text:?} is no IP:port"))),
+    }
+}
+
+/// The flag's ranges, else the file's comma separated ones; at most one of each family.
+fn cidrs(
+    field: &str,
+    flag: &[String],
+    file: Option<&str>,
+) -> Result<Vec<proxy::object::Cidr>, ConfigError> {
+    let texts: Vec<&str> = if flag.is_empty() {
+        file.unwrap_or_default().split(',').collect()
+    } else {
+        flag.iter().map(String::as_str).collect()
+    };
+    let mut ranges: Vec<proxy::object::Cidr> = Vec::new();
+    for text in texts.into_iter().map(str::trim).filter(|text| !text.is_empty()) {
+        let range = parse_cidr(text)
+            .ok_or_else(|| ConfigError::invalid(field, format!("{text:?} is no CIDR")))?;
+        if ranges.iter().any(|other| other.address.is_ipv4() == range.address.is_ipv4()) {
+            return Err(ConfigError::invalid(field, "takes at most one range of each family"));
+        }
+        ranges.push(range);
+    }
+    Ok(ranges)
+}
+
+/// `address/prefix`, with the host bits cleared.
+pub(crate) fn parse_cidr(text: &str) -> Option<proxy::object::Cidr> {
+    let (address, prefix) = text.split_once('/')?;
+    let prefix_len: u8 = prefix.parse().ok()?;
+    let address = match address.parse::<IpAddr>().ok()? {
+        IpAddr::V4(ip) if prefix_len <= 32 => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix_len)).unwrap_or(0);
+            IpAddr::V4((u32::from(ip) & mask).into())
+        }
+        IpAddr::V6(ip) if prefix_len <= 128 => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix_len)).unwrap_or(0);
+            IpAddr::V6((u128::from(ip) & mask).into())
+        }
+        _ => return None,
+    };
+    Some(proxy::object::Cidr { address, prefix_len })
+}
+
+fn parse_port_range(text: &str) -> Result<(u16, u16), ConfigError> {
+    let parsed = text.split_once('-').and_then(|(first, last)| {
+        let (first, last): (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (first > 0 && first <= last).then_some((first, last))
+    });
+    parsed.ok_or_else(|| {
+        ConfigError::invalid("--service-node-port-range", format!("{text:?} is no FIRST-LAST"))
+    })
+}
+
+fn parse_taint(text: &str) -> Result<Taint, ConfigError> {
+    let parsed = text.rsplit_once(':').and_then(|(key, effect)| {
+        let known = ["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect);
+        let (key, value) = key.split_once('=').unwrap_or((key, ""));
+        (known && !key.is_empty()).then(|| Taint {
+            key: key.into(),
+            value: (!value.is_empty()).then(|| value.into()),
+            effect: effect.into(),
+            time_added: None,
+        })
+    });
+    parsed.ok_or_else(|| {
+        ConfigError::invalid("--register-with-taints", format!("{text:?} is no key=value:Effect"))
+    })
+}
+
+/// RFC 1123 subdomain, the shape of a node name.
+pub(crate) fn is_dns1123_subdomain(name: &str) -> bool {
+    name.len() <= 253 && name.split('.').all(is_dns1123_label)
+}
+
+/// RFC 1123 label.
+pub(crate) fn is_dns1123_label(label: &str) -> bool {
+    !label.is_empty()
+        && label.len() <= 63
+        && !label.starts_with('-')
+        && !label.ends_with('-')
+        && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        flags: NodeFlags,
+    }
+
+    fn resolved(line: &str, file: &str) -> Result<NodeConfig, ConfigError> {
+        let args = std::iter::once("run").chain(line.split_whitespace());
+        let flags = Line::try_parse_from(args).unwrap().flags;
+        let host = Host { hostname: "Box-1".into(), systemd_cgroups: false };
+        resolve(&flags, crate::config::parse(file.as_bytes())?, &host)
+    }
+
+    const KUBELET: &str = "kind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1\n";
+
+    #[test]
+    fn flags_win_over_files_and_files_over_defaults() {
+        let config = resolved("", "").unwrap();
+        assert_eq!(config.node_name, "box-1");
+        assert_eq!(config.max_pods, 110);
+        assert_eq!(config.kubeconfig.as_deref(), Some(KUBECONFIG.as_ref()));
+        assert_eq!(config.healthz.map(|a| a.to_string()).as_deref(), Some("127.0.0.1:10248"));
+        assert!(config.parts.cri);
+        let file = format!("{KUBELET}maxPods: 50\nhealthzPort: 0\nclusterDNS: [10.0.0.10]\n");
+        let config = resolved("", &file).unwrap();
+        assert_eq!((config.max_pods, config.healthz), (50, None));
+        let config = resolved("--max-pods 70 --cluster-dns 1.1.1.1,::1", &file).unwrap();
+        assert_eq!((config.max_pods, config.cluster_dns.len()), (70, 2));
+    }
+
+    #[test]
+    fn standalone_needs_no_kubeconfig_and_has_a_folder() {
+        let config = resolved("--standalone", "").unwrap();
+        assert_eq!(config.kubeconfig, None);
+        assert_eq!(config.pod_manifest_path.as_deref(), Some(MANIFESTS.as_ref()));
+        let config = resolved("--standalone --manifests /m", "").unwrap();
+        assert_eq!(config.pod_manifest_path.as_deref(), Some("/m".as_ref()));
+        let config = resolved("--container-runtime-endpoint unix:///c.sock", "").unwrap();
+        assert!(!config.parts.cri);
+        let config = resolved("--only proxy", "").unwrap();
+        assert_eq!(config.parts, Parts { agent: false, proxy: true, cri: false });
+    }
+
+    #[test]
+    fn bad_values_name_their_field() {
+        for (line, file, expected) in [
+            ("--hostname-override a_b", String::new(), "--hostname-override"),
+            ("--pod-cidr 10.0.0.0", String::new(), "--pod-cidr"),
+            ("--pod-cidr 10.0.0.0/8,11.0.0.0/8", String::new(), "--pod-cidr"),
+            ("--service-node-port-range 9-1", String::new(), "--service-node-port-range"),
+            ("--proxy-healthz-bind-address x", String::new(), "--proxy-healthz-bind-address"),
+            ("", format!("{KUBELET}evictionHard: {{memory.available: lots}}"), "evictionHard.memory"),
+            ("", format!("{KUBELET}cgroupDriver: cgroupsv3"), "cgroupDriver"),
+            (
+                "",
+                "kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1alpha1\nmode: ipvs".into(),
+                "KubeProxyConfiguration.mode",
+            ),
+        ] {
+            let error = resolved(line, &file).unwrap_err().to_string();
+            assert!(error.contains(expected), "{line} {file}: {error}");
+        }
+    }
+
+    #[test]
+    fn cidrs_lose_their_host_bits() {
+        let text = |cidr| parse_cidr(cidr).map(|c| format!("{}/{}", c.address, c.prefix_len));
+        assert_eq!(text("10.1.2.3/16").as_deref(), Some("10.1.0.0/16"));
+        assert_eq!(text("10.1.2.3/0").as_deref(), Some("0.0.0.0/0"));
+        assert_eq!(text("fd00::1/64").as_deref(), Some("fd00::/64"));
+        assert_eq!(text("10.0.0.0/33"), None);
+    }
+}
