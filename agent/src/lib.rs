@@ -11,6 +11,7 @@ pub mod ids;
 pub mod node_context;
 pub mod objects;
 pub mod pod;
+pub mod probe;
 pub mod report;
 pub mod runtime;
 pub mod source;

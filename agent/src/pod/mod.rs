@@ -4,8 +4,12 @@
 //! the composition root passes in.
 
 pub mod backoff;
+pub mod cgroup;
 pub mod config;
 pub mod facts;
+pub mod image_name;
+pub mod images;
+pub mod keyring;
 pub mod observed;
 pub mod plan;
 pub mod qos;

@@ -1,0 +1,12 @@
+//! Compiles the agent's wire schemas with protox, so that no system protoc is needed.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let descriptors = protox::compile(["proto/grpc_health.proto"], ["proto"])?;
+    // The server half serves tests.
+    tonic_prost_build::configure()
+        .build_client(true)
+        .build_server(true)
+        .compile_fds(descriptors)?;
+    Ok(())
+}

@@ -1,0 +1,317 @@
+//! Pod cgroups in the kernel's file system, by cgroups-rs: v2, v1, and both at once.
+//!
+//! With the systemd driver the same folders carry slice names; systemd takes them over when the
+//! runtime starts the first scope in them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use cgroups_rs::fs::hierarchies::{V1, V2, is_cgroup2_unified_mode};
+use cgroups_rs::fs::{Cgroup, Controllers, Hierarchy, MaxValue, Resources};
+
+use super::{
+    CgroupError, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders, slice_name,
+};
+use crate::ids::PodUid;
+use crate::node_context::{CgroupDriver, NodeContext};
+use crate::pod::config::resources::PodLimits;
+
+/// Controllers whose folders a pod has.
+const CONTROLLERS: [Controllers; 12] = [
+    Controllers::Mem,
+    Controllers::Cpu,
+    Controllers::CpuAcct,
+    Controllers::CpuSet,
+    Controllers::Pids,
+    Controllers::BlkIo,
+    Controllers::Devices,
+    Controllers::Freezer,
+    Controllers::NetCls,
+    Controllers::NetPrio,
+    Controllers::PerfEvent,
+    Controllers::HugeTlb,
+];
+
+/// The node's cgroups.
+#[derive(Clone)]
+pub struct KernelCgroups(Arc<Inner>);
+
+struct Inner {
+    driver: CgroupDriver,
+    root: String,
+    period_us: u64,
+    pids: Option<i64>,
+    /// `None` is cgroup v2. Read once: the mount table of a busy node is long.
+    v1: Option<V1>,
+    /// Roots of all hierarchies that pods have folders in.
+    mounts: Vec<PathBuf>,
+    /// CPU shares by burstable pod: their class gets the sum.
+    burstable: Mutex<HashMap<PodUid, i64>>,
+}
+
+impl KernelCgroups {
+    /// Looks at how this node's cgroups are mounted.
+    pub fn new(node: &NodeContext) -> Self {
+        let v1 = (!is_cgroup2_unified_mode()).then(V1::new);
+        let mounts = match &v1 {
+            None => vec![V2::new().root()],
+            Some(v1) => {
+                let found = CONTROLLERS.into_iter().filter_map(|c| v1.get_mount_point(c));
+                let unique: BTreeSet<PathBuf> = found.map(|(point, _)| point).collect();
+                unique.into_iter().collect()
+            }
+        };
+        Self(Arc::new(Inner {
+            driver: node.cgroup_driver,
+            root: node.cgroup_root.clone(),
+            period_us: node.cpu_cfs_period_us,
+            pids: node.pod_pids_limit.filter(|n| *n > 0),
+            v1,
+            mounts,
+            burstable: Mutex::default(),
+        }))
+    }
+}
+
+impl Inner {
+    fn hierarchy(&self) -> Box<dyn Hierarchy> {
+        match &self.v1 {
+            Some(v1) => Box::new(v1.clone()),
+            None => Box::new(V2::new()),
+        }
+    }
+
+    /// The folder of `path`, relative to a hierarchy's mount point.
+    fn folder(&self, path: &[String]) -> String {
+        match self.driver {
+            CgroupDriver::Cgroupfs => {
+                parent_name(self.driver, &self.root, path).trim_start_matches('/').to_owned()
+            }
+            CgroupDriver::Systemd => slice_folders(&slice_name(&self.root, path)).join("/"),
+        }
+    }
+
+    fn ensure(&self, uid: &PodUid, qos: &str, limits: PodLimits) -> Result<String, CgroupError> {
+        let path = pod_path(qos, uid);
+        let folder = self.folder(&path);
+        let error = |operation, cause: &dyn std::fmt::Display| CgroupError {
+            operation,
+            path: folder.clone(),
+            cause: cause.to_string(),
+        };
+        let cgroup =
+            Cgroup::new(self.hierarchy(), &folder).map_err(|e| error("create", &Chain(&e)))?;
+        cgroup.apply(&self.resources(limits)).map_err(|e| error("set limits of", &Chain(&e)))?;
+        let parent = &path[..path.len() - 1];
+        if qos == "BestEffort" {
+            self.set_shares(parent, 2)?;
+        } else if qos == "Burstable" {
+            let sum = {
+                let mut all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
+                all.insert(uid.clone(), limits.cpu_shares);
+                all.values().sum()
+            };
+            self.set_shares(parent, sum)?;
+        }
+        Ok(parent_name(self.driver, &self.root, &path))
+    }
+
+    fn set_shares(&self, path: &[String], shares: i64) -> Result<(), CgroupError> {
+        let folder = self.folder(path);
+        let cgroup = Cgroup::load(self.hierarchy(), &folder);
+        let mut resources = Resources::default();
+        resources.cpu.shares = Some(self.shares(shares));
+        cgroup.apply(&resources).map_err(|e| CgroupError {
+            operation: "set CPU shares of",
+            path: folder,
+            cause: Chain(&e).to_string(),
+        })
+    }
+
+    fn shares(&self, shares: i64) -> u64 {
+        let shares = shares.clamp(2, 262_144);
+        let value = if self.v1.is_some() { shares } else { cpu_weight(shares) };
+        u64::try_from(value).unwrap_or(2)
+    }
+
+    fn resources(&self, limits: PodLimits) -> Resources {
+        let mut resources = Resources::default();
+        resources.cpu.shares = Some(self.shares(limits.cpu_shares));
+        if let Some(quota) = limits.cpu_quota {
+            resources.cpu.period = Some(self.period_us);
+            resources.cpu.quota = Some(quota);
+        }
+        resources.memory.memory_hard_limit = limits.memory;
+        resources.pid.maximum_number_of_processes = self.pids.map(MaxValue::Value);
+        resources
+    }
+
+    fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
+        let mut failure = None;
+        for qos in ["Guaranteed", "Burstable", "BestEffort"] {
+            let folder = self.folder(&pod_path(qos, uid));
+            for mount in &self.mounts {
+                if let Err(cause) = remove_tree(&mount.join(&folder)) {
+                    // The others go all the same.
+                    failure = Some(CgroupError {
+                        operation: "remove",
+                        path: mount.join(&folder).display().to_string(),
+                        cause: cause.to_string(),
+                    });
+                }
+            }
+        }
+        let sum = {
+            let mut all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
+            all.remove(uid).map(|_| all.values().sum::<i64>())
+        };
+        if let Some(sum) = sum {
+            self.set_shares(&["kubepods".to_owned(), "burstable".to_owned()], sum)?;
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn list(&self) -> Vec<PodUid> {
+        let mut found = BTreeSet::new();
+        let marker = match self.driver {
+            CgroupDriver::Cgroupfs => "pod",
+            CgroupDriver::Systemd => "-pod",
+        };
+        for class in [&["kubepods"][..], &["kubepods", "burstable"], &["kubepods", "besteffort"]] {
+            let class: Vec<String> = class.iter().map(|s| (*s).to_owned()).collect();
+            let folder = self.folder(&class);
+            for mount in &self.mounts {
+                let Ok(entries) = std::fs::read_dir(mount.join(&folder)) else { continue };
+                for name in entries.flatten().filter_map(|e| e.file_name().into_string().ok()) {
+                    let uid = match self.driver {
+                        CgroupDriver::Cgroupfs => name.strip_prefix(marker).map(str::to_owned),
+                        CgroupDriver::Systemd => name
+                            .rsplit_once(marker)
+                            .and_then(|(_, uid)| uid.strip_suffix(".slice"))
+                            .map(|uid| uid.replace('_', "-")),
+                    };
+                    found.extend(uid.map(|uid| PodUid::from(uid.as_str())));
+                }
+            }
+        }
+        found.into_iter().collect()
+    }
+}
+
+/// An error with its causes.
+struct Chain<'a>(&'a dyn std::error::Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut cause = self.0.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+/// Removes a cgroup and those below it, the innermost first.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match std::fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    inner: &Arc<Inner>,
+    work: impl FnOnce(&Inner) -> Result<T, CgroupError> + Send + 'static,
+) -> Result<T, CgroupError> {
+    let inner = inner.clone();
+    tokio::task::spawn_blocking(move || work(&inner)).await.unwrap_or_else(|error| {
+        Err(CgroupError { operation: "work on", path: String::new(), cause: error.to_string() })
+    })
+}
+
+#[async_trait]
+impl PodCgroups for KernelCgroups {
+    async fn ensure(
+        &self,
+        uid: &PodUid,
+        qos: &str,
+        limits: PodLimits,
+    ) -> Result<String, CgroupError> {
+        let (uid, qos) = (uid.clone(), qos.to_owned());
+        blocking(&self.0, move |inner| inner.ensure(&uid, &qos, limits)).await
+    }
+
+    async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
+        let uid = uid.clone();
+        blocking(&self.0, move |inner| inner.remove(&uid)).await
+    }
+
+    async fn list(&self) -> Result<Vec<PodUid>, CgroupError> {
+        blocking(&self.0, |inner| Ok(inner.list())).await
+    }
+
+    fn unified(&self) -> bool {
+        self.0.v1.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Makes real cgroups, in a subtree of its own.
+    #[tokio::test]
+    async fn pods_have_cgroups_with_their_limits_until_they_go() {
+        let root = format!("/longshore-test-{}", std::process::id());
+        let node = NodeContext {
+            cgroup_root: root.clone(),
+            pod_pids_limit: Some(100),
+            ..NodeContext::new("n", vec![])
+        };
+        let cgroups = KernelCgroups::new(&node);
+        let uid = PodUid::from("1-2");
+        let limits = PodLimits { cpu_shares: 512, cpu_quota: Some(50_000), memory: Some(64 << 20) };
+        for _ in 0..2 {
+            let parent = cgroups.ensure(&uid, "Burstable", limits).await.unwrap();
+            assert_eq!(parent, format!("{root}/kubepods/burstable/pod1-2"));
+        }
+        assert_eq!(cgroups.list().await.unwrap(), [uid.clone()]);
+        let read = |controller: Controllers, file: &str| {
+            let base = match &cgroups.0.v1 {
+                Some(v1) => v1.get_mount_point(controller).unwrap().0,
+                None => V2::new().root(),
+            };
+            let path = base.join(root.trim_start_matches('/')).join("kubepods/burstable/pod1-2");
+            std::fs::read_to_string(path.join(file)).unwrap().trim().to_owned()
+        };
+        if cgroups.unified() {
+            assert_eq!(read(Controllers::Cpu, "cpu.max"), "50000 100000");
+        } else {
+            assert_eq!(read(Controllers::Cpu, "cpu.shares"), "512");
+            assert_eq!(read(Controllers::Cpu, "cpu.cfs_quota_us"), "50000");
+            assert_eq!(read(Controllers::Mem, "memory.limit_in_bytes"), (64 << 20).to_string());
+            assert_eq!(read(Controllers::Pids, "pids.max"), "100");
+        }
+        cgroups.remove(&uid).await.unwrap();
+        cgroups.remove(&uid).await.unwrap();
+        assert_eq!(cgroups.list().await.unwrap(), []);
+        for mount in &cgroups.0.mounts {
+            remove_tree(&mount.join(root.trim_start_matches('/'))).unwrap();
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! One probe of one container instance, asked over and over.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{ObjectReference, Probe};
+
+use super::verdict::Tally;
+use super::{Outcome, Place, check};
+use crate::pod::facts::ProbeKind;
+use crate::report::{EventSink, EventType};
+
+/// One probe of one running instance.
+pub struct ProbeTarget {
+    /// Where to ask.
+    pub place: Place,
+    /// What to ask.
+    pub probe: Probe,
+    /// Which probe it is.
+    pub kind: ProbeKind,
+    /// The verdict that already stands.
+    pub healthy: Option<bool>,
+    /// Whom Events are about.
+    pub regarding: ObjectReference,
+    /// How long the container runs already.
+    pub age: Duration,
+    /// The instance ran before this agent started: the first check is put off by a random part of
+    /// a period, so that an agent restart does not ask everybody at once.
+    pub adopted: bool,
+}
+
+fn seconds(value: Option<i32>, default: u64) -> u64 {
+    value.and_then(|v| u64::try_from(v).ok()).unwrap_or(default)
+}
+
+/// Asks until there is nothing more to ask, and calls `turned` each time the verdict changes.
+pub async fn run_probe(
+    target: ProbeTarget,
+    events: Arc<dyn EventSink>,
+    turned: impl Fn(bool) + Send,
+) {
+    let period = Duration::from_secs(seconds(target.probe.period_seconds, 10).max(1));
+    let delay = Duration::from_secs(seconds(target.probe.initial_delay_seconds, 0));
+    let mut first = delay.saturating_sub(target.age);
+    if target.adopted {
+        first = first.max(period.mul_f64(fastrand::f64()));
+    }
+    if !first.is_zero() {
+        tokio::time::sleep(first).await;
+    }
+    let mut tally = Tally::new(target.kind, &target.probe, target.healthy);
+    let mut ticks = tokio::time::interval(period);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let outcome = check(&target.place, &target.probe).await;
+        report(&target, events.as_ref(), &outcome);
+        if let Some(healthy) = tally.count(&outcome) {
+            turned(healthy);
+        }
+        if tally.finished() {
+            return;
+        }
+    }
+}
+
+fn report(target: &ProbeTarget, events: &dyn EventSink, outcome: &Outcome) {
+    let title = target.kind.title();
+    let (reason, message) = match outcome {
+        Outcome::Success => return,
+        Outcome::Warning(text) => ("ProbeWarning", format!("{title} probe warning: {text}")),
+        Outcome::Failure(text) => ("Unhealthy", format!("{title} probe failed: {text}")),
+        Outcome::Unknown(text) => {
+            ("Unhealthy", format!("{title} probe errored and resulted in unknown state: {text}"))
+        }
+    };
+    events.record(target.regarding.clone(), EventType::Warning, reason, message);
+}
