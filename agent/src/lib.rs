@@ -8,6 +8,7 @@ pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod ids;
+pub mod join;
 pub mod node_context;
 pub mod objects;
 pub mod pod;
