@@ -14,12 +14,12 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, thiserror::Error)]
 pub enum KubeconfigError {
     /// A file that cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// Not a kubeconfig.
     #[error("{origin} is not a kubeconfig: {cause}")]
@@ -335,7 +335,7 @@ fn pem(
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, KubeconfigError> {
-    std::fs::read(path).map_err(|source| KubeconfigError::Read { path: path.to_owned(), source })
+    std::fs::read(path).map_err(|cause| KubeconfigError::Read { path: path.to_owned(), cause })
 }
 
 fn parse_error(origin: &str, cause: String) -> KubeconfigError {

@@ -45,12 +45,12 @@ pub enum ApiError {
         timeout: Duration,
     },
     /// The server refused, or the connection failed.
-    #[error("{what}: {}", explain(source))]
+    #[error("{what}: {}", explain(cause))]
     Request {
         /// The request.
         what: String,
         /// What the client says.
-        source: Box<kube::Error>,
+        cause: Box<kube::Error>,
     },
 }
 
@@ -58,7 +58,7 @@ impl ApiError {
     /// HTTP status of the server's answer, if it answered with a `Status`.
     pub fn code(&self) -> Option<u16> {
         match self {
-            Self::Request { source, .. } => status_code(source),
+            Self::Request { cause, .. } => status_code(cause),
             _ => None,
         }
     }
@@ -67,7 +67,7 @@ impl ApiError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Timeout { .. } => true,
-            Self::Request { source, .. } => match status_code(source) {
+            Self::Request { cause, .. } => match status_code(cause) {
                 Some(code) => code >= 500 || code == 429 || code == 408 || code == 401,
                 None => true,
             },
@@ -89,7 +89,7 @@ pub fn explain(error: &kube::Error) -> String {
     if let kube::Error::Api(status) = error {
         return format!("{} ({} {})", status.message, status.code, status.reason);
     }
-    chain(error)
+    chain(error).trim_start_matches("ServiceError: ").to_owned()
 }
 
 /// The messages of `error` and its sources, each said once.
@@ -166,7 +166,7 @@ pub async fn timed<T>(
 ) -> Result<T, ApiError> {
     match tokio::time::timeout(timeout, request).await {
         Err(_) => Err(ApiError::Timeout { what: what.into(), timeout }),
-        Ok(Err(source)) => Err(ApiError::Request { what: what.into(), source: Box::new(source) }),
+        Ok(Err(cause)) => Err(ApiError::Request { what: what.into(), cause: Box::new(cause) }),
         Ok(Ok(value)) => Ok(value),
     }
 }

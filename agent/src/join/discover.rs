@@ -136,6 +136,7 @@ async fn cluster_info(
     let what = format!("read kube-public/cluster-info from {}", endpoint.server);
     let started = Instant::now();
     let mut backoff = Backoff::new(Duration::from_millis(300), Duration::from_secs(3));
+    let mut last = String::new();
     loop {
         let error = match api::timed(&what, TIMEOUT, maps.get("cluster-info")).await {
             Ok(map) => return Ok(map.data.unwrap_or_default()),
@@ -149,11 +150,15 @@ async fn cluster_info(
             _ if started.elapsed() >= PATIENCE => {
                 return Err(JoinError::Unreachable {
                     server: endpoint.server.clone(),
-                    source: error,
+                    cause: error,
                 });
             }
             _ => {
-                progress(&format!("{error}; trying again"));
+                let said = error.to_string();
+                if said != last {
+                    progress(&format!("{said}; trying again"));
+                    last = said;
+                }
                 tokio::time::sleep(backoff.next_delay()).await;
             }
         }

@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 
 /// A file that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what} {}: {source}", path.display())]
+#[error("cannot {what} {}: {cause}", path.display())]
 pub struct FileError {
     /// `write`, `read`, `create`, ...
     pub what: &'static str,
     /// Which file.
     pub path: PathBuf,
     /// Why.
-    pub source: std::io::Error,
+    pub cause: std::io::Error,
 }
 
 /// Where things are.
@@ -90,7 +90,7 @@ impl NodeFile {
     pub fn load(kubernetes_dir: &Path) -> Result<Option<Self>, FileError> {
         let paths = Paths { kubernetes_dir: kubernetes_dir.to_owned(), root_dir: PathBuf::new() };
         let path = paths.node_file();
-        let error = |source| FileError { what: "read", path: path.clone(), source };
+        let error = |cause| FileError { what: "read", path: path.clone(), cause };
         match fs::read(&path) {
             Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| error(e.into())),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -102,7 +102,7 @@ impl NodeFile {
 /// Writes `content` to `path` with `mode`; its folder is made if need be. Either the old or the new
 /// content is there, whatever happens meanwhile.
 pub fn write_atomic(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> {
-    let error = |what, path: &Path, source| FileError { what, path: path.to_owned(), source };
+    let error = |what, path: &Path, cause| FileError { what, path: path.to_owned(), cause };
     let dir = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(dir).map_err(|e| error("create", dir, e))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -145,7 +145,7 @@ pub fn store_certificate(
         fs::rename(&temporary, &current)?;
         fs::File::open(dir)?.sync_all()
     };
-    link().map_err(|source| FileError { what: "link", path: current.clone(), source })?;
+    link().map_err(|cause| FileError { what: "link", path: current.clone(), cause })?;
     let _ = fs::remove_file(dir.join(PENDING_KEY));
     Ok(current)
 }

@@ -50,14 +50,14 @@ pub enum JoinError {
     Api(#[from] ApiError),
     /// No connection.
     #[error(
-        "cannot reach the API server at {server}: {source}; check the address, the network and \
+        "cannot reach the API server at {server}: {cause}; check the address, the network and \
          that the control plane runs (curl -k {server}/version)"
     )]
     Unreachable {
         /// Its URL.
         server: String,
         /// What the last try said.
-        source: ApiError,
+        cause: ApiError,
     },
     /// `cluster-info` may not be read.
     #[error(
@@ -93,12 +93,12 @@ pub enum JoinError {
     TokenRefused,
     /// The token may not ask for certificates.
     #[error(
-        "{source}; the token's group may not request node certificates: run `kubeadm init phase \
+        "{cause}; the token's group may not request node certificates: run `kubeadm init phase \
          bootstrap-token` on the control plane"
     )]
     MayNotRequest {
         /// What the server said.
-        source: ApiError,
+        cause: ApiError,
     },
     /// Nobody approved in time.
     #[error(
@@ -288,7 +288,7 @@ async fn existing(
             Ok(None)
         }
         Err(error) if error.code() != Some(403) => {
-            Err(JoinError::Unreachable { server: endpoint.server, source: error })
+            Err(JoinError::Unreachable { server: endpoint.server, cause: error })
         }
         _ => Ok(Some(endpoint.server)),
     }
@@ -349,7 +349,7 @@ fn write_node_file(request: &JoinRequest) -> Result<(), JoinError> {
     let text = serde_json::to_vec_pretty(&file).map_err(|e| files::FileError {
         what: "write",
         path: path.clone(),
-        source: e.into(),
+        cause: e.into(),
     })?;
     files::write_atomic(&path, 0o644, &text)?;
     Ok(())

@@ -94,7 +94,7 @@ async fn create(
             // Made by an earlier, interrupted join with the same key.
             Some(409) => return Ok(()),
             Some(401) => return Err(JoinError::TokenRefused),
-            Some(403) => return Err(JoinError::MayNotRequest { source: error }),
+            Some(403) => return Err(JoinError::MayNotRequest { cause: error }),
             Some(code) if code < 500 && code != 429 => return Err(error.into()),
             _ if started.elapsed() >= PATIENCE => return Err(error.into()),
             _ => {
