@@ -52,7 +52,9 @@ fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
     std::fs::copy(tests.join("guest.sh"), payload.join("guest.sh"))?;
     let payload_image = work.path().join("payload.img");
     std::fs::File::create(&payload_image)?.set_len(1 << 30)?;
-    must(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&payload).arg(&payload_image))?;
+    must(
+        Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&payload).arg(&payload_image),
+    )?;
     let disk = work.path().join("disk.qcow2");
     must(
         Command::new("qemu-img")
