@@ -14,7 +14,7 @@ pub use kube_proxy::KubeProxyConfiguration;
 pub use kubelet::KubeletConfiguration;
 pub use longshore::LongshoreConfiguration;
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, ProxyMode, resolve};
-pub(crate) use node::{is_dns1123_label, is_dns1123_subdomain, parse_cidr};
+pub(crate) use node::{is_dns1123_label, is_dns1123_subdomain};
 pub use quantity::{Threshold, parse_bytes};
 
 /// Something in the configuration that an operator should know, without stopping the node.

@@ -11,9 +11,26 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 
 use crate::ids::PodUid;
 
+mod atomic;
+mod config_map;
+mod downward_api;
+mod empty_dir;
 mod error;
+mod gather;
+mod host_path;
+mod layout;
+mod mounts;
+mod node;
+mod payload;
+mod refresh;
+mod secret;
+mod sub_path;
+mod teardown;
+mod token;
 
 pub use error::VolumeError;
+pub use node::NodeVolumes;
+pub use refresh::run as run_refresh;
 
 /// Brings volumes about. Every verb is idempotent and may be repeated after a crash at any instant.
 #[async_trait]
@@ -37,3 +54,6 @@ pub trait Volumes: Send + Sync {
     /// Pods that have something left on disk, for the clean-up of orphans at start.
     async fn on_disk(&self) -> Result<Vec<PodUid>, VolumeError>;
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,287 @@
+//! What each volume of a pod shall be: the objects it names are read here, and nothing is touched.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::authentication::v1::TokenRequestSpec;
+use k8s_openapi::api::core::v1::{
+    HostPathVolumeSource, Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, Volume,
+};
+
+use super::VolumeError;
+use super::config_map::{self, Selection};
+use super::downward_api;
+use super::empty_dir::{Medium, plan_medium};
+use super::layout::Plugin;
+use super::payload::{File, Payload};
+use super::secret::{self, mode_bits};
+use super::token::Lifetime;
+use crate::ids::NamespacedName;
+use crate::node_context::NodeContext;
+use crate::objects::{ObjectError, ObjectRef, Objects};
+
+/// What a volume shall be.
+pub(super) enum Wanted {
+    /// A directory of the pod.
+    EmptyDir(Medium),
+    /// A path of the host.
+    HostPath(HostPathVolumeSource),
+    /// Files made from objects.
+    Files {
+        plugin: Plugin,
+        payload: Payload,
+        /// Objects that the payload came from.
+        uses: Vec<ObjectRef>,
+        /// When it must be gathered again, in seconds since the epoch (tokens).
+        due: Option<i64>,
+    },
+}
+
+/// Reads token files that an earlier call wrote.
+pub(super) trait Earlier: Send + Sync {
+    /// Content of `path` in the volume, if it is there.
+    fn read(&self, path: &str) -> Option<Vec<u8>>;
+    /// Whether the volume was set up before, even if a reboot has emptied it.
+    fn existed(&self) -> bool;
+}
+
+/// What gathering needs.
+pub(super) struct Gather<'a> {
+    pub(super) pod: &'a Pod,
+    pub(super) objects: &'a Arc<dyn Objects>,
+    pub(super) node: &'a NodeContext,
+    pub(super) now: Timestamp,
+}
+
+impl Gather<'_> {
+    fn key(&self, name: &str) -> NamespacedName {
+        NamespacedName::new(&NamespacedName::of_pod(self.pod).namespace, name)
+    }
+
+    /// What `volume` shall be.
+    pub(super) async fn volume(
+        &self,
+        volume: &Volume,
+        earlier: &dyn Earlier,
+    ) -> Result<Wanted, VolumeError> {
+        let name = volume.name.as_str();
+        if let Some(source) = &volume.empty_dir {
+            return Ok(Wanted::EmptyDir(plan_medium(self.pod, name, source)?));
+        }
+        if let Some(source) = &volume.host_path {
+            return Ok(Wanted::HostPath(source.clone()));
+        }
+        let mut uses = Vec::new();
+        if let Some(source) = &volume.config_map {
+            let selection = Selection {
+                volume: name,
+                name: &source.name,
+                items: source.items.as_ref(),
+                default_mode: mode_bits(source.default_mode.unwrap_or(0o644)),
+                optional: source.optional.unwrap_or(false),
+            };
+            let payload = self.config_map(&selection, &mut uses).await?;
+            return Ok(Wanted::Files { plugin: Plugin::ConfigMap, payload, uses, due: None });
+        }
+        if let Some(source) = &volume.secret {
+            let selection = Selection {
+                volume: name,
+                name: source.secret_name.as_deref().unwrap_or_default(),
+                items: source.items.as_ref(),
+                default_mode: mode_bits(source.default_mode.unwrap_or(0o644)),
+                optional: source.optional.unwrap_or(false),
+            };
+            let payload = self.secret(&selection, &mut uses).await?;
+            return Ok(Wanted::Files { plugin: Plugin::Secret, payload, uses, due: None });
+        }
+        if let Some(source) = &volume.downward_api {
+            let mode = mode_bits(source.default_mode.unwrap_or(0o644));
+            let items = source.items.as_deref().unwrap_or_default();
+            let payload = downward_api::payload(self.pod, name, items, mode, self.node)?;
+            return Ok(Wanted::Files { plugin: Plugin::DownwardApi, payload, uses, due: None });
+        }
+        if let Some(source) = &volume.projected {
+            return self.projected(name, source, earlier).await;
+        }
+        // No source at all is an emptyDir, as the API server would have written.
+        let fields = serde_json::to_value(volume).ok();
+        let kind = fields
+            .as_ref()
+            .and_then(|fields| fields.as_object())
+            .and_then(|fields| fields.keys().find(|field| *field != "name").cloned());
+        match kind {
+            Some(kind) => Err(VolumeError::Unsupported { volume: name.into(), kind }),
+            None => Ok(Wanted::EmptyDir(Medium::Disk)),
+        }
+    }
+
+    async fn config_map(
+        &self,
+        selection: &Selection<'_>,
+        uses: &mut Vec<ObjectRef>,
+    ) -> Result<Payload, VolumeError> {
+        let key = self.key(selection.name);
+        uses.push(ObjectRef::ConfigMap(key.clone()));
+        let object = self.objects.config_map(&key).await.map_err(object_error(selection.volume))?;
+        config_map::payload(object.as_deref(), selection)
+    }
+
+    async fn secret(
+        &self,
+        selection: &Selection<'_>,
+        uses: &mut Vec<ObjectRef>,
+    ) -> Result<Payload, VolumeError> {
+        let key = self.key(selection.name);
+        uses.push(ObjectRef::Secret(key.clone()));
+        let object = self.objects.secret(&key).await.map_err(object_error(selection.volume))?;
+        secret::payload(object.as_deref(), selection)
+    }
+
+    async fn projected(
+        &self,
+        name: &str,
+        source: &ProjectedVolumeSource,
+        earlier: &dyn Earlier,
+    ) -> Result<Wanted, VolumeError> {
+        let default_mode = mode_bits(source.default_mode.unwrap_or(0o644));
+        let (mut payload, mut uses, mut due) = (Payload::default(), Vec::new(), None);
+        for projection in source.sources.iter().flatten() {
+            if let Some(source) = &projection.config_map {
+                let selection = Selection {
+                    volume: name,
+                    name: &source.name,
+                    items: source.items.as_ref(),
+                    default_mode,
+                    optional: source.optional.unwrap_or(false),
+                };
+                payload.extend(self.config_map(&selection, &mut uses).await?);
+            } else if let Some(source) = &projection.secret {
+                let selection = Selection {
+                    volume: name,
+                    name: &source.name,
+                    items: source.items.as_ref(),
+                    default_mode,
+                    optional: source.optional.unwrap_or(false),
+                };
+                payload.extend(self.secret(&selection, &mut uses).await?);
+            } else if let Some(source) = &projection.downward_api {
+                let items = source.items.as_deref().unwrap_or_default();
+                let files = downward_api::payload(self.pod, name, items, default_mode, self.node)?;
+                payload.extend(files);
+            } else if let Some(source) = &projection.service_account_token {
+                let renew = self.token(name, source, default_mode, earlier, &mut payload).await?;
+                due = [due, Some(renew)].into_iter().flatten().min();
+            } else {
+                let fields = serde_json::to_value(projection).ok();
+                let kind = fields.and_then(|f| f.as_object()?.keys().next().cloned());
+                let kind = format!("projected.{}", kind.as_deref().unwrap_or("(empty)"));
+                return Err(VolumeError::Unsupported { volume: name.into(), kind });
+            }
+        }
+        Ok(Wanted::Files { plugin: Plugin::Projected, payload, uses, due })
+    }
+
+    /// Puts the token into `payload`; when it must be looked at again.
+    async fn token(
+        &self,
+        volume: &str,
+        source: &ServiceAccountTokenProjection,
+        default_mode: u32,
+        earlier: &dyn Earlier,
+        payload: &mut Payload,
+    ) -> Result<i64, VolumeError> {
+        let now = self.now.as_second();
+        let held = earlier.read(&source.path);
+        let held = held.and_then(|token| Some((Lifetime::of(&token)?, token)));
+        let mut insert = |token: Vec<u8>| {
+            payload
+                .insert(&source.path, self.token_file(token, default_mode))
+                .map_err(|reason| VolumeError::Invalid { volume: volume.into(), reason })
+        };
+        if let Some((life, token)) = &held
+            && now < life.renew_at()
+        {
+            insert(token.clone())?;
+            return Ok(life.renew_at());
+        }
+        let spec = self.pod.spec.as_ref();
+        let account = spec
+            .and_then(|spec| spec.service_account_name.as_deref())
+            .filter(|name| !name.is_empty())
+            .unwrap_or("default");
+        let request = TokenRequestSpec {
+            audiences: Some(source.audience.iter().filter(|a| !a.is_empty()).cloned().collect()),
+            expiration_seconds: Some(source.expiration_seconds.unwrap_or(3600)),
+            bound_object_ref: Some(k8s_openapi::api::authentication::v1::BoundObjectReference {
+                api_version: Some("v1".into()),
+                kind: Some("Pod".into()),
+                name: self.pod.metadata.name.clone(),
+                uid: self.pod.metadata.uid.clone(),
+            }),
+        };
+        let key = self.key(account);
+        let answer = self.objects.service_account_token(&key, request).await.and_then(|issued| {
+            issued
+                .token
+                .filter(|token| !token.is_empty())
+                .map(|t| (t, issued.expiration_timestamp))
+                .ok_or(ObjectError::Unavailable {
+                    kind: "ServiceAccount token",
+                    key: key.clone(),
+                    cause: "the answer holds no token".into(),
+                })
+        });
+        match answer {
+            Ok((token, expires)) => {
+                let hour = Timestamp::from_second(now + 3600).unwrap_or(self.now);
+                let expires = expires.map_or(hour, |expires| expires.0);
+                insert(token.into_bytes())?;
+                Ok(Lifetime::new(self.now, expires).renew_at())
+            }
+            // The old one still serves; ask again soon.
+            Err(error) if held.as_ref().is_some_and(|(life, _)| life.is_valid(now)) => {
+                tracing::warn!(volume, %error, "cannot renew the service account token yet");
+                if let Some((_, token)) = held {
+                    insert(token)?;
+                }
+                Ok(now + 30)
+            }
+            // After a reboot with the control plane away: the pod ran before, and shall run again.
+            Err(error @ ObjectError::Unavailable { .. }) if earlier.existed() => {
+                tracing::warn!(volume, %error, "the pod starts without its service account token");
+                Ok(now + 5)
+            }
+            Err(error) => Err(object_error(volume)(error)),
+        }
+    }
+
+    /// Readable only by the pod: by its group where it has one, else by its one user (KEP-1205).
+    fn token_file(&self, data: Vec<u8>, default_mode: u32) -> File {
+        let group = fs_group(self.pod);
+        let user = common_user(self.pod);
+        let mode = if group.is_some() || user.is_some() { 0o600 } else { default_mode };
+        File { data, mode, uid: if group.is_some() { 0 } else { user.unwrap_or(0) } }
+    }
+}
+
+fn object_error(volume: &str) -> impl FnOnce(ObjectError) -> VolumeError + use<'_> {
+    move |source| VolumeError::Object { volume: volume.into(), source }
+}
+
+/// The pod's `fsGroup`.
+pub(super) fn fs_group(pod: &Pod) -> Option<u32> {
+    let group = pod.spec.as_ref()?.security_context.as_ref()?.fs_group?;
+    u32::try_from(group).ok()
+}
+
+/// The user that all containers run as, if the pod says so for each and it is the same.
+fn common_user(pod: &Pod) -> Option<u32> {
+    let spec = pod.spec.as_ref()?;
+    let of_pod = spec.security_context.as_ref().and_then(|context| context.run_as_user);
+    let mut users =
+        spec.init_containers.iter().flatten().chain(&spec.containers).map(|container| {
+            container.security_context.as_ref().and_then(|context| context.run_as_user).or(of_pod)
+        });
+    let first = users.next()??;
+    users.all(|user| user == Some(first)).then(|| u32::try_from(first).ok()).flatten()
+}

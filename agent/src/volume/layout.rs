@@ -1,0 +1,72 @@
+//! Where the volumes of a pod lie: kubelet's layout, which CSI drivers and people know.
+
+use std::path::{Path, PathBuf};
+
+use crate::ids::PodUid;
+
+/// Kind of a volume as its directory is named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Plugin {
+    EmptyDir,
+    ConfigMap,
+    Secret,
+    DownwardApi,
+    Projected,
+}
+
+impl Plugin {
+    fn directory(self) -> &'static str {
+        match self {
+            Self::EmptyDir => "kubernetes.io~empty-dir",
+            Self::ConfigMap => "kubernetes.io~configmap",
+            Self::Secret => "kubernetes.io~secret",
+            Self::DownwardApi => "kubernetes.io~downward-api",
+            Self::Projected => "kubernetes.io~projected",
+        }
+    }
+}
+
+/// The agent's folder of pods.
+#[derive(Clone, Debug)]
+pub(super) struct Layout {
+    root: PathBuf,
+}
+
+impl Layout {
+    pub(super) fn new(root: &Path) -> Self {
+        Self { root: root.to_path_buf() }
+    }
+
+    pub(super) fn pods(&self) -> PathBuf {
+        self.root.join("pods")
+    }
+
+    /// Everything of one pod.
+    pub(super) fn pod(&self, uid: &PodUid) -> PathBuf {
+        self.pods().join(uid.as_str())
+    }
+
+    pub(super) fn volumes(&self, uid: &PodUid) -> PathBuf {
+        self.pod(uid).join("volumes")
+    }
+
+    pub(super) fn volume(&self, uid: &PodUid, plugin: Plugin, name: &str) -> PathBuf {
+        self.volumes(uid).join(plugin.directory()).join(name)
+    }
+
+    /// Where mount `index` of a container is bound to a path inside a volume.
+    pub(super) fn sub_path(
+        &self,
+        uid: &PodUid,
+        volume: &str,
+        container: &str,
+        index: usize,
+    ) -> PathBuf {
+        self.pod(uid).join("volume-subpaths").join(volume).join(container).join(index.to_string())
+    }
+}
+
+/// Whether `uid` can name a directory: it comes from manifests and from the API.
+pub(super) fn is_file_name(uid: &str) -> bool {
+    !uid.is_empty() && uid.len() <= 128 && uid != "." && uid != ".." && !uid.contains(['/', '\0'])
+}

@@ -1,0 +1,413 @@
+//! The volumes of this node's pods, on the real file system.
+
+use std::collections::HashMap;
+use std::fs::{self, Permissions};
+use std::io::{self, Read};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use cri_shim::api;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod, Volume};
+use tokio::sync::Notify;
+
+use super::gather::{Earlier, Gather, Wanted, fs_group};
+use super::layout::{Layout, Plugin, is_file_name};
+use super::{VolumeError, Volumes, atomic, empty_dir, host_path, mounts, sub_path, teardown};
+use crate::ids::{NamespacedName, PodUid};
+use crate::node_context::NodeContext;
+use crate::objects::{ObjectRef, Objects};
+use crate::pod::config::downward::Addresses;
+use crate::pod::config::env::{EnvInput, Sources, environment, references};
+use crate::pod::config::expand::expand;
+
+/// A pod whose volumes are in place.
+pub(super) struct Mounted {
+    pub(super) pod: Arc<Pod>,
+    /// Objects that its volumes were made from.
+    pub(super) uses: Vec<ObjectRef>,
+    /// When its volumes must be gathered again, in seconds since the epoch.
+    pub(super) due: Option<i64>,
+}
+
+/// One pod's volumes; its lock keeps mount, refresh and unmount of one pod apart.
+#[derive(Default)]
+struct Slot {
+    busy: tokio::sync::Mutex<()>,
+    mounted: Mutex<Option<Mounted>>,
+}
+
+/// Volumes under the agent's root.
+pub struct NodeVolumes {
+    layout: Layout,
+    node: Arc<NodeContext>,
+    objects: Arc<dyn Objects>,
+    slots: Mutex<HashMap<PodUid, Arc<Slot>>>,
+    /// Wakes the refresh loop when a due time may have come nearer.
+    pub(super) rescheduled: Notify,
+}
+
+impl NodeVolumes {
+    /// Volumes for the pods of `node`.
+    pub fn new(node: Arc<NodeContext>, objects: Arc<dyn Objects>) -> Arc<Self> {
+        Arc::new(Self {
+            layout: Layout::new(&node.root_dir),
+            node,
+            objects,
+            slots: Mutex::default(),
+            rescheduled: Notify::new(),
+        })
+    }
+
+    pub(super) fn objects(&self) -> &Arc<dyn Objects> {
+        &self.objects
+    }
+
+    fn slot(&self, uid: &PodUid) -> Arc<Slot> {
+        lock(&self.slots).entry(uid.clone()).or_default().clone()
+    }
+
+    /// Mounted pods that `chosen` picks.
+    pub(super) fn mounted(&self, chosen: impl Fn(&Mounted) -> bool) -> Vec<Arc<Pod>> {
+        let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
+        let pick = |slot: &Arc<Slot>| {
+            lock(&slot.mounted).as_ref().filter(|m| chosen(m)).map(|m| m.pod.clone())
+        };
+        slots.iter().filter_map(pick).collect()
+    }
+
+    /// The nearest time at which a mounted pod is due.
+    pub(super) fn next_due(&self) -> Option<i64> {
+        let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
+        slots.iter().filter_map(|slot| lock(&slot.mounted).as_ref().and_then(|m| m.due)).min()
+    }
+
+    /// Tries a failed refresh again then.
+    pub(super) fn postpone(&self, uid: &PodUid, due: i64) {
+        if let Some(mounted) = lock(&self.slot(uid).mounted).as_mut() {
+            mounted.due = Some(due);
+        }
+    }
+
+    /// Brings the file volumes of a mounted pod up to date.
+    pub(super) async fn refresh(&self, uid: &PodUid) -> Result<(), VolumeError> {
+        let slot = self.slot(uid);
+        let _busy = slot.busy.lock().await;
+        let Some(pod) = lock(&slot.mounted).as_ref().map(|mounted| mounted.pod.clone()) else {
+            return Ok(());
+        };
+        self.bring_about(&slot, &pod, true).await
+    }
+
+    /// Gathers and applies all volumes, or only those made of files.
+    async fn bring_about(
+        &self,
+        slot: &Slot,
+        pod: &Arc<Pod>,
+        files_only: bool,
+    ) -> Result<(), VolumeError> {
+        let uid = PodUid::of(pod);
+        let gather =
+            Gather { pod, objects: &self.objects, node: &self.node, now: Timestamp::now() };
+        let mut wanted = Vec::new();
+        let (mut all_uses, mut earliest) = (Vec::new(), None);
+        for volume in volumes_of(pod) {
+            let is_files = plugin_of(volume).is_some_and(|plugin| plugin != Plugin::EmptyDir);
+            if files_only && !is_files {
+                continue;
+            }
+            let path = self.layout.volume(&uid, Plugin::Projected, &volume.name);
+            let want = gather.volume(volume, &OnDisk(path)).await?;
+            if let Wanted::Files { uses, due, .. } = &want {
+                all_uses.extend(uses.iter().cloned());
+                earliest = [earliest, *due].into_iter().flatten().min();
+            }
+            wanted.push((volume.name.clone(), want));
+        }
+        let (layout, group) = (self.layout.clone(), fs_group(pod));
+        let target = uid.clone();
+        blocking(move || apply_all(&layout, &target, &wanted, group)).await?;
+        *lock(&slot.mounted) = Some(Mounted { pod: pod.clone(), uses: all_uses, due: earliest });
+        if earliest.is_some() {
+            self.rescheduled.notify_one();
+        }
+        Ok(())
+    }
+
+    /// `subPath` of a mount, with `subPathExpr` expanded.
+    async fn sub_path(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        mount: &k8s_openapi::api::core::v1::VolumeMount,
+    ) -> Result<Option<String>, VolumeError> {
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        if let Some(path) = given(&mount.sub_path) {
+            return Ok(Some(path));
+        }
+        let Some(expression) = given(&mount.sub_path_expr) else { return Ok(None) };
+        let invalid = |reason: String| VolumeError::Invalid { volume: mount.name.clone(), reason };
+        let namespace = NamespacedName::of_pod(pod).namespace;
+        let (maps, secrets) = references(container);
+        let mut sources = Sources::default();
+        let object = |source| VolumeError::Object { volume: mount.name.clone(), source };
+        for name in maps {
+            let key = NamespacedName::new(&namespace, &name);
+            let found = self.objects.config_map(&key).await.map_err(object)?;
+            sources.config_maps.insert(name, found);
+        }
+        for name in secrets {
+            let key = NamespacedName::new(&namespace, &name);
+            let found = self.objects.secret(&key).await.map_err(object)?;
+            sources.secrets.insert(name, found);
+        }
+        let node_ips: Vec<String> = self.node.node_ips.iter().map(ToString::to_string).collect();
+        let variables = environment(EnvInput {
+            pod,
+            container,
+            sources: &sources,
+            services: &[],
+            addresses: Addresses { pod: &[], node: &node_ips },
+            node: &self.node,
+        })
+        .map_err(|cause| invalid(format!("subPathExpr {expression:?}: {cause}")))?;
+        let missing = std::cell::Cell::new(false);
+        let expanded = expand(&expression, |name| {
+            // Later entries win.
+            let value = variables.iter().rev().find(|(key, _)| key == name);
+            missing.set(missing.get() || value.is_none());
+            value.map(|(_, value)| value.as_str())
+        });
+        if missing.get() || expanded.is_empty() {
+            return Err(invalid(format!("subPathExpr {expression:?} names an unknown variable")));
+        }
+        if expanded.starts_with('/') || expanded.split('/').any(|part| part == "..") {
+            return Err(invalid(format!(
+                "subPathExpr {expression:?} gives {expanded:?}, which must be relative, without '..'"
+            )));
+        }
+        Ok(Some(expanded))
+    }
+}
+
+#[async_trait]
+impl Volumes for NodeVolumes {
+    async fn mount(&self, pod: &Arc<Pod>) -> Result<(), VolumeError> {
+        let uid = PodUid::of(pod);
+        check_uid(&uid)?;
+        let slot = self.slot(&uid);
+        let _busy = slot.busy.lock().await;
+        self.bring_about(&slot, pod, false).await
+    }
+
+    async fn container_mounts(
+        &self,
+        pod: &Pod,
+        container: &Container,
+        _attempt: u32,
+    ) -> Result<Vec<api::Mount>, VolumeError> {
+        let uid = PodUid::of(pod);
+        check_uid(&uid)?;
+        let mut mounts = Vec::new();
+        for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
+            let invalid =
+                |reason: String| VolumeError::Invalid { volume: mount.name.clone(), reason };
+            let volume = volumes_of(pod)
+                .find(|volume| volume.name == mount.name)
+                .ok_or_else(|| invalid("volumeMount names no volume of the pod".into()))?;
+            let plugin = plugin_of(volume);
+            let path = match (&volume.host_path, plugin) {
+                (Some(host_path), _) => PathBuf::from(&host_path.path),
+                (None, Some(plugin)) => self.layout.volume(&uid, plugin, &volume.name),
+                (None, None) => return Err(invalid("volume is of no kind provided here".into())),
+            };
+            let path = match self.sub_path(pod, container, mount).await? {
+                None => path,
+                Some(sub) => {
+                    let target = self.layout.sub_path(&uid, &volume.name, &container.name, index);
+                    let bound = target.clone();
+                    blocking(move || sub_path::bind(&path, &sub, &bound)).await?;
+                    target
+                }
+            };
+            let propagation = match mount.mount_propagation.as_deref().unwrap_or_default() {
+                "" | "None" => api::MountPropagation::PropagationPrivate,
+                "HostToContainer" => api::MountPropagation::PropagationHostToContainer,
+                "Bidirectional" => api::MountPropagation::PropagationBidirectional,
+                other => return Err(invalid(format!("mountPropagation {other:?} is unknown"))),
+            };
+            // Files made from objects are the agent's to change, never a container's.
+            let ours = plugin.is_some_and(|plugin| plugin != Plugin::EmptyDir);
+            let readonly = mount.read_only.unwrap_or(false) || ours;
+            let recursive = match mount.recursive_read_only.as_deref().unwrap_or_default() {
+                "" | "Disabled" | "IfPossible" => false,
+                "Enabled" if mount.read_only == Some(true) => true,
+                _ => return Err(invalid("recursiveReadOnly needs readOnly: true".into())),
+            };
+            let container_path = if mount.mount_path.starts_with('/') {
+                mount.mount_path.clone()
+            } else {
+                format!("/{}", mount.mount_path)
+            };
+            mounts.push(api::Mount {
+                container_path,
+                host_path: path.to_string_lossy().into_owned(),
+                readonly,
+                propagation: propagation.into(),
+                recursive_read_only: recursive,
+                ..Default::default()
+            });
+        }
+        Ok(mounts)
+    }
+
+    async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
+        check_uid(uid)?;
+        let slot = self.slot(uid);
+        let _busy = slot.busy.lock().await;
+        *lock(&slot.mounted) = None;
+        let directory = self.layout.pod(uid);
+        blocking(move || teardown::remove_tree(&directory)).await?;
+        lock(&self.slots).remove(uid);
+        Ok(())
+    }
+
+    async fn on_disk(&self) -> Result<Vec<PodUid>, VolumeError> {
+        let pods = self.layout.pods();
+        blocking(move || {
+            let entries = match fs::read_dir(&pods) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                other => other.map_err(VolumeError::io("read", &pods))?,
+            };
+            let names = entries.filter_map(Result::ok).map(|entry| entry.file_name());
+            Ok(names.filter_map(|name| name.to_str().map(PodUid::from)).collect())
+        })
+        .await
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn check_uid(uid: &PodUid) -> Result<(), VolumeError> {
+    if is_file_name(uid.as_str()) {
+        return Ok(());
+    }
+    let reason = format!("pod UID {:?} cannot name a directory", uid.as_str());
+    Err(VolumeError::Invalid { volume: String::new(), reason })
+}
+
+fn volumes_of(pod: &Pod) -> impl Iterator<Item = &Volume> {
+    pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten())
+}
+
+/// Which directory the volume lies in; `None` for a hostPath and for what is not provided.
+fn plugin_of(volume: &Volume) -> Option<Plugin> {
+    if volume.config_map.is_some() {
+        Some(Plugin::ConfigMap)
+    } else if volume.secret.is_some() {
+        Some(Plugin::Secret)
+    } else if volume.downward_api.is_some() {
+        Some(Plugin::DownwardApi)
+    } else if volume.projected.is_some() {
+        Some(Plugin::Projected)
+    } else if volume.empty_dir.is_some()
+        || *volume == (Volume { name: volume.name.clone(), ..Default::default() })
+    {
+        Some(Plugin::EmptyDir)
+    } else {
+        None
+    }
+}
+
+/// File system work off the runtime's threads.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+) -> Result<T, VolumeError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(cause) => Err(VolumeError::Io {
+            operation: "run work on",
+            path: PathBuf::new(),
+            source: io::Error::other(cause),
+        }),
+    }
+}
+
+fn apply_all(
+    layout: &Layout,
+    uid: &PodUid,
+    wanted: &[(String, Wanted)],
+    group: Option<u32>,
+) -> Result<(), VolumeError> {
+    let pod = layout.pod(uid);
+    private_directory(&pod)?;
+    private_directory(&layout.volumes(uid))?;
+    for (name, want) in wanted {
+        if !is_file_name(name) {
+            let reason = "name cannot name a directory".into();
+            return Err(VolumeError::Invalid { volume: name.clone(), reason });
+        }
+        match want {
+            Wanted::EmptyDir(medium) => {
+                let path = layout.volume(uid, Plugin::EmptyDir, name);
+                parent_directory(&path)?;
+                empty_dir::apply(&path, *medium, group)?;
+            }
+            Wanted::HostPath(source) => host_path::apply(name, source)?,
+            Wanted::Files { plugin, payload, .. } => {
+                let path = layout.volume(uid, *plugin, name);
+                parent_directory(&path)?;
+                fs::create_dir_all(&path).map_err(VolumeError::io("create", &path))?;
+                // ConfigMaps lie on disk; what may be secret stays in memory.
+                if *plugin != Plugin::ConfigMap {
+                    mounts::mount_tmpfs(&path, None, true)?;
+                }
+                let mode = if group.is_some() { 0o2777 } else { 0o777 };
+                chown(&path, None, group).map_err(VolumeError::io("chown", &path))?;
+                fs::set_permissions(&path, Permissions::from_mode(mode))
+                    .map_err(VolumeError::io("chmod", &path))?;
+                atomic::apply_payload(&path, payload, group)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Makes a directory that only root may enter.
+fn private_directory(path: &Path) -> Result<(), VolumeError> {
+    fs::create_dir_all(path).map_err(VolumeError::io("create", path))?;
+    fs::set_permissions(path, Permissions::from_mode(0o750)).map_err(VolumeError::io("chmod", path))
+}
+
+fn parent_directory(path: &Path) -> Result<(), VolumeError> {
+    match path.parent() {
+        Some(parent) => private_directory(parent),
+        None => Ok(()),
+    }
+}
+
+/// A projected volume as an earlier call left it.
+struct OnDisk(PathBuf);
+
+impl Earlier for OnDisk {
+    fn read(&self, path: &str) -> Option<Vec<u8>> {
+        // Through `..data`, which only the agent writes.
+        let data = self.0.join("..data");
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(data.join(path))
+            .ok()?;
+        let mut token = Vec::new();
+        file.take(64 << 10).read_to_end(&mut token).ok()?;
+        Some(token)
+    }
+
+    fn existed(&self) -> bool {
+        self.0.is_dir()
+    }
+}
