@@ -38,11 +38,7 @@ pub fn list(
     let mode = info.param("resourceVersionMatch");
     let limit = info.param("limit").parse().unwrap_or(0);
     let token = info.param("continue");
-    let invalid = |why: &str| {
-        Err(ApiError::bad_request(format!(
-            "list options are invalid: resourceVersionMatch: Forbidden: {why}"
-        )))
-    };
+    let invalid = |why: &str| Err(ApiError::invalid_options("resourceVersionMatch", why));
     let (at, after): (Option<u64>, Option<Key>) = if !token.is_empty() {
         if !mode.is_empty() {
             return invalid("resourceVersionMatch is forbidden when continue is provided");
@@ -71,11 +67,7 @@ pub fn list(
                 check_reached(store, version)?;
                 (None, None)
             }
-            (other, _) => {
-                return Err(ApiError::bad_request(format!(
-                    "list options are invalid: resourceVersionMatch: Unsupported value: \"{other}\""
-                )));
-            }
+            (other, _) => return invalid(&format!("Unsupported value: \"{other}\"")),
         }
     };
     let listed = store.list(resource, &info.namespace, &selector, at, after.as_ref(), limit)?;
@@ -143,12 +135,7 @@ pub fn watch(
     let mode = info.param("resourceVersionMatch");
     let bookmarks = info.flag("allowWatchBookmarks");
     let streaming = info.query.get("sendInitialEvents").map(|v| v == "true");
-    let invalid = |field: &str, why: &str| ApiError {
-        code: 422,
-        reason: "Invalid",
-        message: format!("ListOptions.meta.k8s.io \"\" is invalid: {field}: Forbidden: {why}"),
-        details: json!({"group": "meta.k8s.io", "kind": "ListOptions"}),
-    };
+    let invalid = ApiError::invalid_options;
     match (streaming, mode) {
         (None, "") | (Some(_), "NotOlderThan") => {}
         (None, _) => {

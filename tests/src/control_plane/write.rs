@@ -45,9 +45,11 @@ pub fn create(
         object["metadata"] = json!({});
     }
     if !object["metadata"]["resourceVersion"].as_str().unwrap_or_default().is_empty() {
-        return Err(ApiError::bad_request(
-            "resourceVersion should not be set on objects to be created",
-        ));
+        // 500 without a reason is what the real one answers.
+        return Err(ApiError {
+            reason: "",
+            ..ApiError::internal("resourceVersion should not be set on objects to be created")
+        });
     }
     let prefix = object["metadata"]["generateName"].as_str().unwrap_or_default().to_owned();
     if object["metadata"]["name"].as_str().is_none_or(str::is_empty) {
@@ -194,7 +196,7 @@ pub fn update(
             .ok_or_else(|| ApiError::not_found(resource, name))?;
         let mut new = change(&old)?;
         check_kind(resource, &new)?;
-        carry_over(resource, name, status, &old, &mut new)?;
+        carry_over(resource, name, info.verb, status, &old, &mut new)?;
         restrict_node(user, resource, info.verb, &info.subresource, name, &new, Some(&old))?;
         if !status {
             admit(store, resource, &mut new, Some(&old))?;
@@ -251,6 +253,7 @@ fn finished(object: &Value) -> bool {
 fn carry_over(
     resource: &'static Resource,
     name: &str,
+    verb: &str,
     status: bool,
     old: &Value,
     new: &mut Value,
@@ -267,6 +270,10 @@ fn carry_over(
     }
     let uid = new["metadata"]["uid"].as_str().unwrap_or_default();
     if !uid.is_empty() && was["uid"] != uid {
+        if verb == "patch" {
+            let why = format!("Invalid value: \"{uid}\": field is immutable");
+            return Err(ApiError::invalid(resource, name, "metadata.uid", why));
+        }
         return Err(ApiError::conflict(
             resource,
             name,

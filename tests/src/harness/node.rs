@@ -314,7 +314,7 @@ impl Node {
 
     /// Waits until the agent says that it is healthy.
     pub async fn ready(&mut self) {
-        let mut this = self;
+        let this = self;
         eventually("the agent's /healthz is ok", async || -> Result<()> {
             this.check_alive()?;
             let answer = this.get(([127, 0, 0, 1], 10248).into(), "/healthz")?;
@@ -324,7 +324,6 @@ impl Node {
             Ok(())
         })
         .await;
-        let _ = &mut this;
     }
 
     /// GETs from the node's own namespace.

@@ -28,7 +28,7 @@ async fn a_node_reaches_the_lan_and_goes_away_completely() {
         assert_eq!(server.join().unwrap(), node.address());
         assert_eq!(node.run("hostname", &[]).unwrap().trim(), "node");
         assert!(node.left_behind().is_empty(), "{:?}", node.left_behind());
-        node.command("sleep").arg("1000").spawn().unwrap();
+        node.run("sh", &["-c", "sleep 1000 >/dev/null 2>&1 &"]).unwrap();
     }
     assert!(!netns.exists());
     assert!(!work.exists());
