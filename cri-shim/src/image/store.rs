@@ -14,8 +14,9 @@ use oci_spec::image::ImageConfiguration;
 use super::{
     error::ImageError,
     index::{self, Index},
+    layers::Flights,
     layout::{self, Layout},
-    pull::Flights,
+    unpack::Limits,
 };
 use crate::snapshot;
 
@@ -143,6 +144,12 @@ struct Cache {
     stamp: Option<(u64, u64, u64, i64, i64)>,
     index: Arc<Index>,
     images: HashMap<String, Arc<Image>>,
+}
+
+impl Shared {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { bytes: self.config.max_layer_bytes, entries: self.config.max_layer_entries }
+    }
 }
 
 impl ImageStore {

@@ -1,0 +1,236 @@
+//! Getting an image's layers into the store: in parallel, each once, in chain order.
+//!
+//! States of a layer in a pull: waiting for whoever else has it in work (one lock per chain id),
+//! then for a free slot, then unpacking into the pull's work folder, then waiting for the layer
+//! below to be in place, then in place. Only an index entry makes layers lasting; those of a failed
+//! pull are found again by a retry and removed at the next start.
+
+use std::{
+    collections::HashMap,
+    fs,
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
+
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, watch};
+
+use super::{
+    ImageError, ImageId, ImageStore,
+    blob::{Expected, digest_of},
+    index::{LayerRecord, Names},
+    layout::{LayerMeta, write_whole},
+    unpack::{UnpackError, Unpacked, inherit},
+    work::Work,
+};
+
+/// The layers in work, over all pulls and imports of this process.
+pub(crate) struct Flights {
+    slots: Semaphore,
+    layers: Mutex<HashMap<String, Weak<AsyncMutex<()>>>>,
+}
+
+impl Flights {
+    pub(crate) fn new(parallel: usize) -> Self {
+        Self { slots: Semaphore::new(parallel), layers: Mutex::default() }
+    }
+
+    fn layer(&self, chain_id: &str) -> Arc<AsyncMutex<()>> {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lock) = layers.get(chain_id).and_then(Weak::upgrade) {
+            return lock;
+        }
+        layers.retain(|_, lock| lock.strong_count() > 0);
+        let lock = Arc::new(AsyncMutex::new(()));
+        layers.insert(chain_id.to_owned(), Arc::downgrade(&lock));
+        lock
+    }
+}
+
+/// A layer to be had.
+#[derive(Debug, Clone)]
+pub(crate) struct LayerPlan {
+    pub(crate) chain_id: String,
+    pub(crate) expected: Expected,
+}
+
+/// Plans the layers of an image: the chain ids follow from its config.
+///
+/// Image-spec config.md "Layer ChainID": the first is the diff id, each further one the digest of
+/// `<chain below> <diff id>`.
+pub(crate) fn plan_layers(
+    diff_ids: &[String],
+    blobs: impl Iterator<Item = Option<(String, u64)>>,
+) -> Vec<LayerPlan> {
+    let mut below: Option<String> = None;
+    diff_ids
+        .iter()
+        .zip(blobs)
+        .map(|(diff_id, blob)| {
+            let chain_id = match &below {
+                None => diff_id.clone(),
+                Some(below) => digest_of(format!("{below} {diff_id}").as_bytes()),
+            };
+            below = Some(chain_id.clone());
+            LayerPlan { chain_id, expected: Expected { blob, diff_id: diff_id.clone() } }
+        })
+        .collect()
+}
+
+impl ImageStore {
+    /// Makes sure that all `plans` are in place; `unpack` gets a layer's position and the folder
+    /// to unpack it into.
+    pub(crate) async fn ensure_layers<F, Fut>(
+        &self,
+        work: &Work,
+        plans: &[LayerPlan],
+        unpack: F,
+    ) -> Result<Vec<LayerRecord>, ImageError>
+    where
+        F: Fn(usize, PathBuf) -> Fut,
+        Fut: Future<Output = Result<Unpacked, ImageError>>,
+    {
+        // One sender per layer says whether it is in place.
+        let placed: Vec<watch::Sender<bool>> =
+            plans.iter().map(|_| watch::Sender::new(false)).collect();
+        let one = async |at: usize| -> Result<LayerRecord, ImageError> {
+            let plan = &plans[at];
+            let lock = self.shared.flights.layer(&plan.chain_id);
+            let _lock = lock.lock().await;
+            let meta = match self.shared.layout.layer_meta(&plan.chain_id) {
+                Some(meta) => meta,
+                None => {
+                    let slot = self.shared.flights.slots.acquire().await;
+                    let folder = work.path().join(at.to_string());
+                    // A first try may have left its folder.
+                    let _ = fs::remove_dir_all(&folder);
+                    let unpacked = unpack(at, folder.join("d")).await?;
+                    drop(slot);
+                    if let Some(below) = at.checked_sub(1) {
+                        // Its sender lives as long as this future.
+                        let _ = placed[below].subscribe().wait_for(|placed| *placed).await;
+                    }
+                    self.place(plan, &plans[..at], folder, unpacked).await?
+                }
+            };
+            placed[at].send_replace(true);
+            Ok(LayerRecord { chain_id: meta.chain_id, bytes: meta.bytes, inodes: meta.inodes })
+        };
+        futures::future::try_join_all((0..plans.len()).map(one)).await
+    }
+
+    /// Moves an unpacked layer to its place.
+    async fn place(
+        &self,
+        plan: &LayerPlan,
+        below: &[LayerPlan],
+        folder: PathBuf,
+        unpacked: Unpacked,
+    ) -> Result<LayerMeta, ImageError> {
+        let layout = self.shared.layout.clone();
+        let lower: Vec<_> = below.iter().rev().map(|l| layout.layer_files(&l.chain_id)).collect();
+        let meta = LayerMeta {
+            version: 1,
+            chain_id: plan.chain_id.clone(),
+            bytes: unpacked.bytes,
+            inodes: unpacked.inodes,
+        };
+        blocking(move || {
+            let files = folder.join("d");
+            for path in &unpacked.implicit {
+                inherit(&files, path, &lower)
+                    .map_err(ImageError::io("set owner and mode of", files.join(path)))?;
+            }
+            let record = folder.join("layer.json");
+            let text = serde_json::to_vec(&meta)
+                .map_err(|error| ImageError::io("encode", &record)(error.into()))?;
+            fs::write(&record, text).map_err(ImageError::io("write", &record))?;
+            let _lock =
+                layout.lock(false).map_err(ImageError::io("lock image store", layout.images()))?;
+            let target = layout.layer(&meta.chain_id);
+            match fs::rename(&folder, &target) {
+                Ok(()) => Ok(meta),
+                // Another process was first, and its layer is as good.
+                Err(_) if layout.layer_meta(&meta.chain_id).is_some() => Ok(meta),
+                Err(error) => Err(ImageError::io("move layer to", target)(error)),
+            }
+        })
+        .await
+    }
+
+    /// Makes an image visible, once everything it needs has reached the disk. False if a layer was
+    /// removed meanwhile by another process: the caller starts over.
+    pub(crate) async fn commit(
+        &self,
+        config: Vec<u8>,
+        layers: Vec<LayerRecord>,
+        names: Vec<Names>,
+    ) -> Result<Option<ImageId>, ImageError> {
+        let store = self.clone();
+        blocking(move || {
+            let layout = &store.shared.layout;
+            let id = digest_of(&config);
+            let known = store.read_index()?.images.contains_key(&id);
+            if !known {
+                let path = layout.config(&id);
+                write_whole(&path, &config, 0o600)
+                    .map_err(ImageError::io("write image config", &path))?;
+                fs::File::open(layout.images())
+                    .and_then(|folder| Ok(nix::unistd::syncfs(&folder)?))
+                    .map_err(ImageError::io("sync", layout.images()))?;
+            }
+            let _lock = store.lock(true)?;
+            let whole = layers.iter().all(|l| layout.layer_meta(&l.chain_id).is_some());
+            if !whole || !layout.config(&id).exists() {
+                return Ok(None);
+            }
+            let mut index = (*store.read_index()?).clone();
+            let before = index.clone();
+            for name in &names {
+                index.add(&id, layers.clone(), name);
+            }
+            if index != before {
+                store.write_index(&index)?;
+            }
+            Ok(Some(ImageId(id)))
+        })
+        .await
+    }
+}
+
+/// Names an unpacking failure of `reference`'s layer `object`.
+pub(crate) fn unpack_error(reference: &str, object: &str, error: UnpackError) -> ImageError {
+    match error {
+        UnpackError::Disk { operation, path, source } => ImageError::io(operation, path)(source),
+        error => ImageError::Corrupt {
+            reference: reference.to_owned(),
+            object: object.to_owned(),
+            reason: error.to_string(),
+        },
+    }
+}
+
+/// Runs file work outside the async threads.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(ImageError::io("run blocking work of", "the image store")(
+            std::io::Error::other(error),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chain_ids_follow_the_specification() {
+        let (a, b) = (digest_of(b"a"), digest_of(b"b"));
+        let plans = plan_layers(&[a.clone(), b.clone()], std::iter::repeat(None));
+        assert_eq!(plans[0].chain_id, a);
+        assert_eq!(plans[1].chain_id, digest_of(format!("{a} {b}").as_bytes()));
+    }
+}

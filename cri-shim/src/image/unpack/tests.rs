@@ -1,0 +1,254 @@
+use std::{
+    fs,
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink},
+};
+
+use tar::EntryType;
+
+use super::*;
+
+const LIMITS: Limits = Limits { bytes: 1 << 20, entries: 1000 };
+
+/// Members as (type, path, link target or content).
+fn archive(members: &[(EntryType, &str, &str)]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, path, text) in members {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(*kind);
+        header.set_mode(if *kind == EntryType::Directory { 0o750 } else { 0o640 });
+        header.set_uid(1000);
+        header.set_gid(1001);
+        header.set_mtime(1_000_000);
+        // Written by hand: the crate's own setters refuse what the tests are about.
+        let name = &mut header.as_mut_bytes()[..100];
+        name[..path.len()].copy_from_slice(path.as_bytes());
+        let is_link = matches!(kind, EntryType::Symlink | EntryType::Link);
+        if is_link {
+            header.as_mut_bytes()[157..157 + text.len()].copy_from_slice(text.as_bytes());
+        }
+        let data = if *kind == EntryType::Regular { text.as_bytes() } else { b"" };
+        header.set_size(data.len() as u64);
+        header.set_cksum();
+        bytes.extend(header.as_bytes());
+        bytes.extend(data);
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
+    }
+    bytes.resize(bytes.len() + 1024, 0);
+    bytes
+}
+
+/// A layer folder inside a folder that nothing may be written to.
+struct Place {
+    outer: tempfile::TempDir,
+    layer: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        let outer = tempfile::tempdir().unwrap();
+        fs::write(outer.path().join("victim"), "untouched").unwrap();
+        let layer = outer.path().join("a/layer");
+        fs::create_dir_all(&layer).unwrap();
+        Self { outer, layer }
+    }
+
+    fn unpack(&self, members: &[(EntryType, &str, &str)]) -> Result<Unpacked, UnpackError> {
+        let bytes = archive(members);
+        let result = unpack(&mut TarStream::new(bytes.as_slice()), &self.layer, LIMITS);
+        let names: Vec<_> =
+            fs::read_dir(self.outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names.len(), 2, "something was written outside: {names:?}");
+        assert_eq!(fs::read_dir(self.outer.path().join("a")).unwrap().count(), 1);
+        let victim = fs::symlink_metadata(self.outer.path().join("victim")).unwrap();
+        assert_eq!((victim.nlink(), victim.uid(), victim.len()), (1, 0, 9));
+        result
+    }
+
+    fn meta(&self, path: &str) -> fs::Metadata {
+        fs::symlink_metadata(self.layer.join(path)).unwrap()
+    }
+}
+
+use EntryType::{Block, Char, Directory as Dir, Fifo, Link, Regular as File, Symlink as Sym};
+
+#[test]
+fn owners_modes_times_and_kinds_are_kept() {
+    let place = Place::new();
+    let done = place
+        .unpack(&[
+            (Dir, "./", ""),
+            (Dir, "etc/", ""),
+            (File, "etc/passwd", "root"),
+            (Sym, "etc/link", "/etc/passwd"),
+            (Link, "etc/hard", "etc/passwd"),
+            (Fifo, "etc/pipe", ""),
+            (File, "deep/in/file", "x"),
+        ])
+        .unwrap();
+    assert_eq!(done.implicit, [Path::new("deep"), Path::new("deep/in")]);
+    assert_eq!((done.bytes, done.inodes), (5, 9));
+    let passwd = place.meta("etc/passwd");
+    assert_eq!(
+        (passwd.mode() & 0o7777, passwd.uid(), passwd.gid(), passwd.mtime(), passwd.nlink()),
+        (0o640, 1000, 1001, 1_000_000, 2)
+    );
+    for path in ["", "etc", "etc/link", "etc/pipe"] {
+        let meta = place.meta(path);
+        assert_eq!((meta.uid(), meta.mtime()), (1000, 1_000_000), "{path}");
+    }
+    assert_eq!(place.meta("etc").permissions().mode() & 0o777, 0o750);
+    assert!(place.meta("etc/pipe").file_type().is_fifo());
+    assert_eq!(place.meta("deep/in").mode() & 0o777, 0o755);
+}
+
+#[test]
+fn paths_out_of_the_layer_are_refused_or_contained() {
+    for members in [
+        &[(File, "../victim", "evil")][..],
+        &[(File, "a/../../../victim", "evil")],
+        &[(Dir, "..", "")],
+        &[(Link, "x", "../../victim")],
+        &[(Link, "x", "/etc/hostname")],
+        &[(Sym, "up", ".."), (Link, "x", "up/../victim")],
+        &[(Link, "x", "missing")],
+        &[(Dir, "d", ""), (Link, "x", "d")],
+        &[(File, "f", ""), (File, "f/below", "")],
+        &[(Sym, "loop", "loop"), (File, "loop/x", "")],
+        &[(File, ".wh.", "")],
+        &[(File, ".wh...", "")],
+        &[(Sym, "empty", "")],
+    ] {
+        let place = Place::new();
+        let error = place.unpack(members).unwrap_err();
+        assert!(matches!(error, UnpackError::Archive(_)), "{members:?}: {error}");
+    }
+    for (members, lands) in [
+        (&[(File, "/etc/abs", "evil")][..], "etc/abs"),
+        (&[(Sym, "up", "../.."), (File, "up/victim", "evil")], "victim"),
+        (&[(Sym, "root", "/"), (File, "root/victim", "evil")], "victim"),
+        (&[(Dir, "real", ""), (Sym, "l", "/real"), (File, "l/f", "evil")], "real/f"),
+        (&[(Sym, "f", "../victim"), (File, "f", "evil")], "f"),
+        (&[(Sym, "d", "../.."), (Dir, "d", ""), (File, "d/victim", "evil")], "d/victim"),
+    ] {
+        let place = Place::new();
+        place.unpack(members).unwrap();
+        assert_eq!(fs::read_to_string(place.layer.join(lands)).unwrap(), "evil", "{members:?}");
+        assert!(place.meta(lands).is_file());
+    }
+}
+
+#[test]
+fn a_planted_link_to_a_process_is_not_followed() {
+    let place = Place::new();
+    symlink("/proc/self/root", place.layer.join("proc")).unwrap();
+    let error = place.unpack(&[(File, "proc/victim", "evil")]).unwrap_err();
+    assert!(matches!(error, UnpackError::Archive(_)), "{error}");
+}
+
+#[test]
+fn devices_are_left_out() {
+    let place = Place::new();
+    let done =
+        place.unpack(&[(Char, "null", ""), (Block, "sda", ""), (File, "dev/console", "")]).unwrap();
+    assert_eq!(done.inodes, 2);
+    assert!(!place.layer.join("null").exists() && !place.layer.join("sda").exists());
+}
+
+#[test]
+fn whiteouts_become_overlayfs_own() {
+    let place = Place::new();
+    place
+        .unpack(&[
+            (File, "etc/.wh.gone", ""),
+            (Dir, "opt/", ""),
+            (File, "opt/.wh..wh..opq", ""),
+            (File, "opt/kept", "x"),
+            (File, ".wh..wh.plnk", ""),
+            // Hidden below and made anew here, in both orders.
+            (File, ".wh.before", ""),
+            (File, "before/file", "x"),
+            (Dir, "after", ""),
+            (File, ".wh.after", ""),
+            (File, ".wh.file", ""),
+            (File, "file", "x"),
+        ])
+        .unwrap();
+    let gone = place.meta("etc/gone");
+    assert!(gone.file_type().is_char_device() && gone.rdev() == 0);
+    for (path, opaque) in [("opt", true), ("before", true), ("after", true), ("etc", false)] {
+        let folder = fs::File::open(place.layer.join(path)).unwrap();
+        let value = sys::get_xattr(&folder, c"trusted.overlay.opaque");
+        assert_eq!(value.is_ok_and(|value| value == b"y"), opaque, "{path}");
+    }
+    assert!(place.meta("file").is_file());
+    assert!(
+        !place.layer.join(".wh..wh.plnk").exists()
+            && !place.layer.join("opt/.wh..wh..opq").exists()
+    );
+}
+
+#[test]
+fn later_members_replace_earlier_ones() {
+    let place = Place::new();
+    place
+        .unpack(&[
+            (Dir, "x", ""),
+            (File, "x/y", "1"),
+            (File, "x", "file"),
+            (File, "z", "old, longer"),
+            (File, "z", "new"),
+            (Sym, "s", "z"),
+            (Dir, "s", ""),
+        ])
+        .unwrap();
+    assert_eq!(fs::read_to_string(place.layer.join("x")).unwrap(), "file");
+    assert_eq!(fs::read_to_string(place.layer.join("z")).unwrap(), "new");
+    assert!(place.meta("s").is_dir());
+}
+
+#[test]
+fn capabilities_are_kept_and_overlay_markers_refused() {
+    let place = Place::new();
+    let mut builder = tar::Builder::new(Vec::new());
+    // cap_net_bind_service=ep, revision 2.
+    let capability: &[u8] = &[1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let records: [(&str, &[u8]); 3] = [
+        ("SCHILY.xattr.security.capability", capability),
+        ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
+        ("SCHILY.xattr.user.note", b"hi"),
+    ];
+    builder.append_pax_extensions(records).unwrap();
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(0o6755);
+    header.set_size(1);
+    header.set_uid(5);
+    builder.append_data(&mut header, "bin", &b"x"[..]).unwrap();
+    let bytes = builder.into_inner().unwrap();
+    unpack(&mut TarStream::new(bytes.as_slice()), &place.layer, LIMITS).unwrap();
+    let file = fs::File::open(place.layer.join("bin")).unwrap();
+    assert_eq!(sys::get_xattr(&file, c"security.capability").unwrap(), capability);
+    assert_eq!(sys::get_xattr(&file, c"user.note").unwrap(), b"hi");
+    assert!(sys::get_xattr(&file, c"trusted.overlay.redirect").is_err());
+    assert_eq!(file.metadata().unwrap().mode() & 0o7777, 0o6755);
+}
+
+#[test]
+fn floods_are_bounded() {
+    let place = Place::new();
+    let many: Vec<_> = (0..LIMITS.entries + 1).map(|n| format!("f{n}")).collect();
+    let members: Vec<_> = many.iter().map(|name| (File, name.as_str(), "")).collect();
+    let error = place.unpack(&members).unwrap_err().to_string();
+    assert!(error.contains("more than 1000 files"), "{error}");
+}
+
+#[test]
+fn implicit_folders_inherit_from_the_layer_below() {
+    let (lower, upper) = (Place::new(), Place::new());
+    lower.unpack(&[(Dir, "var", ""), (Dir, "var/mail", "")]).unwrap();
+    let done = upper.unpack(&[(File, "var/mail/me", "x")]).unwrap();
+    for path in &done.implicit {
+        inherit(&upper.layer, path, std::slice::from_ref(&lower.layer)).unwrap();
+    }
+    let mail = upper.meta("var/mail");
+    assert_eq!((mail.mode() & 0o777, mail.uid(), mail.mtime()), (0o750, 1000, 1_000_000));
+}
