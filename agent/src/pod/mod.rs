@@ -3,18 +3,32 @@
 //! Pure: `plan`, `status`, `qos`, `backoff`, ...; loops: `worker`, `sync`; effects: the traits that
 //! the composition root passes in.
 
+pub mod admit;
 pub mod backoff;
+mod caretaker;
 pub mod cgroup;
+pub mod clock;
 pub mod config;
+mod deps;
+mod events;
 pub mod facts;
+mod hooks;
 pub mod image_name;
 pub mod images;
 pub mod keyring;
+mod logs;
 pub mod observed;
+mod orphans;
 pub mod plan;
 pub mod qos;
 pub mod quantity;
 pub mod spec;
 pub mod status;
+mod store;
+mod sync;
+pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;
+mod worker;
+
+pub use sync::{SyncHandle, SyncLoop};

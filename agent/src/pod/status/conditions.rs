@@ -1,9 +1,8 @@
 //! Pod conditions, their reasons and transition times.
 
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::{StatusInput, initialized};
+use super::{StatusInput, initialized, time};
 use crate::pod::spec::{init_containers, is_sidecar, spec_of};
 
 /// Conditions that the node sets; all others belong to their owners and are kept.
@@ -56,7 +55,7 @@ pub(super) fn conditions(
                 status: status.to_owned(),
                 reason: reason.map(str::to_owned),
                 message,
-                last_transition_time: Some(since.unwrap_or(Time(input.now))),
+                last_transition_time: Some(since.unwrap_or_else(|| time(input.now))),
                 last_probe_time: None,
                 observed_generation: input.pod.metadata.generation,
             }

@@ -6,9 +6,8 @@ use k8s_openapi::api::core::v1::{
     ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, ContainerUser,
     LinuxContainerUser, VolumeMountStatus,
 };
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::StatusInput;
+use super::{StatusInput, time};
 use crate::pod::backoff::go_duration;
 use crate::pod::facts::{Failure, Step};
 use crate::pod::observed::{Container, ContainerState};
@@ -140,7 +139,7 @@ impl ContainerView<'_> {
         let runtime = self.input.runtime_name;
         let state = match latest.state {
             ContainerState::Running => ApiState {
-                running: Some(ContainerStateRunning { started_at: latest.started_at.map(Time) }),
+                running: Some(ContainerStateRunning { started_at: latest.started_at.map(time) }),
                 ..Default::default()
             },
             ContainerState::Exited => terminated(runtime, latest),
@@ -316,8 +315,8 @@ fn terminated(runtime: &str, instance: &Container) -> ApiState {
             exit_code: instance.exit_code,
             reason: Some(reason.to_owned()),
             message,
-            started_at: instance.started_at.map(Time),
-            finished_at: instance.finished_at.map(Time),
+            started_at: instance.started_at.map(time),
+            finished_at: instance.finished_at.map(time),
             signal: None,
         }),
         ..Default::default()

@@ -69,6 +69,11 @@ pub struct StatusInput<'a> {
     pub now: Timestamp,
 }
 
+/// A time as the API carries it: in whole seconds, so that what was read back equals what was told.
+pub(crate) fn time(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+}
+
 /// Whether `phase` is final.
 pub fn is_terminal(phase: Option<&str>) -> bool {
     matches!(phase, Some("Succeeded" | "Failed"))
@@ -109,7 +114,7 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
         observed_generation: pod.metadata.generation,
         qos_class: Some(qos_class(pod).to_owned()),
         start_time: Some(
-            previous.and_then(|p| p.start_time.clone()).unwrap_or_else(|| Time(input.start_time)),
+            previous.and_then(|p| p.start_time.clone()).unwrap_or_else(|| time(input.start_time)),
         ),
         init_container_statuses: none_if_empty(init_statuses),
         container_statuses: none_if_empty(main_statuses),

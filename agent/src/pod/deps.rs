@@ -1,0 +1,60 @@
+//! What all pod workers share: the effects, the node, the table of pods.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+
+use super::cgroup::PodCgroups;
+use super::clock::Clock;
+use super::images::Images;
+use super::spec::{ContainerKind, field_path};
+use super::store::StatusStore;
+use super::table::PodTable;
+use crate::node_context::NodeContext;
+use crate::objects::Objects;
+use crate::report::{EventSink, EventType, StatusSink, pod_reference};
+use crate::runtime::Runtime;
+use crate::volume::Volumes;
+
+/// Everything a worker needs besides its pod.
+pub(crate) struct Deps {
+    pub(crate) node: Arc<NodeContext>,
+    pub(crate) runtime: Arc<dyn Runtime>,
+    pub(crate) runtime_name: String,
+    pub(crate) volumes: Arc<dyn Volumes>,
+    pub(crate) objects: Arc<dyn Objects>,
+    pub(crate) statuses: Arc<dyn StatusSink>,
+    pub(crate) events: Arc<dyn EventSink>,
+    pub(crate) images: Images,
+    pub(crate) cgroups: Arc<dyn PodCgroups>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) table: PodTable,
+    pub(crate) store: StatusStore,
+    /// When this agent began: what ran before is adopted.
+    pub(crate) began: Timestamp,
+}
+
+impl Deps {
+    /// Records an Event on the pod.
+    pub(crate) fn pod_event(&self, pod: &Pod, kind: EventType, reason: &str, message: String) {
+        self.events.record(pod_reference(pod, None), kind, reason, message);
+    }
+
+    /// Records an Event on one of its containers.
+    pub(crate) fn container_event(
+        &self,
+        pod: &Pod,
+        (kind, name): (ContainerKind, &str),
+        event: EventType,
+        reason: &str,
+        message: String,
+    ) {
+        self.events.record(container_reference(pod, kind, name), event, reason, message);
+    }
+}
+
+/// Whom Events about a container are about.
+pub(crate) fn container_reference(pod: &Pod, kind: ContainerKind, name: &str) -> ObjectReference {
+    pod_reference(pod, Some(field_path(kind, name)))
+}

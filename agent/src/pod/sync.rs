@@ -1,0 +1,539 @@
+//! The sync loop: hands every change to the worker of the pod that it concerns.
+//!
+//! Sources say what should run, the runtime's events say what happens; both are passed on by UID.
+//! What no source names once all have spoken is an orphan and is cleaned up. Nothing here waits for
+//! a pod.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cri_shim::api;
+use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::admit::{Share, Taken, admit, share_of};
+use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
+use super::clock::{Clock, SystemClock};
+use super::deps::Deps;
+use super::events::{News, watch_events};
+use super::images::Images;
+use super::observed::names;
+use super::orphans;
+use super::status::{Verdict, is_terminal};
+use super::store::StatusStore;
+use super::table::PodTable;
+use super::worker::{Begin, Message, Worker};
+use crate::ids::{NamespacedName, PodUid};
+use crate::node_context::NodeContext;
+use crate::objects::Objects;
+use crate::report::{EventSink, EventType, StatusSink};
+use crate::runtime::Runtime;
+use crate::source::{PodChange, PodSource};
+use crate::volume::Volumes;
+
+/// How often the runtime is listed while it sends no events.
+const RELIST_WITHOUT_EVENTS: Duration = Duration::from_secs(1);
+/// How long to wait before a runtime that does not answer is asked again, at first and at most.
+const RUNTIME_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// Read access to the sync loop: pods, their statuses, whether it is alive.
+#[derive(Clone, Debug)]
+pub struct SyncHandle {
+    table: PodTable,
+    pings: mpsc::Sender<oneshot::Sender<()>>,
+}
+
+impl SyncHandle {
+    /// The pods of this node.
+    pub fn table(&self) -> &PodTable {
+        &self.table
+    }
+
+    /// Whether the loop goes round: it answers within `limit`.
+    pub async fn alive(&self, limit: Duration) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            self.pings.send(reply).await.ok()?;
+            answer.await.ok()
+        };
+        matches!(tokio::time::timeout(limit, asked).await, Ok(Some(())))
+    }
+}
+
+/// The sync loop and what it works with.
+pub struct SyncLoop {
+    node: Arc<NodeContext>,
+    runtime: Arc<dyn Runtime>,
+    volumes: Arc<dyn Volumes>,
+    objects: Arc<dyn Objects>,
+    statuses: Arc<dyn StatusSink>,
+    events: Arc<dyn EventSink>,
+    cgroups: Arc<dyn PodCgroups>,
+    clock: Arc<dyn Clock>,
+    sources: HashSet<PodSource>,
+    table: PodTable,
+    pings: (mpsc::Sender<oneshot::Sender<()>>, mpsc::Receiver<oneshot::Sender<()>>),
+}
+
+impl SyncLoop {
+    /// A loop over these effects. It expects `Synced` of the file source, and of the cluster
+    /// source where the node has a cluster; see `with_sources`.
+    pub fn new(
+        node: Arc<NodeContext>,
+        runtime: Arc<dyn Runtime>,
+        volumes: Arc<dyn Volumes>,
+        objects: Arc<dyn Objects>,
+        statuses: Arc<dyn StatusSink>,
+        events: Arc<dyn EventSink>,
+    ) -> Self {
+        let cgroups: Arc<dyn PodCgroups> = if node.cgroups_per_qos {
+            Arc::new(KernelCgroups::new(&node))
+        } else {
+            Arc::new(NoCgroups)
+        };
+        let mut sources = HashSet::from([PodSource::File]);
+        if node.cluster {
+            sources.insert(PodSource::Cluster);
+        }
+        Self {
+            node,
+            runtime,
+            volumes,
+            objects,
+            statuses,
+            events,
+            cgroups,
+            clock: Arc::new(SystemClock),
+            sources,
+            table: PodTable::default(),
+            pings: mpsc::channel(8),
+        }
+    }
+
+    /// Uses other cgroups than the kernel's.
+    pub fn with_cgroups(mut self, cgroups: Arc<dyn PodCgroups>) -> Self {
+        self.cgroups = cgroups;
+        self
+    }
+
+    /// Uses another clock than the machine's.
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Sources that must have spoken before anything is taken for orphaned.
+    pub fn with_sources(mut self, sources: impl IntoIterator<Item = PodSource>) -> Self {
+        self.sources = sources.into_iter().collect();
+        self
+    }
+
+    /// Read access, for health, `longshore status` and the node's status.
+    pub fn handle(&self) -> SyncHandle {
+        SyncHandle { table: self.table.clone(), pings: self.pings.0.clone() }
+    }
+
+    /// Runs until `shutdown` turns true (or its sender goes). Leaves all containers as they are.
+    pub async fn run(
+        self,
+        mut changes: mpsc::Receiver<PodChange>,
+        mut shutdown: watch::Receiver<bool>,
+    ) {
+        let Self { node, runtime, volumes, objects, statuses, events, .. } = self;
+        let (table, (_, mut pings)) = (self.table, self.pings);
+        let reached = tokio::select! {
+            reached = reach(&runtime, &table, &mut pings) => reached,
+            _ = shutdown.wait_for(|stop| *stop) => return,
+        };
+        let (runtime_name, snapshot) = reached;
+        let deps = Arc::new(Deps {
+            images: Images::new(&node, runtime.clone(), objects.clone(), events.clone()),
+            store: StatusStore::new(node.root_dir.join("longshore").join("pod-status")),
+            began: self.clock.now(),
+            clock: self.clock,
+            cgroups: self.cgroups,
+            table,
+            node,
+            runtime,
+            runtime_name,
+            volumes,
+            objects,
+            statuses,
+            events,
+        });
+        let (news_in, news) = mpsc::channel(1024);
+        let watching = tokio::spawn(watch_events(deps.runtime.clone(), news_in));
+        let caretakers = super::caretaker::spawn(&deps);
+        let (over, overs) = mpsc::unbounded_channel();
+        let state = Loop {
+            deps,
+            workers: HashMap::new(),
+            tasks: JoinSet::new(),
+            known: snapshot,
+            unsynced: self.sources,
+            taken: Taken::default(),
+            shares: HashMap::new(),
+            held: HashMap::new(),
+            again: HashMap::new(),
+            over,
+            relist_every: RELIST_WITHOUT_EVENTS,
+        };
+        state.run(&mut changes, news, overs, &mut pings, &mut shutdown).await;
+        watching.abort();
+        drop(caretakers);
+    }
+}
+
+/// One sandbox or container in a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    uid: PodUid,
+    key: NamespacedName,
+    state: i32,
+}
+
+/// What a listing showed, by id. Only what carries a pod's UID is ours.
+#[derive(Debug, Default)]
+struct Snapshot(HashMap<String, Seen>);
+
+impl Snapshot {
+    fn add(&mut self, id: String, labels: &HashMap<String, String>, state: i32) {
+        let label = |name: &str| labels.get(name).map(String::as_str);
+        let Some(uid) = label(names::POD_UID) else { return };
+        let key = NamespacedName::new(
+            label(names::POD_NAMESPACE).unwrap_or("default"),
+            label(names::POD_NAME).unwrap_or_default(),
+        );
+        self.0.insert(id, Seen { uid: PodUid::from(uid), key, state });
+    }
+
+    fn has(&self, uid: &PodUid) -> bool {
+        self.0.values().any(|seen| seen.uid == *uid)
+    }
+}
+
+async fn list(runtime: &Arc<dyn Runtime>) -> crate::runtime::Result<Snapshot> {
+    let (sandboxes, containers) =
+        tokio::try_join!(runtime.list_pod_sandboxes(None), runtime.list_containers(None))?;
+    let mut snapshot = Snapshot::default();
+    for s in sandboxes {
+        snapshot.add(s.id, &s.labels, s.state);
+    }
+    for c in containers {
+        // Apart from the sandboxes' states.
+        snapshot.add(c.id, &c.labels, 100 + c.state);
+    }
+    Ok(snapshot)
+}
+
+/// Asks the runtime who it is and what it holds, until it answers.
+async fn reach(
+    runtime: &Arc<dyn Runtime>,
+    table: &PodTable,
+    pings: &mut mpsc::Receiver<oneshot::Sender<()>>,
+) -> (String, Snapshot) {
+    let mut wait = RUNTIME_RETRY.0;
+    loop {
+        let asked = async { Ok((runtime.version().await?, list(runtime).await?)) };
+        tokio::pin!(asked);
+        let answer: crate::runtime::Result<_> = loop {
+            tokio::select! {
+                answer = &mut asked => break answer,
+                Some(ping) = pings.recv() => {
+                    let _ = ping.send(());
+                }
+            }
+        };
+        match answer {
+            Ok((version, snapshot)) => {
+                table.update_health(|h| h.runtime_error = None);
+                return (version.runtime_name, snapshot);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "container runtime does not answer yet");
+                table.update_health(|h| h.runtime_error = Some(error.to_string()));
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(RUNTIME_RETRY.1);
+            }
+        }
+    }
+}
+
+struct Handle {
+    inbox: mpsc::UnboundedSender<Message>,
+    source: Option<PodSource>,
+    key: NamespacedName,
+    /// It was told to end and leave nothing.
+    removing: bool,
+}
+
+struct Loop {
+    deps: Arc<Deps>,
+    workers: HashMap<PodUid, Handle>,
+    tasks: JoinSet<PodUid>,
+    known: Snapshot,
+    unsynced: HashSet<PodSource>,
+    taken: Taken,
+    shares: HashMap<PodUid, Share>,
+    /// Static pods that wait for one of the same name to be gone.
+    held: HashMap<NamespacedName, Arc<Pod>>,
+    /// Pods that came back while they were being removed.
+    again: HashMap<PodUid, (PodSource, Arc<Pod>)>,
+    over: mpsc::UnboundedSender<PodUid>,
+    relist_every: Duration,
+}
+
+impl Loop {
+    async fn run(
+        mut self,
+        changes: &mut mpsc::Receiver<PodChange>,
+        mut news: mpsc::Receiver<News>,
+        mut overs: mpsc::UnboundedReceiver<PodUid>,
+        pings: &mut mpsc::Receiver<oneshot::Sender<()>>,
+        shutdown: &mut watch::Receiver<bool>,
+    ) {
+        let mut relist = tokio::time::interval(self.relist_every);
+        relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sources_open = true;
+        loop {
+            tokio::select! {
+                _ = shutdown.wait_for(|stop| *stop) => return,
+                change = changes.recv(), if sources_open => match change {
+                    Some(change) => self.change(change).await,
+                    None => sources_open = false,
+                },
+                Some(item) = news.recv() => {
+                    let every = match item {
+                        News::Event(event) => {
+                            self.event(&event);
+                            continue;
+                        }
+                        News::Connected => self.deps.node.relist_period,
+                        News::Lost => RELIST_WITHOUT_EVENTS,
+                    };
+                    if every != self.relist_every {
+                        self.relist_every = every;
+                        // What happened before the stream opened shows in the next listing.
+                        let first = Instant::now() + RELIST_WITHOUT_EVENTS.min(every);
+                        relist = tokio::time::interval_at(first, every);
+                        relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
+                    }
+                }
+                Some(uid) = overs.recv() => self.give_back(&uid),
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    self.worker_ended(ended);
+                }
+                Some(ping) = pings.recv() => {
+                    self.deps.table.update_health(|h| h.last_turn = Instant::now());
+                    let _ = ping.send(());
+                }
+                _ = relist.tick() => self.relist().await,
+            }
+        }
+    }
+
+    async fn change(&mut self, change: PodChange) {
+        match change {
+            PodChange::Set(source, pod) => self.set(source, pod),
+            PodChange::Removed(_, uid) => {
+                self.again.remove(&uid);
+                self.held.retain(|_, pod| PodUid::of(pod) != uid);
+                if let Some(worker) = self.workers.get_mut(&uid) {
+                    worker.removing = true;
+                    let _ = worker.inbox.send(Message::Remove);
+                }
+            }
+            PodChange::Synced(source) => {
+                if self.unsynced.remove(&source) && self.unsynced.is_empty() {
+                    self.relist().await;
+                    let kept: HashSet<PodUid> = self.workers.keys().cloned().collect();
+                    orphans::clean(self.deps.clone(), kept);
+                    self.deps.table.update_health(|h| h.synced = true);
+                }
+            }
+        }
+    }
+
+    fn set(&mut self, source: PodSource, pod: Arc<Pod>) {
+        let uid = PodUid::of(&pod);
+        if let Some(worker) = self.workers.get(&uid) {
+            if worker.removing {
+                self.again.insert(uid, (source, pod));
+            } else {
+                self.deps.objects.retain(&pod);
+                let _ = worker.inbox.send(Message::Pod(pod));
+            }
+            return;
+        }
+        let key = NamespacedName::of_pod(&pod);
+        if source == PodSource::File
+            && self.workers.values().any(|w| w.source == Some(source) && w.key == key)
+        {
+            // The older one of this name goes first.
+            self.held.insert(key, pod);
+            return;
+        }
+        self.deps.objects.retain(&pod);
+        let adopt = self.known.has(&uid);
+        let verdict = if adopt { self.count(&uid, &pod) } else { self.admit(&uid, &pod) };
+        let begin = Begin {
+            pod,
+            source: Some(source),
+            adopt: adopt || self.deps.store.exists(&uid),
+            remove: false,
+            verdict,
+            over: self.over.clone(),
+        };
+        self.spawn(uid, key, begin);
+    }
+
+    /// Counts in a pod that runs here already.
+    fn count(&mut self, uid: &PodUid, pod: &Pod) -> Option<Verdict> {
+        let share = share_of(pod);
+        self.taken.add(&share);
+        self.shares.insert(uid.clone(), share);
+        None
+    }
+
+    /// Counts in a new pod, or says why not.
+    fn admit(&mut self, uid: &PodUid, pod: &Pod) -> Option<Verdict> {
+        let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
+        if is_terminal(phase) || pod.metadata.deletion_timestamp.is_some() {
+            return None;
+        }
+        let share = share_of(pod);
+        let object = self.deps.objects.node();
+        match admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()) {
+            Ok(()) => {
+                self.taken.add(&share);
+                self.shares.insert(uid.clone(), share);
+                None
+            }
+            Err(verdict) => {
+                let (reason, message) = (&verdict.reason, verdict.message.clone());
+                self.deps.pod_event(pod, EventType::Warning, reason, message);
+                let message = format!("Pod was rejected: {}", verdict.message);
+                Some(Verdict { message, ..verdict })
+            }
+        }
+    }
+
+    fn give_back(&mut self, uid: &PodUid) {
+        if let Some(share) = self.shares.remove(uid) {
+            self.taken.subtract(&share);
+        }
+    }
+
+    fn spawn(&mut self, uid: PodUid, key: NamespacedName, begin: Begin) {
+        let (inbox, receiver) = mpsc::unbounded_channel();
+        let handle =
+            Handle { inbox: inbox.clone(), source: begin.source, key, removing: begin.remove };
+        let worker = Worker::new(self.deps.clone(), begin, receiver, inbox);
+        self.workers.insert(uid.clone(), handle);
+        self.tasks.spawn(async move {
+            worker.run().await;
+            uid
+        });
+    }
+
+    fn worker_ended(&mut self, ended: Result<PodUid, tokio::task::JoinError>) {
+        let uid = match ended {
+            Ok(uid) => uid,
+            Err(error) => {
+                // Its handle stays; the process is not worth more than an error in the log.
+                tracing::error!(%error, "a pod worker ended badly");
+                return;
+            }
+        };
+        self.give_back(&uid);
+        self.known.0.retain(|_, seen| seen.uid != uid);
+        let Some(handle) = self.workers.remove(&uid) else { return };
+        if let Some((source, pod)) = self.again.remove(&uid) {
+            self.set(source, pod);
+        } else if handle.source == Some(PodSource::File)
+            && let Some(pod) = self.held.remove(&handle.key)
+        {
+            self.set(PodSource::File, pod);
+        }
+    }
+
+    fn event(&mut self, event: &api::ContainerEventResponse) {
+        use api::ContainerEventType as Kind;
+        let sandbox = event.pod_sandbox_status.as_ref();
+        let uid = sandbox
+            .and_then(|s| s.metadata.as_ref())
+            .map(|m| PodUid::from(&*m.uid))
+            .or_else(|| self.known.0.get(&event.container_id).map(|seen| seen.uid.clone()));
+        let told = match &uid {
+            Some(uid) => self.workers.get(uid),
+            None => None,
+        };
+        match (told, event.container_event_type()) {
+            // What the worker begins it hears of from the runtime's answer.
+            (Some(_), Kind::ContainerCreatedEvent | Kind::ContainerStartedEvent) => {}
+            (Some(worker), _) => {
+                let _ = worker.inbox.send(Message::Look(event.container_id.clone()));
+            }
+            // An event that does not say whose it is concerns anybody.
+            (None, Kind::ContainerStoppedEvent) if uid.is_none() => {
+                for worker in self.workers.values() {
+                    let _ = worker.inbox.send(Message::LookAtAll);
+                }
+            }
+            (None, _) => {}
+        }
+    }
+
+    /// Lists the runtime and passes on what differs from the listing before.
+    async fn relist(&mut self) {
+        let snapshot = match list(&self.deps.runtime).await {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                tracing::warn!(%error, "cannot list what the container runtime holds");
+                self.deps.table.update_health(|h| h.runtime_error = Some(error.to_string()));
+                return;
+            }
+        };
+        self.deps.table.update_health(|h| h.runtime_error = None);
+        let before = std::mem::replace(&mut self.known, snapshot);
+        let now = &self.known.0;
+        let gone = before.0.iter().filter(|(id, _)| !now.contains_key(*id));
+        let news = now.iter().filter(|(id, seen)| before.0.get(*id) != Some(seen));
+        for (id, seen) in gone.chain(news) {
+            if let Some(worker) = self.workers.get(&seen.uid) {
+                let _ = worker.inbox.send(Message::Look(id.clone()));
+            }
+        }
+        if self.unsynced.is_empty() {
+            let strangers: HashMap<PodUid, NamespacedName> = now
+                .values()
+                .filter(|seen| !self.workers.contains_key(&seen.uid))
+                .map(|seen| (seen.uid.clone(), seen.key.clone()))
+                .collect();
+            for (uid, key) in strangers {
+                self.end_orphan(uid, key);
+            }
+        }
+    }
+
+    /// Ends what runs for a pod that no source knows.
+    fn end_orphan(&mut self, uid: PodUid, key: NamespacedName) {
+        tracing::info!(pod = %key, %uid, "no source names this pod: its containers are ended");
+        let mut pod = Pod::default();
+        pod.metadata.name = Some(key.name.to_string());
+        pod.metadata.namespace = Some(key.namespace.to_string());
+        pod.metadata.uid = Some(uid.to_string());
+        let begin = Begin {
+            pod: Arc::new(pod),
+            source: None,
+            adopt: true,
+            remove: true,
+            verdict: None,
+            over: self.over.clone(),
+        };
+        self.spawn(uid, key, begin);
+    }
+}

@@ -1,0 +1,108 @@
+//! The pods of this node as others may see them: health, `longshore status`, the node's status.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::ids::PodUid;
+use crate::source::PodSource;
+
+/// One pod as it was last seen.
+#[derive(Clone, Debug)]
+pub struct PodView {
+    /// The object.
+    pub pod: Arc<Pod>,
+    /// Its status as last published.
+    pub status: PodStatus,
+    /// Where it came from; `None` for an orphan that is being cleaned up.
+    pub source: Option<PodSource>,
+    /// Its containers' ids by name, newest instance only.
+    pub containers: HashMap<String, String>,
+    /// Its sandbox's id.
+    pub sandbox: Option<String>,
+}
+
+/// How the sync loop is doing.
+#[derive(Clone, Debug)]
+pub struct LoopHealth {
+    /// When the loop last went round.
+    pub last_turn: Instant,
+    /// Whether the runtime answered when last asked, and what it said if not.
+    pub runtime_error: Option<String>,
+    /// Whether every source has told all it knew and orphans were seen to.
+    pub synced: bool,
+}
+
+#[derive(Debug)]
+struct Inner {
+    pods: RwLock<HashMap<PodUid, PodView>>,
+    health: Mutex<LoopHealth>,
+    version: watch::Sender<u64>,
+}
+
+/// The table; clones share it.
+#[derive(Clone, Debug)]
+pub struct PodTable(Arc<Inner>);
+
+impl Default for PodTable {
+    fn default() -> Self {
+        Self(Arc::new(Inner {
+            pods: RwLock::default(),
+            health: Mutex::new(LoopHealth {
+                last_turn: Instant::now(),
+                runtime_error: Some("not asked yet".into()),
+                synced: false,
+            }),
+            version: watch::Sender::new(0),
+        }))
+    }
+}
+
+impl PodTable {
+    /// All pods.
+    pub fn pods(&self) -> Vec<PodView> {
+        self.0.pods.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// One pod.
+    pub fn pod(&self, uid: &PodUid) -> Option<PodView> {
+        self.0.pods.read().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+    }
+
+    /// Number of pods.
+    pub fn len(&self) -> usize {
+        self.0.pods.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Whether there is no pod.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How the loop is doing.
+    pub fn health(&self) -> LoopHealth {
+        self.0.health.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes whenever a pod in the table does.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.0.version.subscribe()
+    }
+
+    pub(super) fn set(&self, uid: &PodUid, view: PodView) {
+        self.0.pods.write().unwrap_or_else(PoisonError::into_inner).insert(uid.clone(), view);
+        self.0.version.send_modify(|v| *v += 1);
+    }
+
+    pub(super) fn remove(&self, uid: &PodUid) {
+        self.0.pods.write().unwrap_or_else(PoisonError::into_inner).remove(uid);
+        self.0.version.send_modify(|v| *v += 1);
+    }
+
+    pub(super) fn update_health(&self, change: impl FnOnce(&mut LoopHealth)) {
+        change(&mut self.0.health.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}

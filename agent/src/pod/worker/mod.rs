@@ -1,0 +1,523 @@
+//! One task per pod UID: it looks at what is, asks `plan` what to do, does it, tells `status`.
+//!
+//! The task itself never waits for an effect other than a look at the runtime: whatever takes time
+//! runs beside it and comes back as `Done`. So a pod can be deleted at any instant, and one that
+//! hangs holds up nobody else.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::deps::Deps;
+use super::facts::{Facts, Failure, ProbeKind, Step};
+use super::observed::{ContainerId, Observed};
+use super::plan::{Action, BackingOff, KillCause, deadline, plan, plan_end};
+use super::spec::{find_container, grace_seconds, spec_of};
+use super::status::{Ending, StatusInput, Verdict, is_terminal, pod_status};
+use super::table::PodView;
+use crate::ids::{NamespacedName, PodUid};
+use crate::objects::ObjectRef;
+use crate::report::EventType;
+use crate::source::PodSource;
+
+mod done;
+mod kill;
+mod observe;
+mod probes;
+mod sandbox;
+mod start;
+mod teardown;
+
+use done::Done;
+
+/// How long a pod whose teardown failed waits before it is tried again, in seconds.
+const TEARDOWN_RETRY_SECONDS: i64 = 5;
+
+/// What a worker is told.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// The object changed.
+    Pod(Arc<Pod>),
+    /// The pod is no longer wanted: end it and leave nothing.
+    Remove,
+    /// Something happened to this sandbox or container of the pod.
+    Look(String),
+    /// Look at everything of the pod.
+    LookAtAll,
+    /// A probe's verdict.
+    Probe(ContainerId, ProbeKind, bool),
+}
+
+/// Where the pod is in its life on this node.
+///
+/// `Running` -> `Terminating` -> `TearingDown` -> `Finished` -> `TearingDown` (everything) -> `Gone`;
+/// a pod that is no longer wanted skips `Finished`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Its containers are kept as the spec says.
+    Running,
+    /// Its containers are being ended.
+    Terminating,
+    /// Nothing runs; sandbox, volumes and cgroup are taken away, and all the rest if `everything`.
+    TearingDown {
+        /// Dead containers, sandboxes and logs go, too.
+        everything: bool,
+    },
+    /// Over; its dead containers and logs are kept until the object goes.
+    Finished,
+    /// Nothing is left.
+    Gone,
+}
+
+/// How a worker begins.
+pub(crate) struct Begin {
+    pub(crate) pod: Arc<Pod>,
+    pub(crate) source: Option<PodSource>,
+    /// The runtime may hold something of it already.
+    pub(crate) adopt: bool,
+    /// It is no longer wanted.
+    pub(crate) remove: bool,
+    /// It is refused.
+    pub(crate) verdict: Option<Verdict>,
+    /// Told once the pod uses nothing of the node any more.
+    pub(crate) over: mpsc::UnboundedSender<PodUid>,
+}
+
+/// What a worker has not looked at since it changed.
+#[derive(Default)]
+struct Stale {
+    all: bool,
+    ids: BTreeSet<String>,
+    retry_at: Option<Timestamp>,
+}
+
+pub(crate) struct Worker {
+    deps: Arc<Deps>,
+    uid: PodUid,
+    pod: Arc<Pod>,
+    source: Option<PodSource>,
+    inbox: mpsc::UnboundedReceiver<Message>,
+    outbox: mpsc::UnboundedSender<Message>,
+    state: State,
+    remove: bool,
+    verdict: Option<Verdict>,
+    observed: Observed,
+    stale: Stale,
+    facts: Facts,
+    backing_off: Vec<BackingOff>,
+    shown_backing_off: HashMap<String, u64>,
+    previous: Option<PodStatus>,
+    start_time: Timestamp,
+    tasks: JoinSet<Done>,
+    /// Image pulls, which an end of the pod does not wait for.
+    pulls: HashMap<String, AbortHandle>,
+    ending: watch::Sender<bool>,
+    /// When SIGKILL is due for a pod that ends.
+    kill_at: Option<Timestamp>,
+    teardown: Step,
+    /// What the sandbox of this number was made from.
+    sandbox_config: Option<(u32, Arc<cri_shim::api::PodSandboxConfig>)>,
+    /// Told once the pod uses nothing of the node any more.
+    over: Option<mpsc::UnboundedSender<PodUid>>,
+    probes: HashMap<(ContainerId, ProbeKind), AbortHandle>,
+    objects: Option<broadcast::Receiver<ObjectRef>>,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        deps: Arc<Deps>,
+        begin: Begin,
+        inbox: mpsc::UnboundedReceiver<Message>,
+        outbox: mpsc::UnboundedSender<Message>,
+    ) -> Self {
+        let uid = PodUid::of(&begin.pod);
+        let saved = if begin.adopt { deps.store.load(&uid) } else { None };
+        let previous = saved.or_else(|| begin.pod.status.clone());
+        let now = deps.clock.now();
+        let start_time = previous.as_ref().and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0);
+        Self {
+            deps,
+            uid,
+            pod: begin.pod,
+            source: begin.source,
+            inbox,
+            outbox,
+            state: State::Running,
+            remove: begin.remove,
+            verdict: begin.verdict,
+            observed: Observed::default(),
+            stale: Stale { all: begin.adopt, ..Default::default() },
+            facts: Facts::default(),
+            backing_off: Vec::new(),
+            shown_backing_off: HashMap::new(),
+            previous,
+            start_time,
+            tasks: JoinSet::new(),
+            pulls: HashMap::new(),
+            ending: watch::Sender::new(false),
+            kill_at: None,
+            teardown: Step::Wanted,
+            sandbox_config: None,
+            over: Some(begin.over),
+            probes: HashMap::new(),
+            objects: None,
+        }
+    }
+
+    /// Runs until nothing of the pod is left.
+    pub(crate) async fn run(mut self) {
+        let adopted = self.stale.all;
+        let mut seeded = false;
+        loop {
+            let looked = self.refresh().await;
+            if looked && !seeded {
+                seeded = true;
+                if adopted {
+                    self.seed().await;
+                }
+            }
+            let wake_at = if looked { self.reconcile() } else { self.stale.retry_at };
+            if self.state == State::Gone {
+                return;
+            }
+            self.wait(wake_at).await;
+        }
+    }
+
+    /// Waits for the first thing to happen, and takes in all that has happened.
+    async fn wait(&mut self, wake_at: Option<Timestamp>) {
+        let now = self.deps.clock.now();
+        let sleep = wake_at.map(|at| {
+            Duration::try_from(at.duration_since(now)).unwrap_or_default()
+                // Timers fire on whole milliseconds; wake after, not before.
+                + Duration::from_millis(1)
+        });
+        let timer = async {
+            match sleep {
+                Some(time) => tokio::time::sleep(time).await,
+                None => std::future::pending().await,
+            }
+        };
+        let objects = async {
+            match &mut self.objects {
+                Some(objects) => {
+                    // A lag is a change like any other.
+                    if let Err(broadcast::error::RecvError::Closed) = objects.recv().await {
+                        std::future::pending::<()>().await;
+                    }
+                }
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            message = self.inbox.recv() => {
+                if let Some(message) = message {
+                    self.take(message);
+                }
+            }
+            Some(done) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                self.joined(done);
+            }
+            () = objects => self.objects_changed(),
+            () = timer => {}
+        }
+        while let Ok(message) = self.inbox.try_recv() {
+            self.take(message);
+        }
+        while let Some(done) = self.tasks.try_join_next() {
+            self.joined(done);
+        }
+    }
+
+    fn joined(&mut self, done: Result<Done, tokio::task::JoinError>) {
+        match done {
+            Ok(done) => self.done(done),
+            // A pull that was called off.
+            Err(error) if error.is_cancelled() => {}
+            Err(error) => {
+                tracing::error!(pod = %NamespacedName::of_pod(&self.pod), %error, "pod task failed");
+                self.stale.all = true;
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Pod(pod) => self.pod_changed(pod),
+            Message::Remove => self.remove = true,
+            Message::Look(id) => {
+                self.stale.ids.insert(id);
+            }
+            Message::LookAtAll => self.stale.all = true,
+            Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
+        }
+    }
+
+    fn pod_changed(&mut self, pod: Arc<Pod>) {
+        self.pod = pod;
+        if self.state == State::Terminating
+            && self.pod.metadata.deletion_timestamp.is_some()
+            && let Some(kill_at) = self.kill_at
+        {
+            // A second deletion may shorten the time, never lengthen it.
+            let now = self.deps.clock.now();
+            let sooner = now + SignedDuration::from_secs(grace_seconds(&self.pod));
+            if sooner < kill_at {
+                self.kill_at = Some(sooner);
+                for id in self.facts.killing.clone() {
+                    self.hasten(id);
+                }
+            }
+        }
+    }
+
+    /// Failures that a ConfigMap or Secret may have caused are tried again at once.
+    fn objects_changed(&mut self) {
+        if let Step::Failed(failure) = &mut self.facts.volumes {
+            failure.retry_at = Timestamp::MIN;
+        }
+        for failure in self.facts.failures.values_mut() {
+            if failure.reason == "CreateContainerConfigError" {
+                failure.retry_at = Timestamp::MIN;
+            }
+        }
+    }
+
+    fn deleted(&self) -> bool {
+        self.remove || self.pod.metadata.deletion_timestamp.is_some()
+    }
+
+    /// One step: from what is known to what is begun. Gives when to look again.
+    fn reconcile(&mut self) -> Option<Timestamp> {
+        let now = self.deps.clock.now();
+        let mut wake_at = None;
+        if self.state == State::Running {
+            wake_at = self.keep(now);
+        }
+        if self.state == State::Terminating {
+            self.end(now);
+        }
+        if let State::TearingDown { everything } = self.state {
+            if !everything && self.deleted() && self.teardown != Step::Busy {
+                self.state = State::TearingDown { everything: true };
+                self.teardown = Step::Wanted;
+            }
+            self.tear_down(now);
+            wake_at = self.teardown.retry_at();
+        }
+        if self.state == State::Finished {
+            if self.deleted() {
+                self.state = State::TearingDown { everything: true };
+                self.teardown = Step::Wanted;
+                self.tear_down(now);
+            } else {
+                self.publish(now, Ending::Terminated);
+            }
+        }
+        let failing = matches!(self.facts.volumes, Step::Failed(_))
+            || self.facts.failures.values().any(|f| f.reason == "CreateContainerConfigError");
+        if self.state == State::Running && failing {
+            if self.objects.is_none() {
+                self.objects = Some(self.deps.objects.changes());
+            }
+        } else {
+            self.objects = None;
+        }
+        wake_at
+    }
+
+    /// Keeps a running pod as its spec says.
+    fn keep(&mut self, now: Timestamp) -> Option<Timestamp> {
+        let deadline = deadline(&self.pod, Some(self.start_time));
+        if self.verdict.is_none() && deadline.is_some_and(|at| at <= now) {
+            let message =
+                "Pod was active on the node longer than the specified deadline".to_owned();
+            let reason = "DeadlineExceeded".to_owned();
+            self.deps.pod_event(&self.pod, EventType::Normal, &reason, message.clone());
+            self.verdict = Some(Verdict { reason, message });
+        }
+        let over = is_terminal(self.previous.as_ref().and_then(|s| s.phase.as_deref()));
+        if self.deleted() || self.verdict.is_some() || over {
+            self.begin_end(now);
+            return None;
+        }
+        let max_backoff = self.deps.node.max_restart_backoff.as_secs();
+        let plan = plan(&self.pod, &self.observed, &self.facts, now, max_backoff);
+        self.backing_off = plan.backing_off;
+        self.tell_backing_off();
+        for action in plan.actions {
+            self.begin(action);
+        }
+        self.reconcile_probes();
+        let status = self.publish(now, Ending::Not);
+        if is_terminal(status.phase.as_deref()) {
+            self.begin_end(now);
+            return None;
+        }
+        [plan.wake_at, deadline].into_iter().flatten().min()
+    }
+
+    fn begin(&mut self, action: Action) {
+        tracing::debug!(pod = %NamespacedName::of_pod(&self.pod), ?action, "begin");
+        match action {
+            Action::MountVolumes => self.mount_volumes(),
+            Action::CreateSandbox { attempt, stop } => self.create_sandbox(attempt, stop),
+            Action::EnsureImage { name } => self.ensure_image(&name),
+            Action::Start(start) => self.start(start),
+            Action::Kill { id, name, cause } => self.kill(id, &name, cause),
+        }
+    }
+
+    fn mount_volumes(&mut self) {
+        let failed = match &self.facts.volumes {
+            Step::Failed(failure) => failure.count,
+            _ => 0,
+        };
+        self.facts.volumes = Step::Busy;
+        let (deps, pod) = (self.deps.clone(), self.pod.clone());
+        self.tasks.spawn(async move {
+            Done::Volumes(failed, deps.volumes.mount(&pod).await.map_err(|e| e.to_string()))
+        });
+    }
+
+    fn ensure_image(&mut self, name: &str) {
+        let Some((container, kind)) = find_container(spec_of(&self.pod), name) else { return };
+        let (deps, pod) = (self.deps.clone(), self.pod.clone());
+        let count = match self.facts.images.get(name) {
+            Some((Step::Failed(failure), _)) => {
+                let image = container.image.clone().unwrap_or_default();
+                let message = format!("Back-off pulling image \"{image}\"");
+                let whom = (kind, name);
+                deps.container_event(&pod, whom, EventType::Normal, "BackOff", message);
+                failure.count
+            }
+            _ => 0,
+        };
+        self.facts.images.insert(name.to_owned(), (Step::Busy, None));
+        let task = async move {
+            let regarding = super::deps::container_reference(&pod, kind, &container.name);
+            let result = deps.images.ensure(&pod, &container, &regarding).await;
+            Done::Image(container.name, count, result)
+        };
+        self.pulls.insert(name.to_owned(), self.tasks.spawn(task));
+    }
+
+    /// Turns to ending the pod.
+    fn begin_end(&mut self, now: Timestamp) {
+        self.state = State::Terminating;
+        let grace = SignedDuration::from_secs(grace_seconds(&self.pod));
+        self.kill_at = now.checked_add(grace).ok();
+        self.ending.send_replace(true);
+        for (_, pull) in self.pulls.drain() {
+            pull.abort();
+        }
+        self.stop_probes(|kind| kind != ProbeKind::Readiness);
+        self.backing_off.clear();
+    }
+
+    /// One step of the end: kills what is next, and goes on once nothing runs.
+    fn end(&mut self, now: Timestamp) {
+        for id in plan_end(&self.pod, &self.observed, &self.facts) {
+            let name = self.observed.container(&id).map(|c| c.name.to_string());
+            self.kill(id, &name.unwrap_or_default(), KillCause::PodEnds);
+        }
+        let busy = !self.facts.killing.is_empty()
+            || !self.facts.starting.is_empty()
+            || self.facts.sandbox == Step::Busy
+            || self.facts.volumes == Step::Busy
+            || self.observed.any_alive();
+        if busy {
+            self.publish(now, Ending::Terminating);
+            return;
+        }
+        self.stop_probes(|_| true);
+        self.publish(now, Ending::Terminated);
+        self.state = State::TearingDown { everything: self.deleted() };
+        self.teardown = Step::Wanted;
+    }
+
+    /// Computes the status and tells it where it is news.
+    fn publish(&mut self, now: Timestamp, ending: Ending) -> PodStatus {
+        let status = pod_status(StatusInput {
+            pod: &self.pod,
+            observed: &self.observed,
+            facts: &self.facts,
+            backing_off: &self.backing_off,
+            previous: self.previous.as_ref(),
+            ending,
+            verdict: self.verdict.as_ref(),
+            node: &self.deps.node,
+            runtime_name: &self.deps.runtime_name,
+            start_time: self.start_time,
+            now,
+        });
+        let view = PodView {
+            pod: self.pod.clone(),
+            status: status.clone(),
+            source: self.source,
+            containers: self
+                .observed
+                .containers
+                .iter()
+                .rev()
+                .map(|c| (c.name.to_string(), c.id.to_string()))
+                .collect(),
+            sandbox: self.observed.sandboxes.first().map(|s| s.id.to_string()),
+        };
+        self.deps.table.set(&self.uid, view);
+        if self.previous.as_ref() != Some(&status) {
+            if self.source.is_some() {
+                self.deps.statuses.publish(&self.pod, status.clone());
+                self.deps.store.save(&self.uid, &status);
+            }
+            self.previous = Some(status.clone());
+        }
+        status
+    }
+
+    /// An Event for each container that has begun to wait.
+    fn tell_backing_off(&mut self) {
+        for waiting in &self.backing_off {
+            let latest = self.observed.latest(&waiting.name);
+            let attempt = latest.map_or(0, |i| u64::from(i.attempt) + 1);
+            if self.shown_backing_off.insert(waiting.name.clone(), attempt) == Some(attempt) {
+                continue;
+            }
+            let Some((_, kind)) = find_container(spec_of(&self.pod), &waiting.name) else {
+                continue;
+            };
+            let message = format!(
+                "Back-off restarting failed container {} in pod {}",
+                waiting.name,
+                super::status::pod_label(&self.pod)
+            );
+            let whom = (kind, waiting.name.as_str());
+            self.deps.container_event(&self.pod, whom, EventType::Warning, "BackOff", message);
+        }
+    }
+
+    /// A failure that is tried again after `seconds` times two to the power of earlier failures.
+    fn failure(
+        &self,
+        reason: &str,
+        message: String,
+        count: u32,
+        seconds: i64,
+        max: i64,
+    ) -> Failure {
+        let now = self.deps.clock.now();
+        let wait = seconds.saturating_mul(1 << count.min(16)).min(max);
+        Failure {
+            reason: reason.to_owned(),
+            message,
+            since: now,
+            retry_at: now + SignedDuration::from_secs(wait),
+            count: count + 1,
+        }
+    }
+}

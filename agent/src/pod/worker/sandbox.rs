@@ -1,0 +1,92 @@
+//! Making the pod's sandbox.
+
+use std::sync::Arc;
+
+use cri_shim::api;
+use k8s_openapi::api::core::v1::Pod;
+
+use super::{Done, Step, Worker};
+use crate::ids::PodUid;
+use crate::pod::config::dns::parse_resolv_conf;
+use crate::pod::config::resources::pod_limits;
+use crate::pod::config::sandbox::sandbox_config;
+use crate::pod::deps::Deps;
+use crate::pod::observed::SandboxId;
+use crate::pod::qos::qos_class;
+use crate::pod::spec::spec_of;
+use crate::report::EventType;
+
+impl Worker {
+    pub(super) fn create_sandbox(&mut self, attempt: u32, stop: Vec<SandboxId>) {
+        let failed = match &self.facts.sandbox {
+            Step::Failed(failure) => failure.count,
+            _ => 0,
+        };
+        if !stop.is_empty() && failed == 0 {
+            self.deps.pod_event(
+                &self.pod,
+                EventType::Normal,
+                "SandboxChanged",
+                "Pod sandbox changed, it will be killed and re-created.".into(),
+            );
+        }
+        self.facts.sandbox = Step::Busy;
+        let (deps, pod) = (self.deps.clone(), self.pod.clone());
+        self.tasks.spawn(async move {
+            Done::Sandbox(failed, make(&deps, &pod, attempt, &stop).await.map(Box::new))
+        });
+    }
+}
+
+/// A sandbox that was made, and from what.
+#[derive(Debug)]
+pub(super) struct Made {
+    pub(super) status: api::PodSandboxStatus,
+    pub(super) config: Arc<api::PodSandboxConfig>,
+}
+
+async fn make(
+    deps: &Deps,
+    pod: &Arc<Pod>,
+    attempt: u32,
+    stop: &[SandboxId],
+) -> Result<Made, String> {
+    for id in stop {
+        deps.runtime.stop_pod_sandbox(id.as_str()).await.map_err(|e| e.to_string())?;
+    }
+    let config = config(deps, pod, attempt).await?;
+    let logs = config.log_directory.clone();
+    tokio::fs::create_dir_all(&logs)
+        .await
+        .map_err(|e| format!("create log directory {logs}: {e}"))?;
+    let handler = spec_of(pod).runtime_class_name.clone().unwrap_or_default();
+    let kept = Arc::new(config.clone());
+    let id = deps.runtime.run_pod_sandbox(config, &handler).await.map_err(|e| e.message)?;
+    let response = deps.runtime.pod_sandbox_status(&id).await.map_err(|e| e.to_string())?;
+    let status =
+        response.status.ok_or_else(|| format!("the runtime sent no status of sandbox {id}"))?;
+    Ok(Made { status, config: kept })
+}
+
+/// The configuration of the pod's sandbox number `attempt`, with its cgroup in place.
+pub(super) async fn config(
+    deps: &Deps,
+    pod: &Pod,
+    attempt: u32,
+) -> Result<api::PodSandboxConfig, String> {
+    let parent = deps
+        .cgroups
+        .ensure(&PodUid::of(pod), qos_class(pod), pod_limits(pod, &deps.node))
+        .await
+        .map_err(|e| e.to_string())?;
+    let path = &deps.node.resolv_conf;
+    let text = if path.as_os_str().is_empty() {
+        String::new()
+    } else {
+        tokio::fs::read_to_string(path)
+            .await
+            .map_err(|e| format!("read resolver configuration {}: {e}", path.display()))?
+    };
+    let host = parse_resolv_conf(&text);
+    sandbox_config(pod, attempt, &deps.node, &host, &parent).map_err(|e| e.to_string())
+}

@@ -1,0 +1,159 @@
+//! Taking away what is left of a pod that does not run any more.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+
+use super::{Done, State, Step, Worker};
+use crate::ids::PodUid;
+use crate::pod::deps::Deps;
+use crate::pod::logs::{remove_container_logs, remove_pod_logs};
+use crate::pod::observed::{Container, ContainerId, ContainerState, SandboxId};
+
+impl Worker {
+    /// Begins the teardown where it is due.
+    pub(super) fn tear_down(&mut self, now: Timestamp) {
+        let State::TearingDown { everything } = self.state else { return };
+        if !self.teardown.due(now) {
+            return;
+        }
+        self.teardown = Step::Busy;
+        let (deps, pod, uid) = (self.deps.clone(), self.pod.clone(), self.uid.clone());
+        let sandboxes: Vec<_> = self.observed.sandboxes.iter().map(|s| s.id.clone()).collect();
+        let containers: Vec<_> = self.observed.containers.iter().map(|c| c.id.clone()).collect();
+        self.tasks.spawn(async move {
+            let result = take_away(&deps, &pod, &uid, &sandboxes, &containers, everything).await;
+            Done::TornDown { everything, result }
+        });
+    }
+
+    pub(super) fn torn_down_well(&mut self, everything: bool) {
+        self.teardown = Step::Done;
+        if let Some(over) = self.over.take() {
+            let _ = over.send(self.uid.clone());
+        }
+        if !everything {
+            self.state = State::Finished;
+            for sandbox in &mut self.observed.sandboxes {
+                sandbox.ready = false;
+            }
+            return;
+        }
+        self.deps.store.remove(&self.uid);
+        self.deps.objects.release(&self.uid);
+        self.deps.table.remove(&self.uid);
+        if self.source.is_some() {
+            self.deps.statuses.gone(&self.pod);
+        }
+        self.state = State::Gone;
+    }
+
+    /// Removes older dead instances of a container that was just started, and sandboxes that
+    /// nothing is in any more.
+    pub(super) fn collect(&mut self, name: &str) {
+        let keep = self.deps.node.gc.dead_per_container;
+        let dead: Vec<Container> = self
+            .observed
+            .instances(name)
+            .into_iter()
+            .skip(1)
+            .filter(|c| c.state == ContainerState::Exited)
+            .skip(keep)
+            .cloned()
+            .collect();
+        let current = self.observed.sandboxes.first().map(|s| s.id.clone());
+        let old: Vec<SandboxId> = self
+            .observed
+            .sandboxes
+            .iter()
+            .filter(|s| Some(&s.id) != current.as_ref())
+            .filter(|s| {
+                !self
+                    .observed
+                    .containers
+                    .iter()
+                    .any(|c| c.sandbox == s.id && !dead.iter().any(|d| d.id == c.id))
+            })
+            .map(|s| s.id.clone())
+            .collect();
+        if dead.is_empty() && old.is_empty() {
+            return;
+        }
+        let (deps, pod) = (self.deps.clone(), self.pod.clone());
+        self.tasks.spawn(async move {
+            let (mut containers, mut sandboxes) = (Vec::new(), Vec::new());
+            for instance in dead {
+                match deps.runtime.remove_container(instance.id.as_str()).await {
+                    Ok(()) => {
+                        remove_container_logs(&deps.node, &pod, &instance).await;
+                        containers.push(instance.id);
+                    }
+                    Err(error) => {
+                        tracing::warn!(container = %instance.id, %error, "cannot remove a dead container");
+                    }
+                }
+            }
+            for id in old {
+                match deps.runtime.remove_pod_sandbox(id.as_str()).await {
+                    Ok(()) => sandboxes.push(id),
+                    Err(error) => {
+                        tracing::warn!(sandbox = %id, %error, "cannot remove an old sandbox");
+                    }
+                }
+            }
+            Done::Collected(containers, sandboxes)
+        });
+    }
+}
+
+/// Everything that can go at once goes at once; all failures are told together.
+async fn take_away(
+    deps: &Arc<Deps>,
+    pod: &Arc<Pod>,
+    uid: &PodUid,
+    sandboxes: &[SandboxId],
+    containers: &[ContainerId],
+    everything: bool,
+) -> Result<(), String> {
+    let runtime = async {
+        for id in sandboxes {
+            deps.runtime.stop_pod_sandbox(id.as_str()).await.map_err(|e| e.to_string())?;
+        }
+        if everything {
+            let removals = containers.iter().map(|id| deps.runtime.remove_container(id.as_str()));
+            for result in futures::future::join_all(removals).await {
+                result.map_err(|e| e.to_string())?;
+            }
+            for id in sandboxes {
+                deps.runtime.remove_pod_sandbox(id.as_str()).await.map_err(|e| e.to_string())?;
+            }
+        }
+        deps.cgroups.remove(uid).await.map_err(|e| e.to_string())
+    };
+    let volumes = async {
+        let dir = deps.node.pod_dir(uid);
+        // Ours: the hosts file and the containers' last words. The rest is the volumes'.
+        for own in ["etc-hosts", "containers"] {
+            let path = dir.join(own);
+            let removed = match tokio::fs::symlink_metadata(&path).await {
+                Ok(found) if found.is_dir() => tokio::fs::remove_dir_all(&path).await,
+                Ok(_) => tokio::fs::remove_file(&path).await,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                Err(error) => Err(error),
+            };
+            removed.map_err(|e| format!("remove {}: {e}", path.display()))?;
+        }
+        deps.volumes.unmount(uid).await.map_err(|e| e.to_string())
+    };
+    let (runtime, volumes) = tokio::join!(runtime, volumes);
+    let mut failures: Vec<String> =
+        [runtime, volumes].into_iter().filter_map(Result::err).collect();
+    if everything
+        && failures.is_empty()
+        && let Err(error) = remove_pod_logs(&deps.node, pod).await
+    {
+        failures.push(error);
+    }
+    if failures.is_empty() { Ok(()) } else { Err(failures.join("; ")) }
+}
