@@ -62,6 +62,35 @@ impl std::str::FromStr for NodePortAddresses {
     }
 }
 
+/// How the traffic of pods is told from other traffic (`detectLocalMode`).
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum LocalTraffic {
+    /// Not at all.
+    #[default]
+    Unknown,
+    /// By source address.
+    Cidrs(Vec<Cidr>),
+    /// By the interface it comes in from (`BridgeInterface`).
+    Interface(String),
+    /// By the beginning of that interface's name (`InterfaceNamePrefix`).
+    InterfacePrefix(String),
+}
+
+/// `detectLocalMode`: what tells pods' traffic from other traffic. Traffic to cluster IPs that is
+/// not pods' is masqueraded.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub enum DetectLocal {
+    /// [`Config::cluster_cidrs`]; nothing if there are none.
+    #[default]
+    ClusterCidr,
+    /// The node object's pod CIDRs.
+    NodeCidr,
+    /// A bridge's name.
+    BridgeInterface(String),
+    /// The beginning of the names of pods' interfaces.
+    InterfaceNamePrefix(String),
+}
+
 /// The kernel's connection tracking limits (`conntrack:` of `KubeProxyConfiguration`); `None`
 /// leaves the kernel's value as it is. They are set only in the network namespace of the proxy.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
@@ -91,14 +120,16 @@ pub struct Config {
     pub node_name: String,
     /// Masquerade all traffic to cluster IPs (`masqueradeAll`).
     pub masquerade_all: bool,
-    /// CIDRs of the cluster's pods (`clusterCIDR`); traffic to a cluster IP from elsewhere is
-    /// masqueraded. Empty: the node object's pod CIDRs decide what a pod of this node is, and
-    /// nothing is taken for off-cluster.
+    /// CIDRs of the cluster's pods (`clusterCIDR`).
     pub cluster_cidrs: Vec<Cidr>,
+    /// How pods' traffic is told.
+    pub detect_local: DetectLocal,
     /// CIDRs of cluster IPs, if known: traffic to an unallocated one is dropped (nftables).
     pub service_cidrs: Vec<Cidr>,
     /// On which local addresses NodePorts are served; empty is all of them, with 127.0.0.1.
     pub node_port_addresses: Vec<NodePortAddresses>,
+    /// NodePorts at 127.0.0.1 too (`localhostNodePorts`); IPv6 has no such thing.
+    pub localhost_node_ports: bool,
     /// Bit of the packet mark that asks for masquerading (`masqueradeBit`), 0 to 31.
     pub masquerade_bit: u8,
     /// Where `/healthz` and `/livez` are served; `None` serves neither.
@@ -121,8 +152,10 @@ impl Default for Config {
             node_name: String::new(),
             masquerade_all: false,
             cluster_cidrs: Vec::new(),
+            detect_local: DetectLocal::default(),
             service_cidrs: Vec::new(),
             node_port_addresses: Vec::new(),
+            localhost_node_ports: true,
             masquerade_bit: 14,
             healthz_bind: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_bind: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
@@ -130,5 +163,40 @@ impl Default for Config {
             sync_period: Duration::from_secs(300),
             set_sysctls: true,
         }
+    }
+}
+
+impl Config {
+    /// How pods' traffic is told, given what is known of the node.
+    pub fn local_traffic(&self, node: &crate::object::NodeState) -> LocalTraffic {
+        let cidrs = |cidrs: &[Cidr]| match cidrs {
+            [] => LocalTraffic::Unknown,
+            some => LocalTraffic::Cidrs(some.iter().map(|cidr| cidr.network()).collect()),
+        };
+        match &self.detect_local {
+            DetectLocal::ClusterCidr => cidrs(&self.cluster_cidrs),
+            DetectLocal::NodeCidr => cidrs(&node.pod_cidrs),
+            DetectLocal::BridgeInterface(name) => LocalTraffic::Interface(name.clone()),
+            DetectLocal::InterfaceNamePrefix(prefix) => {
+                LocalTraffic::InterfacePrefix(prefix.clone())
+            }
+        }
+    }
+
+    /// Where NodePorts are served: local addresses within these CIDRs; `None` is all of them.
+    pub fn node_port_cidrs(&self, node: &crate::object::NodeState) -> Option<Vec<Cidr>> {
+        if self.node_port_addresses.is_empty() {
+            return None;
+        }
+        let mut all = Vec::new();
+        for entry in &self.node_port_addresses {
+            match entry {
+                NodePortAddresses::Cidr(cidr) => all.push(cidr.network()),
+                NodePortAddresses::Primary => all.extend(node.addresses.iter().map(|address| {
+                    Cidr { address: *address, prefix_len: if address.is_ipv4() { 32 } else { 128 } }
+                })),
+            }
+        }
+        Some(all)
     }
 }

@@ -2,11 +2,23 @@
 //!
 //! Floor 1 is [`object`] and the pure planning; [`Proxy::run`] is the loop; the backends are the effects.
 
+pub mod backend;
+mod claims;
 pub mod config;
+mod conntrack;
+mod health;
+pub mod iptables;
+mod metrics;
+pub mod model;
+pub mod nftables;
 pub mod object;
+pub mod plan;
+mod run;
+mod server;
 pub mod status;
+mod sysctl;
 
-pub use config::{Config, Mode, NodePortAddresses};
+pub use config::{Config, DetectLocal, Mode, NodePortAddresses};
 pub use status::{ProxyError, ProxyStatus};
 
 use tokio::sync::{mpsc, watch};
@@ -14,15 +26,21 @@ use tokio::sync::{mpsc, watch};
 /// Why the proxy could not run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Something that is not built yet.
-    #[error("{0} is not implemented")]
-    Unimplemented(&'static str),
     /// No backend works on this kernel.
-    #[error("start the proxy: {0}")]
+    #[error(
+        "start the proxy: {0}; check that it runs as root (CAP_NET_ADMIN) and that the kernel has nf_tables or iptables"
+    )]
     NoBackend(String),
+    /// A backend ended unexpectedly.
+    #[error("the proxy's backend ended: {0}")]
+    Backend(String),
+    /// Something could not be removed.
+    #[error("remove the proxy's rules: {0}")]
+    Cleanup(String),
 }
 
 /// The proxy before it runs.
+#[derive(Debug)]
 pub struct Proxy {
     config: Config,
     status: watch::Sender<ProxyStatus>,
@@ -48,8 +66,7 @@ impl Proxy {
         changes: mpsc::Receiver<object::Change>,
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let _ = (self.config, changes, shutdown);
-        Err(Error::Unimplemented("the proxy's loop"))
+        run::run(self.config, self.status, changes, shutdown).await
     }
 }
 
@@ -70,5 +87,20 @@ pub async fn run(
 /// # Errors
 /// Lists what could not be removed; the rest is gone nevertheless.
 pub async fn cleanup() -> Result<(), Error> {
-    Err(Error::Unimplemented("the proxy's cleanup"))
+    let removed = tokio::task::spawn_blocking(|| {
+        let mut errors = Vec::new();
+        // A kernel without one of the two has no rules of it.
+        if let Err(error) = nftables::backend::Nftables::cleanup() {
+            errors.push(error.to_string());
+        }
+        if let Err(error) = iptables::Iptables::cleanup() {
+            errors.push(error.to_string());
+        }
+        errors
+    });
+    match removed.await {
+        Ok(errors) if errors.is_empty() => Ok(()),
+        Ok(errors) => Err(Error::Cleanup(errors.join("; "))),
+        Err(error) => Err(Error::Cleanup(error.to_string())),
+    }
 }

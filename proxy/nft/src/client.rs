@@ -11,7 +11,8 @@ use crate::reply::{Failure, error_of, failure};
 use crate::sys::Socket;
 use crate::transaction::Transaction;
 use crate::wire::{
-    Message, Messages, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, Writer,
+    Message, Messages, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NLMSG_DONE,
+    NLMSG_ERROR, Writer,
 };
 
 const MEGABYTE: usize = 1 << 20;
@@ -158,6 +159,45 @@ impl Client {
         family: Family,
         what: &str,
         body: impl Fn(&mut Writer),
+        begin: impl FnMut(),
+        each: impl FnMut(&Message<'_>),
+    ) -> Result<(), Error> {
+        self.dump_of(SUBSYSTEM << 8 | kind, family, what, body, begin, each)
+    }
+
+    /// Sends one request outside of a batch; tells the kernel's error, if any.
+    pub(crate) fn request(
+        &mut self,
+        kind: u16,
+        family: Family,
+        body: impl Fn(&mut Writer),
+    ) -> Result<Option<Errno>, Error> {
+        self.seq = self.seq.wrapping_add(1);
+        let seq = self.seq;
+        let mut out = Writer::new();
+        out.begin(kind, NLM_F_REQUEST | NLM_F_ACK, seq, family as u8, 0);
+        body(&mut out);
+        out.end();
+        self.drain();
+        let failed = |source| Error::Socket { operation: "send a request", source };
+        self.socket.send(&out.into_bytes()).map_err(failed)?;
+        loop {
+            let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;
+            for message in Messages(&self.buffer[..len]) {
+                if message.seq == seq && message.kind == NLMSG_ERROR {
+                    return Ok(error_of(&message));
+                }
+            }
+        }
+    }
+
+    /// As [`Client::dump`], for any subsystem.
+    pub(crate) fn dump_of(
+        &mut self,
+        kind: u16,
+        family: Family,
+        what: &str,
+        body: impl Fn(&mut Writer),
         mut begin: impl FnMut(),
         mut each: impl FnMut(&Message<'_>),
     ) -> Result<(), Error> {
@@ -166,7 +206,7 @@ impl Client {
             self.seq = self.seq.wrapping_add(1);
             let seq = self.seq;
             let mut out = Writer::new();
-            out.begin(SUBSYSTEM << 8 | kind, NLM_F_REQUEST | NLM_F_DUMP, seq, family as u8, 0);
+            out.begin(kind, NLM_F_REQUEST | NLM_F_DUMP, seq, family as u8, 0);
             body(&mut out);
             out.end();
             self.drain();

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use crate::client::{Client, Error};
 use crate::encode::{SUBSYSTEM, msg};
-use crate::object::{BaseChain, ChainType, Data, Hook, Key, Table, Verdict};
+use crate::object::{
+    BaseChain, ChainType, Data, DataType, Hook, Key, Set, SetData, Table, Verdict,
+};
 use crate::wire::{Attributes, Message};
 
 /// A rule as the kernel tells it.
@@ -26,6 +28,20 @@ pub struct SetEntry {
     pub data_type: u32,
     /// `NFT_SET_*` bits.
     pub flags: u32,
+}
+
+impl SetEntry {
+    /// Whether it has the shape of `set`.
+    pub fn is_of(&self, set: &Set) -> bool {
+        let data_type = match &set.data {
+            None => 0,
+            Some(SetData::Verdict) => 0xffff_ff00,
+            Some(SetData::Value(types)) => DataType::concat(types),
+        };
+        self.key_type == DataType::concat(&set.key)
+            && self.data_type == data_type
+            && self.flags == set.flags()
+    }
 }
 
 /// Chains, rules and sets of a table, without elements.

@@ -229,19 +229,9 @@ fn write_rule(out: &mut Writer, family: Family, table: &str, rule: &Rule) {
 
 fn write_set(out: &mut Writer, table: &str, set: &Set, id: u32) {
     let concat = set.key.len() > 1;
-    let mut flags = 0;
-    for (on, bit) in [
-        (set.interval, 0x4),
-        (set.data.is_some(), 0x8),
-        (set.timeout, 0x10),
-        (set.dynamic, 0x20),
-        (set.interval && concat, 0x80),
-    ] {
-        flags |= if on { bit } else { 0 };
-    }
     out.string(1, table);
     out.string(2, &set.name);
-    out.u32(3, flags);
+    out.u32(3, set.flags());
     out.u32(4, DataType::concat(&set.key));
     out.u32(5, DataType::concat_len(&set.key) as u32);
     match &set.data {

@@ -8,6 +8,7 @@
 //! Sources: Linux `include/uapi/linux/netfilter/nf_tables.h`, `nfnetlink.h`, `netlink.h`.
 
 mod client;
+mod conntrack;
 mod dump;
 mod encode;
 mod expr;
@@ -21,7 +22,8 @@ mod transaction;
 pub mod wire;
 
 pub use client::{Client, Error};
-pub use dump::{ElementEntry, RuleEntry, TableState};
+pub use conntrack::Flow;
+pub use dump::{ElementEntry, RuleEntry, SetEntry, TableState};
 pub use encode::{Batch, encode};
 pub use expr::{
     Address, BitwiseOp, CmpOp, CtKey, DynsetOp, Expr, FibResult, LogLevel, MetaKey, NatKind,

@@ -254,6 +254,20 @@ impl Set {
         }
     }
 
+    /// `NFT_SET_*` bits.
+    pub(crate) fn flags(&self) -> u32 {
+        [
+            (self.interval, 0x4),
+            (self.data.is_some(), 0x8),
+            (self.timeout, 0x10),
+            (self.dynamic, 0x20),
+            (self.interval && self.key.len() > 1, 0x80),
+        ]
+        .into_iter()
+        .map(|(on, bit)| if on { bit } else { 0 })
+        .sum()
+    }
+
     /// A verdict map.
     pub fn verdict_map(name: impl Into<String>, key: &[DataType]) -> Self {
         Set { data: Some(SetData::Verdict), ..Set::plain(name, key) }

@@ -168,7 +168,7 @@ fn ports_set(client: &mut Client) -> Table {
     tx.add_table()
         .add_chain("drop-it", None)
         .add_set(Set::verdict_map("ports", &[DataType::InetProto, DataType::InetService]));
-    client.apply(&tx).unwrap();
+    client.apply(&tx).expect("a table of ports");
     table
 }
 

@@ -1,0 +1,362 @@
+//! What the proxy has been told, and what follows from it for each Service. A change touches only
+//! the Services that it concerns.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::claims::{Claim, Claims};
+use crate::object::{Change, EndpointSlice, NamespacedName, NodeState, Service};
+use crate::plan::{Granted, ServicePlan, Topology, local_ready, plan_port, unusable};
+
+/// A Service whose plan changed.
+#[derive(Clone, Debug)]
+pub struct PlanChange {
+    /// Which.
+    pub service: NamespacedName,
+    /// What was planned before.
+    pub old: Option<Arc<ServicePlan>>,
+    /// What is planned now; `None` if nothing is left of it.
+    pub new: Option<Arc<ServicePlan>>,
+}
+
+/// A Service as checked, with what it is granted of what it asks for.
+#[derive(Debug)]
+struct Known {
+    service: Service,
+    errors: Vec<String>,
+    refused: BTreeMap<Claim, NamespacedName>,
+}
+
+/// The model.
+#[derive(Debug, Default)]
+pub struct Model {
+    services: HashMap<NamespacedName, Known>,
+    slices: HashMap<NamespacedName, EndpointSlice>,
+    slices_of: HashMap<NamespacedName, BTreeSet<Arc<str>>>,
+    claims: Claims,
+    plans: HashMap<NamespacedName, Arc<ServicePlan>>,
+    dirty: BTreeSet<NamespacedName>,
+    topology: Topology,
+    node: NodeState,
+    endpoints: usize,
+    errors: BTreeMap<NamespacedName, Vec<String>>,
+    /// Services and slices have been told completely once.
+    pub synced: bool,
+    /// Why they cannot be had.
+    pub source_error: Option<String>,
+    /// Changes of Services seen.
+    pub service_changes: u64,
+    /// Changes of slices seen.
+    pub endpoint_changes: u64,
+}
+
+impl Model {
+    /// An empty model for the node of that name.
+    pub fn new(node_name: &str) -> Self {
+        Model {
+            topology: Topology { node_name: node_name.into(), ..Topology::default() },
+            ..Model::default()
+        }
+    }
+
+    /// The node as last told.
+    pub fn node(&self) -> &NodeState {
+        &self.node
+    }
+
+    /// Services known.
+    pub fn services(&self) -> usize {
+        self.services.len()
+    }
+
+    /// Endpoints in all slices.
+    pub fn endpoints(&self) -> usize {
+        self.endpoints
+    }
+
+    /// What is wrong with Services, by Service.
+    pub fn errors(&self) -> &BTreeMap<NamespacedName, Vec<String>> {
+        &self.errors
+    }
+
+    /// The plan of every Service.
+    pub fn plans(&self) -> impl Iterator<Item = (&NamespacedName, &Arc<ServicePlan>)> {
+        self.plans.iter()
+    }
+
+    /// Whether a change waits to be planned.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// Takes a change in.
+    pub fn apply(&mut self, change: Change) {
+        match change {
+            Change::Service(service) => {
+                self.service_changes += 1;
+                self.put_service(service);
+            }
+            Change::ServiceGone(key) => {
+                self.service_changes += 1;
+                self.remove_service(&key);
+            }
+            Change::Slice(slice) => {
+                self.endpoint_changes += 1;
+                self.put_slice(slice);
+            }
+            Change::SliceGone(key) => {
+                self.endpoint_changes += 1;
+                self.remove_slice(&key);
+            }
+            Change::Synced => self.synced = true,
+            Change::ServicesRelisted(keys) => {
+                let there: HashSet<NamespacedName> = keys.into_iter().collect();
+                let gone: Vec<_> =
+                    self.services.keys().filter(|k| !there.contains(*k)).cloned().collect();
+                gone.iter().for_each(|key| self.remove_service(key));
+            }
+            Change::SlicesRelisted(keys) => {
+                let there: HashSet<NamespacedName> = keys.into_iter().collect();
+                let gone: Vec<_> =
+                    self.slices.keys().filter(|k| !there.contains(*k)).cloned().collect();
+                gone.iter().for_each(|key| self.remove_slice(key));
+            }
+            Change::Node(node) => self.put_node(node),
+            Change::SourceError(error) => self.source_error = error,
+        }
+    }
+
+    fn put_node(&mut self, node: NodeState) {
+        if self.topology.zone != node.zone || self.topology.addresses != node.addresses {
+            self.topology.zone = node.zone.clone();
+            self.topology.addresses = node.addresses.clone();
+            self.dirty.extend(self.services.keys().cloned());
+        }
+        self.node = node;
+    }
+
+    fn put_service(&mut self, service: Service) {
+        let key = service.key.clone();
+        if self.services.get(&key).is_some_and(|known| known.service == service) {
+            return;
+        }
+        let (service, errors) = check(service);
+        let (refused, woken) = self.claims.replace(&key, wanted(&service));
+        self.services
+            .insert(key.clone(), Known { service, errors, refused: refused.into_iter().collect() });
+        self.dirty.insert(key);
+        self.wake(woken);
+    }
+
+    fn remove_service(&mut self, key: &NamespacedName) {
+        if self.services.remove(key).is_none() {
+            return;
+        }
+        let (_, woken) = self.claims.replace(key, Vec::new());
+        self.dirty.insert(key.clone());
+        self.wake(woken);
+    }
+
+    /// Lets Services claim again what another has let go.
+    fn wake(&mut self, woken: BTreeSet<NamespacedName>) {
+        for key in woken {
+            let Some(known) = self.services.get_mut(&key) else { continue };
+            let (refused, _) = self.claims.replace(&key, wanted(&known.service));
+            known.refused = refused.into_iter().collect();
+            self.dirty.insert(key);
+        }
+    }
+
+    fn put_slice(&mut self, slice: EndpointSlice) {
+        let owner =
+            NamespacedName { namespace: slice.key.namespace.clone(), name: slice.service.clone() };
+        self.endpoints += slice.endpoints.len();
+        let key = slice.key.clone();
+        if let Some(old) = self.slices.insert(key.clone(), slice) {
+            self.endpoints -= old.endpoints.len();
+            if old.service != owner.name {
+                self.detach(&key, old.service);
+            }
+        }
+        self.slices_of.entry(owner.clone()).or_default().insert(key.name);
+        self.dirty.insert(owner);
+    }
+
+    fn remove_slice(&mut self, key: &NamespacedName) {
+        if let Some(old) = self.slices.remove(key) {
+            self.endpoints -= old.endpoints.len();
+            self.detach(key, old.service);
+        }
+    }
+
+    fn detach(&mut self, slice: &NamespacedName, service: Arc<str>) {
+        let owner = NamespacedName { namespace: slice.namespace.clone(), name: service };
+        if let Some(names) = self.slices_of.get_mut(&owner) {
+            names.remove(&slice.name);
+            if names.is_empty() {
+                self.slices_of.remove(&owner);
+            }
+        }
+        self.dirty.insert(owner);
+    }
+
+    /// Plans the Services that changes concern, and tells those whose plan is now another.
+    pub fn take_changes(&mut self) -> Vec<PlanChange> {
+        let mut changes = Vec::new();
+        for key in std::mem::take(&mut self.dirty) {
+            let (new, errors) = match self.services.get(&key) {
+                Some(known) => self.plan(&key, known),
+                None => (None, Vec::new()),
+            };
+            if errors.is_empty() {
+                self.errors.remove(&key);
+            } else {
+                self.errors.insert(key.clone(), errors);
+            }
+            let old = match &new {
+                Some(new) if self.plans.get(&key) == Some(new) => continue,
+                Some(new) => self.plans.insert(key.clone(), new.clone()),
+                None => self.plans.remove(&key),
+            };
+            if old.is_some() || new.is_some() {
+                changes.push(PlanChange { service: key, old, new });
+            }
+        }
+        changes
+    }
+
+    fn plan(&self, key: &NamespacedName, known: &Known) -> (Option<Arc<ServicePlan>>, Vec<String>) {
+        let service = &known.service;
+        let mut errors = known.errors.clone();
+        errors.extend(known.refused.iter().map(told));
+        let names = self.slices_of.get(key);
+        let slices: Vec<&EndpointSlice> = names
+            .into_iter()
+            .flatten()
+            .filter_map(|name| {
+                let namespace = key.namespace.clone();
+                self.slices.get(&NamespacedName { namespace, name: name.clone() })
+            })
+            .collect();
+        for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
+            if let Some(why) = unusable(endpoint.address) {
+                errors.push(format!("endpoint {} is left out: it is {why}", endpoint.address));
+            }
+        }
+        errors.dedup();
+        let free = |claim: &Claim| !known.refused.contains_key(claim);
+        let mut ports = Vec::new();
+        for cluster_ip in &service.cluster_ips {
+            if !free(&Claim::ClusterIp(*cluster_ip)) {
+                continue;
+            }
+            for port in &service.ports {
+                let at = |ips: &[IpAddr]| -> Vec<IpAddr> {
+                    ips.iter()
+                        .filter(|ip| ip.is_ipv4() == cluster_ip.is_ipv4())
+                        .filter(|ip| free(&Claim::Address(**ip, port.protocol, port.port)))
+                        .copied()
+                        .collect()
+                };
+                if !free(&Claim::Address(*cluster_ip, port.protocol, port.port)) {
+                    continue;
+                }
+                let node_port = Some(port.node_port)
+                    .filter(|number| free(&Claim::NodePort(port.protocol, *number)))
+                    .unwrap_or_default();
+                let granted = Granted {
+                    cluster_ip: *cluster_ip,
+                    external_ips: at(&service.external_ips),
+                    load_balancer_ips: at(&service.load_balancer_ips),
+                    node_port,
+                };
+                ports.push(plan_port(service, port, granted, &slices, &self.topology));
+            }
+        }
+        let plan = ServicePlan {
+            ports,
+            health_check_node_port: service.health_check_node_port,
+            local_ready: local_ready(&slices),
+        };
+        (Some(Arc::new(plan)), errors)
+    }
+}
+
+fn told((claim, owner): (&Claim, &NamespacedName)) -> String {
+    format!("{claim} is left out: Service {owner} has it; give one of the two another")
+}
+
+fn wanted(service: &Service) -> Vec<Claim> {
+    let mut claims: Vec<Claim> =
+        service.cluster_ips.iter().map(|ip| Claim::ClusterIp(*ip)).collect();
+    for port in &service.ports {
+        let ips = service
+            .cluster_ips
+            .iter()
+            .chain(&service.external_ips)
+            .chain(&service.load_balancer_ips);
+        claims.extend(ips.map(|ip| Claim::Address(*ip, port.protocol, port.port)));
+        if port.node_port != 0 {
+            claims.push(Claim::NodePort(port.protocol, port.node_port));
+        }
+    }
+    claims
+}
+
+/// Leaves out what cannot be programmed, and says why; the rest of the Service is served.
+fn check(mut service: Service) -> (Service, Vec<String>) {
+    let mut errors = Vec::new();
+    for (what, ips) in [
+        ("cluster IP", &mut service.cluster_ips),
+        ("external IP", &mut service.external_ips),
+        ("load balancer IP", &mut service.load_balancer_ips),
+    ] {
+        ips.retain(|ip| match unusable(*ip) {
+            Some(why) => {
+                errors.push(format!("{what} {ip} is left out: it is {why}"));
+                false
+            }
+            None => true,
+        });
+    }
+    let mut families = HashSet::new();
+    service.cluster_ips.retain(|ip| {
+        let first = families.insert(ip.is_ipv4());
+        if !first {
+            errors.push(format!("cluster IP {ip} is left out: there is one of its family already"));
+        }
+        first
+    });
+    // A range that is left out must not open the Service to everybody: it stays in the list, where
+    // planning skips it.
+    for range in &service.load_balancer_source_ranges {
+        if range.prefix_len > if range.address.is_ipv4() { 32 } else { 128 } {
+            errors.push(format!("source range {range} is left out: the prefix is too long"));
+        }
+    }
+    let mut numbers = HashSet::new();
+    let mut node_ports = HashSet::new();
+    service.ports.retain_mut(|port| {
+        if port.port == 0 {
+            errors.push(format!("port {:?} is left out: its number is 0", port.name));
+            return false;
+        }
+        if !numbers.insert((port.protocol, port.port)) {
+            errors.push(format!(
+                "port {:?} is left out: {} {} is there already",
+                port.name, port.protocol, port.port
+            ));
+            return false;
+        }
+        if port.node_port != 0 && !node_ports.insert((port.protocol, port.node_port)) {
+            errors.push(format!(
+                "NodePort {} of port {:?} is left out: another port of the Service has it",
+                port.node_port, port.name
+            ));
+            port.node_port = 0;
+        }
+        true
+    });
+    (service, errors)
+}

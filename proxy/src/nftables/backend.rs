@@ -1,0 +1,305 @@
+//! The nftables backend at work: rulesets to batches, and what the kernel says to them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use nft::{Client, Error, Family, Table, Transaction};
+
+use super::base::Structure;
+use super::names::{MapId, TABLE};
+use super::ruleset::{Observed, Planned, Ruleset};
+use crate::backend::{Backend, BackendError, Environment, Outcome};
+use crate::config::Mode;
+use crate::model::PlanChange;
+use crate::object::NamespacedName;
+use crate::plan::ServicePlan;
+
+/// Services that the kernel refuses are looked for at most so often per repair.
+const ATTEMPTS: usize = 8;
+
+/// The backend.
+#[derive(Debug)]
+pub struct Nftables {
+    client: Client,
+    families: Vec<Ruleset>,
+    /// Whether the tables are known to be as `families` says.
+    programmed: bool,
+}
+
+fn structure(family: Family, environment: &Environment) -> Structure {
+    Structure {
+        family,
+        masquerade_bit: environment.masquerade_bit,
+        masquerade_all: environment.masquerade_all,
+        local: environment.local.clone(),
+        service_cidrs: environment.service_cidrs.clone(),
+        node_ports: environment.node_ports.clone(),
+        localhost: environment.localhost,
+    }
+}
+
+impl Nftables {
+    /// Connects to nf_tables in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel has no nf_tables.
+    pub fn new(environment: &Environment) -> Result<Self, Error> {
+        let mut client = Client::new()?;
+        client.tables()?;
+        let ruleset = |family| Ruleset::new(structure(family, environment));
+        let families = vec![ruleset(Family::Ip), ruleset(Family::Ip6)];
+        Ok(Nftables { client, families, programmed: false })
+    }
+
+    /// Whether the kernel has what the rules need: a table is made and deleted in one batch that
+    /// asks for random numbers as part of a key.
+    pub fn probe() -> Result<(), Error> {
+        let mut client = Client::new()?;
+        let table = Table::new(Family::Ip, format!("{TABLE}-probe"));
+        let mut tx = Transaction::new(table);
+        tx.add_table().add_chain("probe", None);
+        let pool = super::names::Pool::ALL[0];
+        tx.add_set(MapId::Endpoints(pool).set(Family::Ip));
+        let pick = super::names::Behaviour::Pick {
+            pool,
+            choice: super::names::Choice::Random { count: 2 },
+            masquerade: super::names::Masquerade::Never,
+        };
+        for rule in super::chains::rules(pick, Family::Ip, 0x4000) {
+            tx.add_rule("probe", rule);
+        }
+        tx.push(nft::Op::DeleteTable);
+        client.apply(&tx)
+    }
+
+    /// Deletes the tables.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn cleanup() -> Result<(), Error> {
+        let mut client = Client::new()?;
+        let there = client.tables()?;
+        for family in [Family::Ip, Family::Ip6] {
+            let table = Table::new(family, TABLE);
+            if there.contains(&table) {
+                let mut tx = Transaction::new(table);
+                tx.ensure_no_table();
+                client.apply(&tx)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn observe(client: &mut Client, table: &Table) -> Result<Observed, Error> {
+        let mut observed = Observed::new();
+        for map in MapId::all() {
+            let elements = client.elements(table, &map.to_string())?;
+            let by_key: HashMap<_, _> =
+                elements.into_iter().map(|e| (e.key, (e.key_end, e.data))).collect();
+            observed.insert(map, by_key);
+        }
+        Ok(observed)
+    }
+}
+
+/// Services whose elements were refused; empty if that cannot be told.
+fn offenders(planned: &Planned, error: &Error) -> BTreeMap<NamespacedName, String> {
+    let Error::Refused { failures, .. } = error else { return BTreeMap::new() };
+    failures
+        .iter()
+        .filter_map(|failure| {
+            let owner = planned.owner(failure.op?, failure.element)?;
+            Some((owner.clone(), failure.to_string()))
+        })
+        .collect()
+}
+
+type Change<'a> = (&'a NamespacedName, Option<&'a Arc<ServicePlan>>);
+
+/// Programs changes; those that are refused are left out, by name or by halving.
+fn change_split(
+    client: &mut Client,
+    ruleset: &mut Ruleset,
+    changes: &[Change<'_>],
+    outcome: &mut Outcome,
+) -> Result<(), Error> {
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let planned = ruleset.plan_changes(changes.iter().copied());
+    match client.apply(&planned.transaction) {
+        Ok(()) => {
+            outcome.written += planned.elements();
+            ruleset.commit(planned);
+            Ok(())
+        }
+        Err(error @ Error::Refused { .. }) => {
+            if let [(name, _)] = changes {
+                outcome.refused.push(((*name).clone(), error.to_string()));
+                return Ok(());
+            }
+            let bad = offenders(&planned, &error);
+            if bad.is_empty() {
+                let (one, other) = changes.split_at(changes.len() / 2);
+                change_split(client, ruleset, one, outcome)?;
+                return change_split(client, ruleset, other, outcome);
+            }
+            let good: Vec<Change<'_>> =
+                changes.iter().filter(|(name, _)| !bad.contains_key(name)).copied().collect();
+            outcome.refused.extend(bad);
+            change_split(client, ruleset, &good, outcome)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn repair_family(
+    client: &mut Client,
+    ruleset: &mut Ruleset,
+    plans: &[(NamespacedName, Arc<ServicePlan>)],
+    outcome: &mut Outcome,
+) -> Result<(), Error> {
+    let table = ruleset.table();
+    let mut refused: BTreeSet<NamespacedName> = BTreeSet::new();
+    for attempt in 0..ATTEMPTS {
+        let state = client.read_table(&table)?;
+        let observed = match &state {
+            Some(_) => Nftables::observe(client, &table)?,
+            None => Observed::new(),
+        };
+        let last = attempt + 1 == ATTEMPTS;
+        if last {
+            plans.iter().for_each(|(name, _)| ruleset.forget(name));
+        }
+        let planned = ruleset.plan_repair(state.as_ref(), &observed, false);
+        match client.apply(&planned.transaction) {
+            Ok(()) => {
+                outcome.written += planned.elements();
+                ruleset.commit_repair(planned);
+                if let Some(state) = state {
+                    // Old kernels learn late that a chain is not referred to any more; then it
+                    // is swept the next time.
+                    for tx in ruleset.plan_sweep(&state) {
+                        let _ = client.apply(&tx);
+                    }
+                }
+                if last {
+                    let changes: Vec<Change<'_>> = plans
+                        .iter()
+                        .filter(|(name, _)| !refused.contains(name))
+                        .map(|(name, plan)| (name, Some(plan)))
+                        .collect();
+                    change_split(client, ruleset, &changes, outcome)?;
+                }
+                return Ok(());
+            }
+            Err(error @ Error::Refused { .. }) if !last => {
+                let bad = offenders(&planned, &error);
+                for (name, why) in bad {
+                    ruleset.forget(&name);
+                    if refused.insert(name.clone()) {
+                        outcome.refused.push((name, why));
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+impl Backend for Nftables {
+    fn mode(&self) -> Mode {
+        Mode::Nftables
+    }
+
+    fn monitored(&self) -> Option<(&Client, &'static str)> {
+        Some((&self.client, TABLE))
+    }
+
+    fn take_over(&mut self) -> Result<bool, BackendError> {
+        let there = self.client.tables()?;
+        let mut any = false;
+        for ruleset in &mut self.families {
+            let table = ruleset.table();
+            if there.contains(&table) {
+                any = true;
+                let observed = Self::observe(&mut self.client, &table)?;
+                ruleset.take_hints(&observed);
+            }
+        }
+        Ok(any)
+    }
+
+    fn configure(&mut self, environment: &Environment) -> Result<Outcome, BackendError> {
+        let mut outcome = Outcome::default();
+        for ruleset in &mut self.families {
+            let new = structure(ruleset.structure.family, environment);
+            if new == ruleset.structure {
+                continue;
+            }
+            if !self.programmed {
+                ruleset.structure = new;
+                continue;
+            }
+            let tx = ruleset.plan_structure(new);
+            if let Err(error) = self.client.apply(&tx) {
+                outcome.errors.push(error.to_string());
+                outcome.repair = true;
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn change(&mut self, changes: &[PlanChange]) -> Result<Outcome, BackendError> {
+        let mut outcome = Outcome::default();
+        if !self.programmed {
+            outcome.repair = true;
+            return Ok(outcome);
+        }
+        for ruleset in &mut self.families {
+            let changes = changes.iter().map(|c| (&c.service, c.new.as_ref()));
+            let planned = ruleset.plan_changes(changes);
+            match self.client.apply(&planned.transaction) {
+                Ok(()) => {
+                    outcome.written += planned.elements();
+                    ruleset.commit(planned);
+                }
+                Err(Error::Refused { .. }) => outcome.repair = true,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn repair(
+        &mut self,
+        plans: &[(NamespacedName, Arc<ServicePlan>)],
+    ) -> Result<Outcome, BackendError> {
+        let mut outcome = Outcome::default();
+        let mut worked = false;
+        let mut last = None;
+        for ruleset in &mut self.families {
+            let known: HashSet<&NamespacedName> = plans.iter().map(|(name, _)| name).collect();
+            ruleset.retain(&known);
+            for (name, plan) in plans {
+                ruleset.adopt(name, Some(plan));
+            }
+            match repair_family(&mut self.client, ruleset, plans, &mut outcome) {
+                Ok(()) => worked = true,
+                Err(error) => {
+                    outcome
+                        .errors
+                        .push(format!("family {}: {error}", ruleset.structure.family.name()));
+                    last = Some(error);
+                }
+            }
+            ruleset.drop_hints();
+        }
+        self.programmed = worked;
+        match last {
+            Some(error) if !worked => Err(error.into()),
+            _ => Ok(outcome),
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Services as map elements.
+
+use std::net::{IpAddr, SocketAddr};
+
+use nft::{Data, Element, Family, Key, Verdict};
+
+use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool};
+use crate::object::{Cidr, Protocol};
+use crate::plan::{PortPlan, ServicePlan};
+
+/// Name of the chain that rejects.
+pub const REJECT: &str = "reject";
+
+/// An element of a map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The map.
+    pub map: MapId,
+    /// Key.
+    pub key: Key,
+    /// End of the range, in the set of source ranges.
+    pub key_end: Option<Key>,
+    /// What it maps to.
+    pub data: Option<Data>,
+}
+
+impl Entry {
+    /// As an element.
+    pub fn element(&self) -> Element {
+        Element {
+            key: self.key.clone(),
+            key_end: self.key_end.clone(),
+            data: self.data.clone(),
+            timeout: None,
+        }
+    }
+}
+
+/// Where each endpoint has its index. Without affinity, indices are dense; with it, an endpoint
+/// keeps its slot as long as it lives, and slots may be empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slots(pub Vec<Option<SocketAddr>>);
+
+impl Slots {
+    /// Gives every endpoint a slot, moving as few as possible.
+    pub fn assign(old: &Slots, endpoints: &[SocketAddr], sticky: bool) -> Slots {
+        let is_there = |e: &SocketAddr| endpoints.binary_search(e).is_ok();
+        let mut slots: Vec<Option<SocketAddr>> =
+            old.0.iter().map(|slot| slot.filter(is_there)).collect();
+        // A slot seen twice would hide an endpoint.
+        for i in 0..slots.len() {
+            if slots[i].is_some() && slots[..i].contains(&slots[i]) {
+                slots[i] = None;
+            }
+        }
+        let placed: std::collections::HashSet<SocketAddr> =
+            slots.iter().flatten().copied().collect();
+        let mut hole = 0;
+        for endpoint in endpoints.iter().filter(|e| !placed.contains(*e)) {
+            while hole < slots.len() && slots[hole].is_some() {
+                hole += 1;
+            }
+            if hole == slots.len() {
+                slots.push(None);
+            }
+            slots[hole] = Some(*endpoint);
+        }
+        if !sticky {
+            // The last ones move into the holes.
+            let mut hole = 0;
+            while slots.iter().any(Option::is_none) {
+                match slots.pop() {
+                    Some(Some(last)) => {
+                        while hole < slots.len() && slots[hole].is_some() {
+                            hole += 1;
+                        }
+                        if hole < slots.len() {
+                            slots[hole] = Some(last);
+                        } else {
+                            slots.push(Some(last));
+                        }
+                    }
+                    Some(None) => {}
+                    None => break,
+                }
+            }
+        }
+        while slots.last() == Some(&None) {
+            slots.pop();
+        }
+        Slots(slots)
+    }
+
+    fn used(&self) -> impl Iterator<Item = (u32, SocketAddr)> + '_ {
+        self.0.iter().enumerate().filter_map(|(i, slot)| Some((i as u32, (*slot)?)))
+    }
+}
+
+/// A port with its endpoints' slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlottedPort {
+    /// What is planned.
+    pub plan: PortPlan,
+    /// Slots of `plan.cluster`.
+    pub cluster: Slots,
+    /// Slots of `plan.local`.
+    pub local: Slots,
+}
+
+impl SlottedPort {
+    fn slots(&self, policy: Policy) -> &Slots {
+        match policy {
+            Policy::Cluster => &self.cluster,
+            Policy::Local => &self.local,
+        }
+    }
+
+    /// Identity within its Service.
+    fn is(&self, plan: &PortPlan) -> bool {
+        self.plan.is_ipv4() == plan.is_ipv4()
+            && self.plan.protocol == plan.protocol
+            && self.plan.port == plan.port
+    }
+}
+
+/// A Service's ports of one family with slots: those of before are kept.
+pub fn assign_slots(
+    old: &[SlottedPort],
+    plan: &ServicePlan,
+    family: Family,
+    hint: impl Fn(&PortPlan, Policy) -> Option<Slots>,
+) -> Vec<SlottedPort> {
+    plan.ports
+        .iter()
+        .filter(|port| port.is_ipv4() == (family == Family::Ip))
+        .map(|port| {
+            let before = old.iter().find(|slotted| slotted.is(port));
+            let sticky = port.affinity.is_some();
+            let assign = |policy: Policy, endpoints: &[SocketAddr]| {
+                let known = match before {
+                    Some(before) => before.slots(policy).clone(),
+                    None => hint(port, policy).unwrap_or_default(),
+                };
+                Slots::assign(&known, endpoints, sticky)
+            };
+            SlottedPort {
+                cluster: assign(Policy::Cluster, &port.cluster),
+                local: assign(Policy::Local, &port.local),
+                plan: port.clone(),
+            }
+        })
+        .collect()
+}
+
+/// Protocol number.
+pub fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    }
+}
+
+/// Key of an address and port.
+pub fn vip(address: IpAddr, protocol: Protocol, port: u16) -> Key {
+    Key::new().address(address).protocol(protocol_number(protocol)).port(port)
+}
+
+fn node_port(protocol: Protocol, port: u16) -> Key {
+    Key::new().protocol(protocol_number(protocol)).port(port)
+}
+
+fn target(endpoint: SocketAddr) -> Data {
+    Data::Value(Key::new().address(endpoint.ip()).port(endpoint.port()))
+}
+
+fn last_of(range: Cidr) -> IpAddr {
+    match range.address {
+        IpAddr::V4(a) => {
+            let host = u32::MAX.checked_shr(u32::from(range.prefix_len)).unwrap_or(0);
+            IpAddr::V4((a.to_bits() | host).into())
+        }
+        IpAddr::V6(a) => {
+            let host = u128::MAX.checked_shr(u32::from(range.prefix_len)).unwrap_or(0);
+            IpAddr::V6((a.to_bits() | host).into())
+        }
+    }
+}
+
+/// Collects a Service's elements and the behaviours that they use.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// Elements; each map and key once.
+    pub entries: Vec<Entry>,
+    /// Chains that they go to.
+    pub behaviours: Vec<Behaviour>,
+}
+
+impl Collected {
+    fn set(&mut self, map: MapId, key: Key) {
+        self.entries.push(Entry { map, key, key_end: None, data: None });
+    }
+
+    fn verdict(&mut self, map: MapId, key: Key, verdict: Verdict) {
+        self.entries.push(Entry { map, key, key_end: None, data: Some(Data::Verdict(verdict)) });
+    }
+
+    /// The endpoints of a key in a pool; tells the behaviour that picks one.
+    fn endpoints(
+        &mut self,
+        port: &SlottedPort,
+        pool: Pool,
+        key: &Key,
+        masquerade: Masquerade,
+    ) -> Verdict {
+        let slots = port.slots(pool.policy);
+        let mut count = 0;
+        for (slot, endpoint) in slots.used() {
+            self.entries.push(Entry {
+                map: MapId::Endpoints(pool),
+                key: key.clone().number(slot),
+                key_end: None,
+                data: Some(target(endpoint)),
+            });
+            if let Some(timeout) = port.plan.affinity {
+                let chain = Behaviour::Slot { pool, timeout, slot };
+                self.verdict(
+                    MapId::Picks(pool),
+                    key.clone().number(count),
+                    Verdict::Goto(chain.to_string()),
+                );
+            }
+            count += 1;
+        }
+        let choice = match port.plan.affinity {
+            None => Choice::Random { count },
+            Some(timeout) => Choice::Sticky { timeout, count, slots: slots.0.len() as u32 },
+        };
+        let behaviour = Behaviour::Pick { pool, choice, masquerade };
+        self.behaviours.push(behaviour);
+        Verdict::Goto(behaviour.to_string())
+    }
+
+    /// What a port programs.
+    pub fn port(&mut self, port: &SlottedPort) {
+        let plan = &port.plan;
+        self.set(MapId::ClusterIps, Key::new().address(plan.cluster_ip));
+        let key = vip(plan.cluster_ip, plan.protocol, plan.port);
+        let nothing = |any: bool| {
+            if any { Verdict::Drop } else { Verdict::Goto(REJECT.to_owned()) }
+        };
+        if plan.has_internal_endpoints() {
+            let policy = if plan.internal_local { Policy::Local } else { Policy::Cluster };
+            let pool = Pool { origin: Origin::Vip, policy };
+            let verdict = self.endpoints(port, pool, &key, Masquerade::Never);
+            self.verdict(MapId::Services, key, verdict);
+        } else {
+            self.verdict(MapId::NoEndpoints(Origin::Vip), key, nothing(plan.has_endpoints));
+        }
+        for address in &plan.external_ips {
+            // The cluster IP as an external IP: the cluster IP's rules are there already.
+            if *address != plan.cluster_ip {
+                self.external(port, Origin::Vip, vip(*address, plan.protocol, plan.port));
+            }
+        }
+        if plan.node_port != 0 {
+            self.external(port, Origin::NodePort, node_port(plan.protocol, plan.node_port));
+        }
+        for address in &plan.firewalled_ips {
+            let key = vip(*address, plan.protocol, plan.port);
+            self.set(MapId::Firewalled, key.clone());
+            for range in &plan.source_ranges {
+                self.entries.push(Entry {
+                    map: MapId::FirewallSources,
+                    key: key.clone().address(range.address),
+                    key_end: Some(key.clone().address(last_of(*range))),
+                    data: None,
+                });
+            }
+        }
+    }
+
+    /// External traffic at an address or NodePort.
+    fn external(&mut self, port: &SlottedPort, origin: Origin, key: Key) {
+        let plan = &port.plan;
+        let services = match origin {
+            Origin::Vip => MapId::Services,
+            Origin::NodePort => MapId::NodePorts,
+        };
+        if !plan.has_external_endpoints() {
+            let verdict =
+                if plan.has_endpoints { Verdict::Drop } else { Verdict::Goto(REJECT.to_owned()) };
+            self.verdict(MapId::NoEndpoints(origin), key.clone(), verdict);
+        }
+        if !plan.cluster.is_empty() {
+            let pool = Pool { origin, policy: Policy::Cluster };
+            if plan.external_local {
+                let verdict = self.endpoints(port, pool, &key, Masquerade::IfNode);
+                self.verdict(MapId::Inside(origin), key.clone(), verdict);
+            } else {
+                let verdict = self.endpoints(port, pool, &key, Masquerade::Always);
+                self.verdict(services, key.clone(), verdict);
+            }
+        }
+        if plan.external_local && !plan.local.is_empty() {
+            let pool = Pool { origin, policy: Policy::Local };
+            let verdict = self.endpoints(port, pool, &key, Masquerade::Never);
+            self.verdict(services, key, verdict);
+        }
+    }
+
+    /// Sorted, each map and key once.
+    pub fn finish(mut self) -> Self {
+        self.entries.sort_by(|a, b| (a.map, &a.key).cmp(&(b.map, &b.key)));
+        self.entries.dedup_by(|a, b| a.map == b.map && a.key == b.key);
+        self.behaviours.sort_unstable();
+        self.behaviours.dedup();
+        self
+    }
+}
+
+/// Elements and behaviours of a Service's ports. Pods that talk to themselves are counted by the
+/// ruleset, as several Services may have the same endpoint.
+pub fn collect(ports: &[SlottedPort]) -> Collected {
+    let mut collected = Collected::default();
+    for port in ports {
+        collected.port(port);
+    }
+    collected.finish()
+}
+
+/// Keys of the endpoints that may talk to themselves.
+pub fn hairpins(ports: &[SlottedPort]) -> Vec<Key> {
+    let mut keys: Vec<Key> = ports
+        .iter()
+        .flat_map(|port| port.plan.hairpin.iter().map(|e| (port.plan.protocol, *e)))
+        .map(|(protocol, endpoint)| {
+            Key::new()
+                .address(endpoint.ip())
+                .address(endpoint.ip())
+                .protocol(protocol_number(protocol))
+                .port(endpoint.port())
+        })
+        .collect();
+    keys.sort_unstable();
+    keys.dedup();
+    keys
+}

@@ -1,0 +1,266 @@
+//! Names: the maps, and the chains that stand for behaviours.
+
+use std::fmt;
+
+use nft::{DataType, Family, Set};
+
+/// Name of the table in each family.
+pub const TABLE: &str = "longshore-proxy";
+
+/// Which key a lookup uses: a virtual address with its port, or a port of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Origin {
+    /// Cluster, external and load-balancer IPs.
+    Vip,
+    /// NodePorts.
+    NodePort,
+}
+
+/// Which endpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Policy {
+    /// Of the cluster.
+    Cluster,
+    /// Of this node.
+    Local,
+}
+
+/// A set of data maps: endpoints by origin and policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Pool {
+    /// Key.
+    pub origin: Origin,
+    /// Endpoints.
+    pub policy: Policy,
+}
+
+impl Pool {
+    /// All four.
+    pub const ALL: [Pool; 4] = [
+        Pool { origin: Origin::Vip, policy: Policy::Cluster },
+        Pool { origin: Origin::Vip, policy: Policy::Local },
+        Pool { origin: Origin::NodePort, policy: Policy::Cluster },
+        Pool { origin: Origin::NodePort, policy: Policy::Local },
+    ];
+
+    fn prefix(self) -> &'static str {
+        match (self.origin, self.policy) {
+            (Origin::Vip, Policy::Cluster) => "",
+            (Origin::Vip, Policy::Local) => "local-",
+            (Origin::NodePort, Policy::Cluster) => "node-port-",
+            (Origin::NodePort, Policy::Local) => "node-port-local-",
+        }
+    }
+}
+
+/// A map or set whose elements come from Services.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum MapId {
+    /// Endpoints by key and index.
+    Endpoints(Pool),
+    /// With affinity: which slot chain an index means.
+    Picks(Pool),
+    /// Cluster IPs that are in use.
+    ClusterIps,
+    /// Local endpoints, as source and destination: a pod that talks to itself.
+    Hairpin,
+    /// Who may talk to a firewalled address.
+    FirewallSources,
+    /// Load-balancer addresses with source ranges.
+    Firewalled,
+    /// Behaviour by address, protocol, port.
+    Services,
+    /// Behaviour for traffic of this node and its pods, where policy Local makes it differ.
+    Inside(Origin),
+    /// Behaviour by protocol and port of the node.
+    NodePorts,
+    /// What has no endpoints: reject or drop.
+    NoEndpoints(Origin),
+}
+
+impl fmt::Display for MapId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MapId::Endpoints(pool) => write!(f, "{}endpoints", pool.prefix()),
+            MapId::Picks(pool) => write!(f, "{}picks", pool.prefix()),
+            MapId::ClusterIps => f.write_str("cluster-ips"),
+            MapId::Hairpin => f.write_str("hairpin"),
+            MapId::FirewallSources => f.write_str("firewall-sources"),
+            MapId::Firewalled => f.write_str("firewalled"),
+            MapId::Services => f.write_str("services"),
+            MapId::Inside(Origin::Vip) => f.write_str("inside-services"),
+            MapId::Inside(Origin::NodePort) => f.write_str("inside-node-ports"),
+            MapId::NodePorts => f.write_str("node-ports"),
+            MapId::NoEndpoints(Origin::Vip) => f.write_str("no-endpoints"),
+            MapId::NoEndpoints(Origin::NodePort) => f.write_str("no-endpoints-node-ports"),
+        }
+    }
+}
+
+impl MapId {
+    /// Every map.
+    pub fn all() -> Vec<MapId> {
+        let mut all = Vec::new();
+        all.extend(Pool::ALL.map(MapId::Endpoints));
+        all.extend(Pool::ALL.map(MapId::Picks));
+        all.extend([
+            MapId::ClusterIps,
+            MapId::Hairpin,
+            MapId::FirewallSources,
+            MapId::Firewalled,
+            MapId::Services,
+            MapId::Inside(Origin::Vip),
+            MapId::Inside(Origin::NodePort),
+            MapId::NodePorts,
+            MapId::NoEndpoints(Origin::Vip),
+            MapId::NoEndpoints(Origin::NodePort),
+        ]);
+        all
+    }
+
+    /// The map's shape.
+    pub fn set(self, family: Family) -> Set {
+        let name = self.to_string();
+        let address = address_type(family);
+        let vip = key_types(Origin::Vip, family);
+        let verdicts = |origin| Set::verdict_map(name.clone(), &key_types(origin, family));
+        match self {
+            MapId::Endpoints(pool) => Set::map(
+                name,
+                &[key_types(pool.origin, family), vec![DataType::Mark]].concat(),
+                &[address, DataType::InetService],
+            ),
+            MapId::Picks(pool) => Set::verdict_map(
+                name,
+                &[key_types(pool.origin, family), vec![DataType::Mark]].concat(),
+            ),
+            MapId::ClusterIps => Set::plain(name, &[address]),
+            MapId::Hairpin => Set::plain(name, &[vec![address], vip].concat()),
+            MapId::FirewallSources => {
+                Set { interval: true, ..Set::plain(name, &[vip, vec![address]].concat()) }
+            }
+            MapId::Firewalled => Set::plain(name, &vip),
+            MapId::Services => verdicts(Origin::Vip),
+            MapId::NodePorts => verdicts(Origin::NodePort),
+            MapId::Inside(origin) | MapId::NoEndpoints(origin) => verdicts(origin),
+        }
+    }
+}
+
+/// Type of an address.
+pub fn address_type(family: Family) -> DataType {
+    if family == Family::Ip { DataType::Ipv4Addr } else { DataType::Ipv6Addr }
+}
+
+/// Types of a key.
+pub fn key_types(origin: Origin, family: Family) -> Vec<DataType> {
+    match origin {
+        Origin::Vip => {
+            vec![address_type(family), DataType::InetProto, DataType::InetService]
+        }
+        Origin::NodePort => vec![DataType::InetProto, DataType::InetService],
+    }
+}
+
+/// Who is with which slot: one set for each slot of a pool, filled by the packets.
+pub fn affinity_set(pool: Pool, slot: u32, family: Family) -> Set {
+    let types = [vec![address_type(family)], key_types(pool.origin, family)].concat();
+    Set {
+        dynamic: true,
+        timeout: true,
+        // A bound, so that forged sources cannot fill the kernel's memory.
+        size: Some(262_144),
+        ..Set::plain(affinity_name(pool, slot), &types)
+    }
+}
+
+/// Name of that set.
+pub fn affinity_name(pool: Pool, slot: u32) -> String {
+    format!("{}affinity-{slot}", pool.prefix())
+}
+
+/// Whether a set of that name is one of them.
+pub fn is_affinity(name: &str) -> bool {
+    Pool::ALL.iter().any(|pool| {
+        name.strip_prefix(pool.prefix())
+            .and_then(|rest| rest.strip_prefix("affinity-"))
+            .is_some_and(|slot| slot.parse::<u32>().is_ok())
+    })
+}
+
+/// How a behaviour treats the source address before it picks an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Masquerade {
+    /// Keeps it.
+    Never,
+    /// Marks it for masquerading.
+    Always,
+    /// Marks it if it is this node's own.
+    IfNode,
+}
+
+/// How an endpoint is picked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Choice {
+    /// At random, one of `count`.
+    Random {
+        /// Number of endpoints.
+        count: u32,
+    },
+    /// The one that the client had before, else one of `count` at random.
+    Sticky {
+        /// Seconds after its last connection that a client is forgotten.
+        timeout: u32,
+        /// Number of endpoints.
+        count: u32,
+        /// Slots to look into: the highest in use, plus one.
+        slots: u32,
+    },
+}
+
+/// A chain that stands for a behaviour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Behaviour {
+    /// With affinity: translates to the endpoint in a slot, and remembers the client.
+    Slot {
+        /// Maps.
+        pool: Pool,
+        /// Seconds.
+        timeout: u32,
+        /// Slot.
+        slot: u32,
+    },
+    /// Picks an endpoint.
+    Pick {
+        /// Maps.
+        pool: Pool,
+        /// How.
+        choice: Choice,
+        /// What comes before.
+        masquerade: Masquerade,
+    },
+}
+
+impl fmt::Display for Behaviour {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Behaviour::Slot { pool, timeout, slot } => {
+                write!(f, "{}slot-{timeout}s-{slot}", pool.prefix())
+            }
+            Behaviour::Pick { pool, choice, masquerade } => {
+                f.write_str(match masquerade {
+                    Masquerade::Never => "",
+                    Masquerade::Always => "masquerade-",
+                    Masquerade::IfNode => "inside-",
+                })?;
+                f.write_str(pool.prefix())?;
+                match choice {
+                    Choice::Random { count } => write!(f, "pick-{count}"),
+                    Choice::Sticky { timeout, count, slots } => {
+                        write!(f, "sticky-{timeout}s-{count}-of-{slots}")
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,595 @@
+//! The loop: changes in, batches out. While a batch is in the kernel the next one is collected, so
+//! that a lone change goes at once and a flood goes in few batches.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::Error;
+use crate::backend::{Backend, BackendError, Environment, Outcome};
+use crate::config::{Config, Mode};
+use crate::conntrack::Stale;
+use crate::iptables::Iptables;
+use crate::metrics::Metrics;
+use crate::model::{Model, PlanChange};
+use crate::nftables::backend::Nftables;
+use crate::object::{Change, NamespacedName};
+use crate::plan::ServicePlan;
+use crate::server::{HealthCheckPorts, Shared, serve_health, serve_metrics};
+use crate::status::{ProxyError, ProxyStatus};
+use crate::sysctl;
+
+/// The loop turns at least so often.
+const TURN: Duration = Duration::from_secs(5);
+/// After a failure the kernel is tried again after this, doubling up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+/// At most so many waiting changes are taken in before a batch is made of them.
+const COLLECT: usize = 100_000;
+
+/// What the loop is at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Rules of an earlier process serve; nothing is touched until everything has been told.
+    Holding,
+    /// Everything must be compared with the kernel.
+    Repairing,
+    /// The kernel is as desired, but for the changes that come.
+    Serving,
+}
+
+/// What goes to the kernel together.
+enum Job {
+    Repair(Vec<(NamespacedName, Arc<ServicePlan>)>),
+    Change,
+}
+
+struct Done {
+    backend: Box<dyn Backend>,
+    result: Result<Outcome, BackendError>,
+    changes: Vec<PlanChange>,
+    full: bool,
+    took: Duration,
+}
+
+struct Loop {
+    config: Config,
+    status: watch::Sender<ProxyStatus>,
+    shared: Arc<Shared>,
+    metrics: Arc<Metrics>,
+    model: Model,
+    state: State,
+    backend: Option<Box<dyn Backend>>,
+    busy: Option<JoinHandle<Done>>,
+    environment: Environment,
+    monitor: Option<(nft::Monitor, &'static str)>,
+    /// No repair before this.
+    not_before: Option<Instant>,
+    retry: Duration,
+    last_repair: Instant,
+    /// Changes whose flows are not to be touched: those that a restart finds.
+    taken_over: bool,
+    ipv6: bool,
+    /// The other backend's rules have been looked for.
+    swept: bool,
+    health_ports: HealthCheckPorts,
+    /// Standing problems by object.
+    errors: BTreeMap<String, String>,
+    refused: BTreeMap<NamespacedName, String>,
+    counted: (u64, u64),
+    no_local: BTreeMap<NamespacedName, [i64; 4]>,
+}
+
+/// Runs until `shutdown`.
+pub async fn run(
+    config: Config,
+    status: watch::Sender<ProxyStatus>,
+    mut changes: mpsc::Receiver<Change>,
+    mut shutdown: watch::Receiver<bool>,
+) -> Result<(), Error> {
+    let metrics = Metrics::new();
+    let shared = Shared::new(metrics.clone());
+    let mut servers = tokio::task::JoinSet::new();
+    if let Some(address) = config.healthz_bind {
+        servers.spawn(serve_health(shared.clone(), address));
+    }
+    if let Some(address) = config.metrics_bind {
+        servers.spawn(serve_metrics(shared.clone(), address));
+    }
+    let mut this = Loop::start(config, status, shared.clone(), metrics).await?;
+    let mut open = true;
+    let mut tick = tokio::time::interval(TURN);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while !*shutdown.borrow() {
+        this.begin_work();
+        this.publish();
+        let retry = this.retry_in();
+        tokio::select! {
+            change = changes.recv(), if open => match change {
+                Some(change) => {
+                    this.model.apply(change);
+                    for _ in 0..COLLECT {
+                        let Ok(change) = changes.try_recv() else { break };
+                        this.model.apply(change);
+                    }
+                    this.told();
+                }
+                None => open = false,
+            },
+            done = join(&mut this.busy) => this.finish(done).await?,
+            told = foreign(&mut this.monitor) => this.foreign_change(told),
+            () = shared.errors_changed.notified() => {}
+            () = tokio::time::sleep(retry.unwrap_or(TURN)), if retry.is_some() => {}
+            _ = tick.tick() => this.periodic(),
+            stopped = shutdown.changed() => if stopped.is_err() { break },
+        }
+    }
+    if let Some(busy) = this.busy.take() {
+        let _ = busy.await;
+    }
+    Ok(())
+}
+
+async fn join(busy: &mut Option<JoinHandle<Done>>) -> Result<Done, tokio::task::JoinError> {
+    match busy {
+        Some(handle) => handle.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn foreign(
+    monitor: &mut Option<(nft::Monitor, &'static str)>,
+) -> Result<nft::Notification, nft::Error> {
+    match monitor {
+        Some((monitor, _)) => monitor.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn seconds(time: Timestamp) -> f64 {
+    time.as_millisecond() as f64 / 1000.0
+}
+
+impl Loop {
+    async fn start(
+        config: Config,
+        status: watch::Sender<ProxyStatus>,
+        shared: Arc<Shared>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Loop, Error> {
+        let mut errors = BTreeMap::new();
+        for error in sysctl::apply(&config) {
+            tracing::warn!(object = error.object, "{}", error.message);
+            errors.insert(error.object, error.message);
+        }
+        let node = crate::object::NodeState::default();
+        let mut environment = Environment {
+            masquerade_bit: 1 << (config.masquerade_bit & 31),
+            masquerade_all: config.masquerade_all,
+            local: config.local_traffic(&node),
+            service_cidrs: config.service_cidrs.clone(),
+            node_ports: config.node_port_cidrs(&node),
+            localhost: config.localhost_node_ports,
+        };
+        if environment.localhost
+            && let Err(error) = sysctl::route_localnet()
+        {
+            environment.localhost = false;
+            errors.insert(error.object, error.message);
+        }
+        let mode = config.mode;
+        let wanted = environment.clone();
+        let mut backend = blocking(move || choose(mode, &wanted)).await??;
+        let (backend, found) = blocking(move || {
+            let found = backend.take_over();
+            (backend, found)
+        })
+        .await?;
+        let found = found.unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot read what an earlier process left");
+            false
+        });
+        let mode = backend.mode();
+        tracing::info!(%mode, took_over = found, "the proxy starts");
+        shared.set_mode(mode);
+        let model = Model::new(&config.node_name);
+        let mut this = Loop {
+            health_ports: HealthCheckPorts::new(shared.clone()),
+            config,
+            status,
+            shared,
+            metrics,
+            model,
+            state: if found { State::Holding } else { State::Repairing },
+            monitor: None,
+            backend: Some(backend),
+            busy: None,
+            environment,
+            not_before: None,
+            retry: RETRY_MIN,
+            last_repair: Instant::now(),
+            taken_over: found,
+            ipv6: false,
+            swept: false,
+            errors,
+            refused: BTreeMap::new(),
+            counted: (0, 0),
+            no_local: BTreeMap::new(),
+        };
+        this.watch_kernel();
+        Ok(this)
+    }
+
+    /// Subscribes to others' changes.
+    fn watch_kernel(&mut self) {
+        let Some(backend) = &self.backend else { return };
+        if let Some((client, table)) = backend.monitored() {
+            match nft::Monitor::new(client) {
+                Ok(monitor) => self.monitor = Some((monitor, table)),
+                Err(error) => {
+                    let message = format!("{error}; foreign changes are found by polling only");
+                    self.errors.insert("nf_tables notifications".to_owned(), message);
+                }
+            }
+        }
+    }
+
+    fn foreign_change(&mut self, told: Result<nft::Notification, nft::Error>) {
+        let ours = match (&told, &self.monitor) {
+            (Ok(nft::Notification::Tables(tables)), Some((_, table))) => {
+                tables.iter().any(|t| t == table)
+            }
+            (Ok(nft::Notification::Overflow), _) => true,
+            (Err(error), _) => {
+                tracing::warn!(%error, "subscribing to nf_tables changes again");
+                self.monitor = None;
+                true
+            }
+            _ => false,
+        };
+        if ours && self.state == State::Serving {
+            tracing::warn!("somebody else changed the proxy's rules; repairing them");
+            self.state = State::Repairing;
+        }
+    }
+
+    /// Changes have been taken in.
+    fn told(&mut self) {
+        let node = self.model.node();
+        let now = Timestamp::now();
+        let being_deleted = node.being_deleted;
+        self.shared.update_health(|health| {
+            health.being_deleted = being_deleted;
+        });
+        if self.model.is_dirty() {
+            self.metrics.queued(seconds(now));
+            if self.state != State::Holding {
+                self.shared.update_health(|health| {
+                    health.pending_since.get_or_insert(now);
+                });
+            }
+        }
+        let (services, endpoints) = (self.model.service_changes, self.model.endpoint_changes);
+        self.metrics.changes(
+            services - self.counted.0,
+            endpoints - self.counted.1,
+            usize::from(self.model.is_dirty()),
+        );
+        self.counted = (services, endpoints);
+        if self.state == State::Holding && self.model.synced {
+            self.state = State::Repairing;
+        }
+    }
+
+    fn retry_in(&self) -> Option<Duration> {
+        let at = self.not_before?;
+        Some(at.saturating_duration_since(Instant::now()))
+    }
+
+    fn environment_wanted(&self) -> Environment {
+        let node = self.model.node();
+        Environment {
+            local: self.config.local_traffic(node),
+            node_ports: self.config.node_port_cidrs(node),
+            ..self.environment.clone()
+        }
+    }
+
+    /// Gives the backend its next job, if there is one and it is idle.
+    fn begin_work(&mut self) {
+        if self.state == State::Holding || self.backend.is_none() {
+            return;
+        }
+        if self.not_before.is_some_and(|at| Instant::now() < at) {
+            return;
+        }
+        self.not_before = None;
+        let environment = self.environment_wanted();
+        let configure = (environment != self.environment).then(|| environment.clone());
+        let changes = self.model.take_changes();
+        if self.state == State::Serving && changes.is_empty() && configure.is_none() {
+            if !self.model.is_dirty() {
+                self.shared.update_health(|health| health.pending_since = None);
+            }
+            return;
+        }
+        let Some(mut backend) = self.backend.take() else { return };
+        self.environment = environment;
+        for change in &changes {
+            self.note(change);
+        }
+        let job = if self.state == State::Repairing {
+            Job::Repair(self.model.plans().map(|(n, p)| (n.clone(), p.clone())).collect())
+        } else {
+            Job::Change
+        };
+        self.state = State::Serving;
+        self.busy = Some(tokio::task::spawn_blocking(move || {
+            let begin = Instant::now();
+            let full = matches!(job, Job::Repair(_));
+            let result = work(backend.as_mut(), configure.as_ref(), &job, &changes);
+            Done { backend, result, changes, full, took: begin.elapsed() }
+        }));
+    }
+
+    /// Keeps what hangs on a plan besides rules.
+    fn note(&mut self, change: &PlanChange) {
+        let plan = change.new.as_deref();
+        let (port, ready) = plan.map_or((0, 0), |p| (p.health_check_node_port, p.local_ready));
+        self.health_ports.set(&change.service, port, ready);
+        let mut counts = [0; 4];
+        for port in plan.iter().flat_map(|p| &p.ports).filter(|p| p.has_endpoints) {
+            let family = if port.is_ipv4() { 0 } else { 2 };
+            let external = port.node_port != 0 || !port.external_ips.is_empty();
+            counts[family] += i64::from(port.internal_local && !port.has_internal_endpoints());
+            counts[family + 1] +=
+                i64::from(external && port.external_local && !port.has_external_endpoints());
+            if !port.is_ipv4() {
+                self.ipv6 = true;
+            }
+        }
+        if counts == [0; 4] {
+            self.no_local.remove(&change.service);
+        } else {
+            self.no_local.insert(change.service.clone(), counts);
+        }
+        if self.ipv6 && self.config.set_sysctls {
+            const NAME: &str = "sysctl net.ipv6.conf.all.forwarding";
+            match sysctl::forward_ipv6() {
+                Ok(()) => self.errors.remove(NAME),
+                Err(error) => self.errors.insert(error.object, error.message),
+            };
+            self.ipv6 = false;
+        }
+    }
+
+    /// Takes note of what the backend did.
+    async fn finish(&mut self, done: Result<Done, tokio::task::JoinError>) -> Result<(), Error> {
+        self.busy = None;
+        let done = match done {
+            Ok(done) => done,
+            Err(error) => return Err(Error::Backend(error.to_string())),
+        };
+        let iptables = done.backend.mode() == Mode::Iptables;
+        self.backend = Some(done.backend);
+        if self.monitor.is_none() && !iptables {
+            self.watch_kernel();
+        }
+        const KERNEL: &str = "kernel rules";
+        let now = Timestamp::now();
+        match done.result {
+            Ok(outcome) => {
+                if done.full {
+                    self.refused.clear();
+                    self.last_repair = Instant::now();
+                }
+                for change in &done.changes {
+                    self.refused.remove(&change.service);
+                }
+                for (service, why) in outcome.refused {
+                    tracing::error!(%service, why, "the kernel refuses a Service");
+                    self.refused.insert(service, why);
+                }
+                if outcome.errors.is_empty() {
+                    self.errors.remove(KERNEL);
+                } else {
+                    self.errors.insert(KERNEL.to_owned(), outcome.errors.join("; "));
+                }
+                if outcome.repair {
+                    self.state = State::Repairing;
+                    if done.full {
+                        self.back_off();
+                    }
+                } else {
+                    self.retry = RETRY_MIN;
+                    let pending = self.model.is_dirty();
+                    self.shared.update_health(|health| {
+                        health.last_updated = Some(now);
+                        health.pending_since = pending.then_some(now);
+                    });
+                    self.metrics.synced(seconds(now), done.took, done.full);
+                    let took = done.took;
+                    self.status.send_modify(|status| {
+                        status.last_sync = Some(now);
+                        status.last_sync_duration = took;
+                    });
+                    tracing::debug!(
+                        full = done.full,
+                        changes = done.changes.len(),
+                        written = outcome.written,
+                        ?took,
+                        "programmed"
+                    );
+                }
+                if done.full && !self.swept {
+                    self.swept = true;
+                    let mode = if iptables { Mode::Iptables } else { Mode::Nftables };
+                    if let Some(error) = blocking(move || sweep_other(mode)).await? {
+                        self.errors.insert("rules of the other mode".to_owned(), error);
+                    }
+                }
+                self.clean_flows(done.changes, done.full).await;
+            }
+            Err(error) => {
+                tracing::error!(%error, "the kernel's rules could not be changed; trying again");
+                self.metrics.failed(iptables);
+                self.errors.insert(KERNEL.to_owned(), error.to_string());
+                self.state = State::Repairing;
+                self.back_off();
+            }
+        }
+        Ok(())
+    }
+
+    fn back_off(&mut self) {
+        self.not_before = Some(Instant::now() + self.retry);
+        self.retry = (self.retry * 2).min(RETRY_MAX);
+    }
+
+    /// Deletes the flows that changes made stale. What a restart finds is left alone.
+    async fn clean_flows(&mut self, changes: Vec<PlanChange>, full: bool) {
+        if full && std::mem::take(&mut self.taken_over) {
+            return;
+        }
+        let stale = Stale::of(&changes);
+        if stale.is_empty() {
+            return;
+        }
+        const FLOWS: &str = "stale UDP flows";
+        let node = self.model.node().addresses.clone();
+        let begin = Instant::now();
+        let deleted = blocking(move || stale.delete(&node)).await;
+        match deleted {
+            Ok(Ok(count)) => {
+                self.errors.remove(FLOWS);
+                self.metrics.flows_deleted(count, begin.elapsed());
+            }
+            Ok(Err(error)) => drop(self.errors.insert(FLOWS.to_owned(), error.to_string())),
+            Err(error) => drop(self.errors.insert(FLOWS.to_owned(), error.to_string())),
+        }
+    }
+
+    fn periodic(&mut self) {
+        let period = if self.backend.as_ref().is_some_and(|b| b.mode() == Mode::Iptables) {
+            // iptables tells nobody of foreign changes.
+            self.config.sync_period.min(Duration::from_secs(30))
+        } else {
+            self.config.sync_period
+        };
+        if self.state == State::Serving && self.last_repair.elapsed() >= period {
+            self.state = State::Repairing;
+        }
+    }
+
+    /// Makes the status known.
+    fn publish(&mut self) {
+        let mut ipv4 = (0, 0);
+        let mut ipv6 = (0, 0);
+        for [a, b, c, d] in self.no_local.values() {
+            ipv4 = (ipv4.0 + a, ipv4.1 + b);
+            ipv6 = (ipv6.0 + c, ipv6.1 + d);
+        }
+        self.metrics.no_local_endpoints(ipv4, ipv6);
+        let mut errors: Vec<ProxyError> = Vec::new();
+        let mut add = |object: String, message: String| errors.push(ProxyError { object, message });
+        for (object, message) in self.errors.iter().chain(&self.shared.errors()) {
+            add(object.clone(), message.clone());
+        }
+        for (service, messages) in self.model.errors() {
+            for message in messages {
+                add(format!("Service {service}"), message.clone());
+            }
+        }
+        for (service, message) in &self.refused {
+            add(format!("Service {service}"), message.clone());
+        }
+        let pending = usize::from(self.model.is_dirty() || self.busy.is_some());
+        let now = Timestamp::now();
+        self.shared.update_health(|health| health.last_turn = Some(now));
+        let mode = self.backend.as_ref().map(|backend| backend.mode());
+        let model = &self.model;
+        self.status.send_modify(|status| {
+            if let Some(mode) = mode {
+                status.mode = mode;
+            }
+            for error in errors.iter().filter(|e| !status.errors.contains(e)) {
+                tracing::warn!(object = error.object, "{}", error.message);
+            }
+            status.services = model.services();
+            status.endpoints = model.endpoints();
+            status.synced = model.synced;
+            status.pending = pending;
+            status.source_error = model.source_error.clone();
+            status.errors = errors;
+            status.last_turn = Instant::now();
+        });
+    }
+}
+
+/// Blocks on the backend: the fixed rules if they changed, then the job.
+fn work(
+    backend: &mut dyn Backend,
+    configure: Option<&Environment>,
+    job: &Job,
+    changes: &[PlanChange],
+) -> Result<Outcome, BackendError> {
+    let mut first = match configure {
+        Some(environment) => backend.configure(environment)?,
+        None => Outcome::default(),
+    };
+    let second = match job {
+        Job::Repair(plans) => {
+            first = Outcome::default();
+            backend.repair(plans)?
+        }
+        Job::Change if first.repair => return Ok(first),
+        Job::Change => backend.change(changes)?,
+    };
+    first.errors.extend(second.errors);
+    Ok(Outcome { errors: first.errors, ..second })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Backend(error.to_string()))
+}
+
+/// Chooses the backend.
+fn choose(mode: Mode, environment: &Environment) -> Result<Box<dyn Backend>, Error> {
+    let nftables = match mode {
+        Mode::Iptables => false,
+        Mode::Nftables => true,
+        Mode::Auto => match Nftables::probe() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::info!(%error, "no nf_tables here, taking iptables");
+                false
+            }
+        },
+    };
+    if nftables {
+        let backend = Nftables::new(environment);
+        Ok(Box::new(backend.map_err(|error| Error::NoBackend(error.to_string()))?))
+    } else {
+        let backend = Iptables::new(environment);
+        Ok(Box::new(backend.map_err(|error| Error::NoBackend(error.to_string()))?))
+    }
+}
+
+/// Removes what the other backend left, once this one serves; tells what could not be removed.
+fn sweep_other(mode: Mode) -> Option<String> {
+    if mode == Mode::Nftables {
+        Iptables::cleanup().err().map(|error| error.to_string())
+    } else {
+        // A kernel without nf_tables has no rules there either.
+        Nftables::cleanup().err().and_then(|error| match error {
+            nft::Error::Refused { .. } => Some(error.to_string()),
+            _ => None,
+        })
+    }
+}

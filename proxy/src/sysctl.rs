@@ -1,0 +1,70 @@
+//! Kernel settings that forwarding needs, in the network namespace of the calling thread. A value
+//! that is right is left alone, so that a read-only `/proc/sys` is no problem where all is well.
+
+use std::path::Path;
+
+use crate::config::Config;
+use crate::status::ProxyError;
+
+/// Sets one value unless it is there; `at_least` leaves a higher one.
+fn ensure(name: &str, value: u64, at_least: bool) -> Result<(), ProxyError> {
+    let path = Path::new("/proc/sys").join(name);
+    let there = std::fs::read_to_string(&path).ok().and_then(|v| v.trim().parse::<u64>().ok());
+    match there {
+        Some(found) if found == value || (at_least && found > value) => return Ok(()),
+        _ => {}
+    }
+    std::fs::write(&path, value.to_string()).map_err(|error| ProxyError {
+        object: format!("sysctl {}", name.replace('/', ".")),
+        message: format!(
+            "set {} to {value}: {error}; set it yourself with sysctl -w, or make /proc/sys writable",
+            path.display()
+        ),
+    })
+}
+
+/// Sets what the configuration asks for; tells what could not be set.
+pub fn apply(config: &Config) -> Vec<ProxyError> {
+    if !config.set_sysctls {
+        return Vec::new();
+    }
+    let mut errors = Vec::new();
+    let mut set = |name: &str, value: u64, at_least: bool| {
+        errors.extend(ensure(name, value, at_least).err());
+    };
+    set("net/ipv4/ip_forward", 1, false);
+    let conntrack = &config.conntrack;
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get()) as u64;
+    let max = conntrack
+        .max_per_core
+        .filter(|n| *n > 0)
+        .map(|n| (u64::from(n) * cpus).max(u64::from(conntrack.min.unwrap_or_default())));
+    if let Some(max) = max {
+        set("net/netfilter/nf_conntrack_max", max, true);
+    }
+    for (name, value) in [
+        ("nf_conntrack_tcp_timeout_established", conntrack.tcp_established_timeout),
+        ("nf_conntrack_tcp_timeout_close_wait", conntrack.tcp_close_wait_timeout),
+        ("nf_conntrack_udp_timeout", conntrack.udp_timeout),
+        ("nf_conntrack_udp_timeout_stream", conntrack.udp_stream_timeout),
+    ] {
+        if let Some(value) = value.filter(|v| !v.is_zero()) {
+            set(&format!("net/netfilter/{name}"), value.as_secs(), false);
+        }
+    }
+    if conntrack.tcp_be_liberal {
+        set("net/netfilter/nf_conntrack_tcp_be_liberal", 1, false);
+    }
+    errors
+}
+
+/// Lets IPv6 be forwarded: asked for when the first Service with an IPv6 address appears, as it
+/// makes the node ignore router advertisements.
+pub fn forward_ipv6() -> Result<(), ProxyError> {
+    ensure("net/ipv6/conf/all/forwarding", 1, false)
+}
+
+/// Lets connections from 127.0.0.1 to a NodePort leave the node.
+pub fn route_localnet() -> Result<(), ProxyError> {
+    ensure("net/ipv4/conf/all/route_localnet", 1, false)
+}
