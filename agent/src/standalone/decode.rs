@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 /// An object that a manifest may hold.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub enum Object {
     /// A pod, as written, and the hash of its document.
     Pod(Box<Pod>, DocumentHash),
@@ -25,16 +25,30 @@ pub enum Object {
     Secret(Box<Secret>),
 }
 
+impl std::fmt::Debug for Object {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kind, metadata) = match self {
+            Self::Pod(object, _) => ("Pod", &object.metadata),
+            Self::Service(object) => ("Service", &object.metadata),
+            Self::EndpointSlice(object) => ("EndpointSlice", &object.metadata),
+            Self::ConfigMap(object) => ("ConfigMap", &object.metadata),
+            Self::Secret(object) => ("Secret", &object.metadata),
+        };
+        write!(f, "{kind} {:?}", metadata.name.as_deref().unwrap_or_default())
+    }
+}
+
 /// Hash of a document's content: indifferent to comments, layout and the order of keys, and to
 /// what this version of longshore makes of it, so that an upgrade restarts no static pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DocumentHash(Vec<u8>);
 
 impl DocumentHash {
-    /// The UID of the static pod that this document describes, from `path`, on `node`.
-    pub fn uid(&self, node: &str, path: &str) -> String {
+    /// The UID of the static pod that this document describes, on `node`. The file's name is not
+    /// in it: moving a manifest restarts nothing.
+    pub fn uid(&self, node: &str) -> String {
         let mut hash = Sha256::new();
-        for part in [&self.0[..], node.as_bytes(), path.as_bytes()] {
+        for part in [&self.0[..], node.as_bytes()] {
             hash.update(part.len().to_le_bytes());
             hash.update(part);
         }

@@ -7,5 +7,6 @@
 
 pub mod decode;
 pub mod defaults;
+pub mod folder;
 pub mod validate;
 pub mod yaml;
