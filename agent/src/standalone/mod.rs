@@ -5,8 +5,13 @@
 //! `folder` (what changed between two readings), `allocate` (clusterIPs and NodePorts),
 //! `endpoints` (selector to slices). The loop is `source::file`.
 
+pub mod allocate;
 pub mod decode;
 pub mod defaults;
+pub mod endpoints;
 pub mod folder;
+pub mod keep;
+pub mod services;
+pub mod store;
 pub mod validate;
 pub mod yaml;
