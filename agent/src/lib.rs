@@ -9,6 +9,7 @@ pub mod cluster;
 pub mod config;
 pub mod ids;
 pub mod join;
+pub mod node;
 pub mod node_context;
 pub mod objects;
 pub mod pod;

@@ -94,6 +94,7 @@ pub struct Watch<K> {
     state: State<K>,
     backoff: Backoff,
     wait_until: Option<Instant>,
+    refusals_may_pass: bool,
 }
 
 impl<K> Watch<K>
@@ -115,7 +116,14 @@ where
             state: State::Start,
             backoff,
             wait_until: None,
+            refusals_may_pass: false,
         }
+    }
+
+    /// A 403 is tried again as soon as any other failure: it is expected to pass.
+    pub fn refusals_may_pass(mut self) -> Self {
+        self.refusals_may_pass = true;
+        self
     }
 
     /// With a label selector as well.
@@ -298,7 +306,7 @@ where
 
     fn failed(&mut self, failure: Failure) -> Seen<K> {
         let wait = self.backoff.next_delay();
-        let wait = if failure.forbidden {
+        let wait = if failure.forbidden && !self.refusals_may_pass {
             FORBIDDEN_RETRY.mul_f64(0.75 + fastrand::f64() / 2.0)
         } else {
             wait

@@ -5,6 +5,14 @@
 //! control plane before it returns: with the control plane away the last known pods and Services
 //! are told from disk.
 
+pub mod bootstrap;
+pub mod event_sink;
+pub mod mirror;
+pub mod objects;
+pub mod references;
+pub mod status_sink;
+pub mod store;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -16,10 +24,19 @@ use proxy::object::Change;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::api::ApiError;
+use self::event_sink::ClusterEvents;
+use self::mirror::MirrorLoop;
+use self::objects::{ClusterObjects, Services};
+use self::status_sink::ClusterStatuses;
+use self::store::Store;
+use crate::api::{Api, ApiError};
+use crate::config::Threshold;
+use crate::node::{NodeLoop, lease, rotate};
 use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
+use crate::runtime::Runtime;
 use crate::source::PodChange;
+use crate::source::cluster::{Deleting, Errors, PodLoop, ServiceLoops, run_node};
 
 /// What a node must know to take part in a cluster.
 #[derive(Clone, Debug)]
@@ -42,8 +59,6 @@ pub struct ClusterConfig {
     pub root_dir: PathBuf,
     /// Where the last known pods and Services are kept, normally `<root-dir>/longshore`.
     pub state_dir: PathBuf,
-    /// CRI endpoint (`unix:///run/longshore/cri.sock`): version, readiness, images, pod CIDR.
-    pub runtime_endpoint: String,
     /// Port of the node API (10250) as told in `status.daemonEndpoints`; 0 leaves it out.
     pub node_api_port: u16,
     /// `--register-node`.
@@ -55,15 +70,21 @@ pub struct ClusterConfig {
     /// `maxPods`.
     pub max_pods: u32,
     /// `kubeReserved` and `systemReserved`, resource name to quantity.
-    pub reserved: Vec<BTreeMap<String, String>>,
-    /// `evictionHard`, signal to quantity or percentage.
-    pub eviction_hard: BTreeMap<String, String>,
+    pub reserved: Vec<(String, String)>,
+    /// `evictionHard`: signal (`memory.available`, ...) to threshold.
+    pub eviction_hard: Vec<(String, Threshold)>,
+    /// `--provider-id`.
+    pub provider_id: Option<String>,
     /// `nodeStatusUpdateFrequency`: how often measurements are taken (10 s).
     pub status_update_frequency: Duration,
     /// `nodeStatusReportFrequency`: how often an unchanged status is patched (5 min).
     pub status_report_frequency: Duration,
     /// `nodeLeaseDurationSeconds` (40); renewed every quarter of it.
     pub lease_duration_seconds: u32,
+    /// `eventRecordQPS`; 0 is no limit.
+    pub event_qps: u32,
+    /// `eventBurst`.
+    pub event_burst: u32,
     /// Whether this process runs pods (pods, node, Lease, ConfigMaps, ...).
     pub agent: bool,
     /// Whether this process serves Services (EndpointSlices).
@@ -83,17 +104,19 @@ impl ClusterConfig {
             cert_dir: root.join("pki"),
             state_dir: root.join("longshore"),
             root_dir: root,
-            runtime_endpoint: "unix:///run/longshore/cri.sock".to_owned(),
             node_api_port: 10250,
             register_node: true,
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
             max_pods: 110,
             reserved: Vec::new(),
-            eviction_hard: BTreeMap::new(),
+            eviction_hard: Vec::new(),
+            provider_id: None,
             status_update_frequency: Duration::from_secs(10),
             status_report_frequency: Duration::from_secs(300),
             lease_duration_seconds: 40,
+            event_qps: 50,
+            event_burst: 100,
             agent: true,
             proxy: true,
         }
@@ -141,4 +164,114 @@ pub struct ClusterParts {
     pub errors: watch::Receiver<BTreeMap<&'static str, String>>,
     /// Everything that runs for it; ends after `shutdown`.
     pub tasks: JoinSet<()>,
+}
+
+/// Changes that may wait for the sync loop or the proxy before their sources wait too.
+const CHANNEL: usize = 256;
+
+/// Joins the loops of a node in a cluster. Returns at once, but where there is no kubeconfig yet:
+/// then when the bootstrap kubeconfig has given one. Everything ends when the returned `tasks` are
+/// dropped or aborted.
+pub async fn start(
+    config: ClusterConfig,
+    runtime: Arc<dyn Runtime>,
+) -> Result<ClusterParts, ClusterError> {
+    bootstrap::ensure_kubeconfig(&config).await?;
+    let api = Api::from_kubeconfig(&config.kubeconfig)?;
+    let (errors, error_rx) = Errors::new();
+    let (pod_tx, pods) = mpsc::channel(CHANNEL);
+    let (proxy_tx, proxy) = mpsc::channel(CHANNEL);
+    let (static_pods, statics) = mpsc::unbounded_channel();
+    let (mirror_tx, mirrors) = mpsc::unbounded_channel();
+    let (deletion_tx, deletions) = mpsc::unbounded_channel();
+    let (node_tx, node) = watch::channel(None);
+    let (services, deleting) = (Arc::new(Services::default()), Arc::new(Deleting::default()));
+    let store = |kind: &str| Store::new(&config.state_dir, kind);
+    let kinds = ["pods", "services", "endpointslices", "node", "configmaps", "secrets", "tokens"];
+    let [pod_store, service_store, slice_store, node_store, maps, secrets, tokens] =
+        kinds.map(store);
+
+    let events: Arc<dyn EventSink> = Arc::new(ClusterEvents::new(
+        api.main.clone(),
+        &config.node_name,
+        config.event_qps,
+        config.event_burst,
+    ));
+    let statuses = ClusterStatuses::new(api.main.clone(), deleting.clone(), deletions);
+    let mut tasks = JoinSet::new();
+    for store in [&pod_store, &service_store, &slice_store, &node_store, &maps, &secrets, &tokens] {
+        tasks.spawn(store.clone().run());
+    }
+    let objects =
+        ClusterObjects::new(api.clone(), node.clone(), services.clone(), [maps, secrets, tokens]);
+
+    let name = config.node_name.clone();
+    let loops = ServiceLoops {
+        proxy: proxy_tx.clone(),
+        services,
+        node_name: name.clone(),
+        serve: config.proxy,
+        errors: errors.clone(),
+        synced: Arc::default(),
+    };
+    tasks.spawn(loops.clone().run_services(api.main.clone(), service_store));
+    let proxy_node = config.proxy.then_some(proxy_tx);
+    if config.proxy {
+        tasks.spawn(loops.run_slices(api.main.clone(), slice_store));
+    }
+    tasks.spawn(run_node(
+        api.main.clone(),
+        name.clone(),
+        node_tx,
+        proxy_node,
+        node_store,
+        errors.clone(),
+    ));
+    if config.agent {
+        let pods = PodLoop {
+            pods: pod_tx,
+            mirrors: mirror_tx,
+            deletions: deletion_tx,
+            deleting,
+            store: pod_store,
+            errors: errors.clone(),
+        };
+        tasks.spawn(pods.run(api.main.clone(), name.clone()));
+        let mirror = MirrorLoop {
+            client: api.main.clone(),
+            statics,
+            mirrors,
+            node: node.clone(),
+            statuses: statuses.clone(),
+        };
+        tasks.spawn(mirror.run());
+        tasks.spawn(lease::run(
+            api.heartbeat.clone(),
+            name,
+            config.lease_duration_seconds,
+            node.clone(),
+            errors.clone(),
+        ));
+        let node_loop = NodeLoop::new(
+            config.clone(),
+            api.heartbeat.clone(),
+            runtime,
+            events.clone(),
+            errors.clone(),
+            node.clone(),
+        );
+        tasks.spawn(node_loop.run());
+        tasks.spawn(rotate::run(api, config, errors));
+    }
+    Ok(ClusterParts {
+        objects,
+        statuses,
+        events,
+        pods,
+        proxy,
+        static_pods,
+        node,
+        errors: error_rx,
+        tasks,
+    })
 }

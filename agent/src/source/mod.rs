@@ -3,6 +3,7 @@
 //! Every source speaks the same small language to the sync loop, so that the loop does not know
 //! whether a control plane exists.
 
+pub mod cluster;
 pub mod file;
 pub mod proxy_object;
 

@@ -1,0 +1,536 @@
+//! ConfigMaps, Secrets, tokens, Services and the node from the API server.
+//!
+//! Each ConfigMap and Secret that a pod here uses has a watch of its own, by name, because the Node
+//! authorizer grants no more. What was last seen stays while the control plane is away.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec, TokenRequestStatus};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret, Service, ServiceAccount};
+use kube::api::PostParams;
+use kube::{Client, Resource};
+use serde::de::DeserializeOwned;
+use tokio::sync::{broadcast, watch};
+use tokio::task::AbortHandle;
+
+use super::references;
+use super::store::Store;
+use crate::api::backoff::Backoff;
+use crate::api::watch::{Failure, Seen, Watch};
+use crate::api::{self, Api, ApiError, REQUEST_TIMEOUT};
+use crate::ids::{NamespacedName, PodUid};
+use crate::objects::{ObjectError, ObjectRef, Objects};
+
+/// How long a caller waits for the first answer of a watch.
+const FIRST_ANSWER: Duration = Duration::from_secs(10);
+/// A token is asked anew when this share of its life is left.
+const TOKEN_RENEW_SHARE: f64 = 0.2;
+/// Tokens kept beyond those of running pods.
+const MAX_TOKENS: usize = 4096;
+
+/// What a watch of one object knows.
+#[derive(Clone)]
+enum Known<K> {
+    Nothing,
+    Failed(ObjectError),
+    Value(Option<Arc<K>>),
+}
+
+enum Held {
+    ConfigMap(watch::Receiver<Known<ConfigMap>>),
+    Secret(watch::Receiver<Known<Secret>>),
+}
+
+struct Entry {
+    pods: HashSet<PodUid>,
+    held: Held,
+    task: AbortHandle,
+}
+
+#[derive(Default)]
+struct Retained {
+    entries: HashMap<ObjectRef, Entry>,
+    by_pod: HashMap<PodUid, Vec<ObjectRef>>,
+}
+
+/// By name.
+type InNamespace = HashMap<Arc<str>, Arc<Service>>;
+
+/// Services by namespace, for the service environment variables.
+#[derive(Default)]
+pub struct Services(Mutex<HashMap<Arc<str>, InNamespace>>);
+
+impl Services {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<str>, InNamespace>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Holds `service`.
+    pub fn put(&self, key: &NamespacedName, service: Arc<Service>) {
+        let mut all = self.lock();
+        all.entry(key.namespace.clone()).or_default().insert(key.name.clone(), service);
+    }
+
+    /// Forgets it.
+    pub fn remove(&self, key: &NamespacedName) {
+        let mut all = self.lock();
+        if let Some(services) = all.get_mut(&key.namespace) {
+            services.remove(&key.name);
+            if services.is_empty() {
+                all.remove(&key.namespace);
+            }
+        }
+    }
+
+    fn of(&self, namespace: &str) -> Vec<Arc<Service>> {
+        let all = self.lock();
+        let mut found: Vec<_> =
+            all.get(namespace).into_iter().flat_map(|s| s.values().cloned()).collect();
+        if namespace != "default" {
+            found.extend(all.get("default").and_then(|s| s.get("kubernetes")).cloned());
+        }
+        found
+    }
+}
+
+/// Objects from an API server.
+pub struct ClusterObjects {
+    api: Api,
+    node: watch::Receiver<Option<Arc<Node>>>,
+    services: Arc<Services>,
+    retained: Mutex<Retained>,
+    tokens: Mutex<HashMap<String, TokenRequestStatus>>,
+    changes: broadcast::Sender<ObjectRef>,
+    maps: Store,
+    secrets: Store,
+    token_store: Store,
+    earlier: OnceLock<Earlier>,
+}
+
+#[derive(Default)]
+struct Earlier {
+    maps: HashMap<NamespacedName, Arc<ConfigMap>>,
+    secrets: HashMap<NamespacedName, Arc<Secret>>,
+}
+
+impl ClusterObjects {
+    /// Over `api`; `stores` keep ConfigMaps, Secrets and tokens (files 0600) for a restart while the
+    /// control plane is away.
+    pub fn new(
+        api: Api,
+        node: watch::Receiver<Option<Arc<Node>>>,
+        services: Arc<Services>,
+        stores: [Store; 3],
+    ) -> Arc<Self> {
+        let [maps, secrets, token_store] = stores;
+        let tokens = token_store
+            .load::<(String, TokenRequestStatus)>()
+            .into_iter()
+            .collect::<HashMap<_, _>>();
+        Arc::new(Self {
+            api,
+            node,
+            services,
+            retained: Mutex::default(),
+            tokens: Mutex::new(tokens),
+            changes: broadcast::channel(1024).0,
+            maps,
+            secrets,
+            token_store,
+            earlier: OnceLock::new(),
+        })
+    }
+
+    /// Objects of an earlier run; read from disk when first needed.
+    fn earlier(&self) -> &Earlier {
+        self.earlier.get_or_init(|| Earlier {
+            maps: self.maps.load::<ConfigMap>().into_iter().map(keyed).collect(),
+            secrets: self.secrets.load::<Secret>().into_iter().map(keyed).collect(),
+        })
+    }
+
+    fn retained(&self) -> MutexGuard<'_, Retained> {
+        self.retained.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn hold(&self, reference: &ObjectRef) -> (Held, AbortHandle) {
+        // Read before the first watch may write over it.
+        let earlier = self.earlier();
+        match reference {
+            ObjectRef::ConfigMap(key) => {
+                let before = earlier.maps.get(key).cloned();
+                let (rx, task) = self.watch_one(reference, key, before, "ConfigMap", &self.maps);
+                (Held::ConfigMap(rx), task)
+            }
+            ObjectRef::Secret(key) => {
+                let before = earlier.secrets.get(key).cloned();
+                let (rx, task) = self.watch_one(reference, key, before, "Secret", &self.secrets);
+                (Held::Secret(rx), task)
+            }
+        }
+    }
+
+    fn watch_one<K>(
+        &self,
+        reference: &ObjectRef,
+        key: &NamespacedName,
+        before: Option<Arc<K>>,
+        kind: &'static str,
+        store: &Store,
+    ) -> (watch::Receiver<Known<K>>, AbortHandle)
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + serde::Serialize
+            + DeserializeOwned
+            + std::fmt::Debug
+            + Send
+            + Sync
+            + 'static,
+    {
+        let (tx, rx) = watch::channel(Known::Nothing);
+        let objects = kube::Api::namespaced(self.api.objects.clone(), &key.namespace);
+        let one = One {
+            key: key.clone(),
+            reference: reference.clone(),
+            kind,
+            before,
+            tx,
+            changes: self.changes.clone(),
+            store: store.clone(),
+        };
+        (rx, tokio::spawn(one.run(objects)).abort_handle())
+    }
+
+    async fn get_directly<K>(
+        &self,
+        key: &NamespacedName,
+        kind: &'static str,
+    ) -> Result<Option<Arc<K>>, ObjectError>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let objects: kube::Api<K> = kube::Api::namespaced(self.api.objects.clone(), &key.namespace);
+        let what = format!("get {kind} {key}");
+        match api::timed(what, REQUEST_TIMEOUT, objects.get_opt(&key.name)).await {
+            Ok(object) => Ok(object.map(Arc::new)),
+            Err(error) => Err(object_error(kind, key, &error)),
+        }
+    }
+
+    fn tokens(&self) -> MutexGuard<'_, HashMap<String, TokenRequestStatus>> {
+        self.tokens.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn keyed<K: Resource>(object: K) -> (NamespacedName, Arc<K>) {
+    let meta = object.meta();
+    let key = NamespacedName::new(
+        meta.namespace.as_deref().unwrap_or("default"),
+        meta.name.as_deref().unwrap_or_default(),
+    );
+    (key, Arc::new(object))
+}
+
+fn object_error(kind: &'static str, key: &NamespacedName, error: &ApiError) -> ObjectError {
+    let (key, cause) = (key.clone(), error.to_string());
+    match error.code() {
+        Some(403) => ObjectError::Forbidden { kind, key, cause },
+        _ => ObjectError::Unavailable { kind, key, cause },
+    }
+}
+
+/// The watch of one object.
+struct One<K> {
+    key: NamespacedName,
+    reference: ObjectRef,
+    kind: &'static str,
+    before: Option<Arc<K>>,
+    tx: watch::Sender<Known<K>>,
+    changes: broadcast::Sender<ObjectRef>,
+    store: Store,
+}
+
+impl<K> One<K>
+where
+    K: Resource + Clone + serde::Serialize + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    async fn run(self, objects: kube::Api<K>) {
+        // The Node authorizer learns of a new pod a moment after we do: be quick at first.
+        let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(30));
+        let fields = format!("metadata.name={}", self.key.name);
+        let mut watch = Watch::with_backoff(objects, &fields, backoff).refusals_may_pass();
+        let mut listed = None;
+        loop {
+            match watch.next().await {
+                Seen::Restarted => listed = None,
+                Seen::Listed(object) => listed = Some(object),
+                Seen::Complete => self.tell(listed.take()),
+                Seen::Applied(object) => self.tell(Some(object)),
+                Seen::Deleted(_) => self.tell(None),
+                Seen::Failed(failure) => self.fail(failure),
+            }
+        }
+    }
+
+    fn tell(&self, mut object: Option<K>) {
+        if let Some(object) = &mut object {
+            object.meta_mut().managed_fields = None;
+        }
+        let version = |k: &K| k.meta().resource_version.clone();
+        let same = match (&*self.tx.borrow(), &object) {
+            (Known::Value(Some(old)), Some(new)) => version(old) == version(new),
+            (Known::Value(None), None) => true,
+            _ => false,
+        };
+        if same {
+            return;
+        }
+        match &object {
+            Some(object) => self.store.put(&self.key.to_string(), object),
+            None => self.store.remove(&self.key.to_string()),
+        }
+        self.tx.send_replace(Known::Value(object.map(Arc::new)));
+        // Nobody listening is fine.
+        let _ = self.changes.send(self.reference.clone());
+    }
+
+    fn fail(&self, failure: Failure) {
+        if matches!(&*self.tx.borrow(), Known::Value(_)) {
+            return;
+        }
+        let (kind, key, cause) = (self.kind, self.key.clone(), failure.message);
+        let error = match (failure.forbidden, &self.before) {
+            (false, Some(before)) => {
+                self.tx.send_replace(Known::Value(Some(before.clone())));
+                return;
+            }
+            (true, _) => ObjectError::Forbidden { kind, key, cause },
+            (false, None) => ObjectError::Unavailable { kind, key, cause },
+        };
+        self.tx.send_replace(Known::Failed(error));
+    }
+}
+
+/// The first answer of a watch; a failure counts only when time is up.
+async fn answer<K>(
+    mut rx: watch::Receiver<Known<K>>,
+    kind: &'static str,
+    key: &NamespacedName,
+) -> Result<Option<Arc<K>>, ObjectError> {
+    let wait = rx.wait_for(|known| matches!(known, Known::Value(_)));
+    if let Ok(Ok(known)) = tokio::time::timeout(FIRST_ANSWER, wait).await
+        && let Known::Value(value) = &*known
+    {
+        return Ok(value.clone());
+    }
+    match &*rx.borrow() {
+        Known::Failed(error) => Err(error.clone()),
+        Known::Value(value) => Ok(value.clone()),
+        Known::Nothing => Err(ObjectError::Unavailable {
+            kind,
+            key: key.clone(),
+            cause: format!("no answer within {} s", FIRST_ANSWER.as_secs()),
+        }),
+    }
+}
+
+#[async_trait]
+impl Objects for ClusterObjects {
+    async fn config_map(
+        &self,
+        key: &NamespacedName,
+    ) -> Result<Option<Arc<ConfigMap>>, ObjectError> {
+        let held = match self.retained().entries.get(&ObjectRef::ConfigMap(key.clone())) {
+            Some(Entry { held: Held::ConfigMap(rx), .. }) => Some(rx.clone()),
+            _ => None,
+        };
+        match held {
+            Some(rx) => answer(rx, "ConfigMap", key).await,
+            None => self.get_directly(key, "ConfigMap").await,
+        }
+    }
+
+    async fn secret(&self, key: &NamespacedName) -> Result<Option<Arc<Secret>>, ObjectError> {
+        let held = match self.retained().entries.get(&ObjectRef::Secret(key.clone())) {
+            Some(Entry { held: Held::Secret(rx), .. }) => Some(rx.clone()),
+            _ => None,
+        };
+        match held {
+            Some(rx) => answer(rx, "Secret", key).await,
+            None => self.get_directly(key, "Secret").await,
+        }
+    }
+
+    async fn service_account_token(
+        &self,
+        account: &NamespacedName,
+        spec: TokenRequestSpec,
+    ) -> Result<TokenRequestStatus, ObjectError> {
+        let cache_key = token_key(account, &spec);
+        let held = self.tokens().get(&cache_key).cloned();
+        let now = jiff::Timestamp::now().as_second();
+        let life = spec.expiration_seconds.unwrap_or(3600);
+        if let Some(token) = &held
+            && !must_renew(expiry(token), life, now)
+        {
+            return Ok(token.clone());
+        }
+        match request_token(self.api.main.clone(), account, spec).await {
+            Ok(token) => {
+                let mut tokens = self.tokens();
+                tokens.insert(cache_key.clone(), token.clone());
+                if tokens.len() > MAX_TOKENS {
+                    tokens.retain(|_, t| expiry(t) > now);
+                }
+                drop(tokens);
+                self.token_store.put(&cache_key, &(&cache_key, &token));
+                Ok(token)
+            }
+            // An old token is better than none while the control plane is away.
+            Err(error) => match held {
+                Some(token) if error.code().is_none() => Ok(token),
+                _ => Err(object_error("ServiceAccount token", account, &error)),
+            },
+        }
+    }
+
+    fn services(&self, namespace: &str) -> Vec<Arc<Service>> {
+        self.services.of(namespace)
+    }
+
+    fn node(&self) -> Option<Arc<Node>> {
+        self.node.borrow().clone()
+    }
+
+    fn retain(&self, pod: &Pod) {
+        let (uid, references) = (PodUid::of(pod), references::of_pod(pod));
+        let mut retained = self.retained();
+        let before = retained.by_pod.insert(uid.clone(), references.clone()).unwrap_or_default();
+        for reference in &references {
+            match retained.entries.get_mut(reference) {
+                Some(entry) => {
+                    entry.pods.insert(uid.clone());
+                }
+                None => {
+                    let (held, task) = self.hold(reference);
+                    let entry = Entry { pods: [uid.clone()].into(), held, task };
+                    retained.entries.insert(reference.clone(), entry);
+                }
+            }
+        }
+        for reference in before.iter().filter(|r| !references.contains(r)) {
+            self.let_go(&mut retained, reference, &uid);
+        }
+    }
+
+    fn release(&self, uid: &PodUid) {
+        let mut retained = self.retained();
+        for reference in retained.by_pod.remove(uid).unwrap_or_default() {
+            self.let_go(&mut retained, &reference, uid);
+        }
+        drop(retained);
+        let bound = format!("/{uid}");
+        self.tokens().retain(|key, _| !key.ends_with(&bound));
+        self.token_store.keep(|key| !key.ends_with(&bound));
+    }
+
+    fn changes(&self) -> broadcast::Receiver<ObjectRef> {
+        self.changes.subscribe()
+    }
+}
+
+impl ClusterObjects {
+    fn let_go(&self, retained: &mut Retained, reference: &ObjectRef, uid: &PodUid) {
+        let Some(entry) = retained.entries.get_mut(reference) else { return };
+        entry.pods.remove(uid);
+        if entry.pods.is_empty() {
+            entry.task.abort();
+            retained.entries.remove(reference);
+            match reference {
+                ObjectRef::ConfigMap(key) => self.maps.remove(&key.to_string()),
+                ObjectRef::Secret(key) => self.secrets.remove(&key.to_string()),
+            }
+        }
+    }
+}
+
+impl Drop for ClusterObjects {
+    fn drop(&mut self) {
+        self.retained().entries.values().for_each(|entry| entry.task.abort());
+    }
+}
+
+/// What makes two requests the same; ends in the UID of the bound pod.
+fn token_key(account: &NamespacedName, spec: &TokenRequestSpec) -> String {
+    let bound = spec.bound_object_ref.as_ref().and_then(|b| b.uid.as_deref()).unwrap_or_default();
+    let life = spec.expiration_seconds.unwrap_or_default();
+    // Audiences are free text: keep the key free of quotes.
+    let audiences: String = spec
+        .audiences
+        .as_deref()
+        .unwrap_or_default()
+        .join(",")
+        .chars()
+        .map(|c| if c == '"' || c == '\\' || c.is_control() { '_' } else { c })
+        .collect();
+    format!("{account}/{life}/{audiences}/{bound}")
+}
+
+/// Seconds since the epoch; 0 if it is not told.
+fn expiry(token: &TokenRequestStatus) -> i64 {
+    token.expiration_timestamp.as_ref().map_or(0, |t| t.0.as_second())
+}
+
+fn must_renew(expires: i64, life: i64, now: i64) -> bool {
+    ((expires - now) as f64) < life as f64 * TOKEN_RENEW_SHARE
+}
+
+async fn request_token(
+    client: Client,
+    account: &NamespacedName,
+    spec: TokenRequestSpec,
+) -> Result<TokenRequestStatus, ApiError> {
+    let accounts: kube::Api<ServiceAccount> = kube::Api::namespaced(client, &account.namespace);
+    let request = TokenRequest { spec: Some(spec), ..TokenRequest::default() };
+    let params = PostParams::default();
+    let answer = accounts.create_token_request(&account.name, &params, &request);
+    let what = format!("request a token of service account {account}");
+    let answer: TokenRequest = api::timed(what, REQUEST_TIMEOUT, answer).await?;
+    Ok(answer.status.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_renewed_in_the_last_fifth_of_their_life() {
+        assert!(!must_renew(3600, 3600, 0));
+        assert!(!must_renew(3600, 3600, 2879));
+        assert!(must_renew(3600, 3600, 2881));
+        assert!(must_renew(3600, 3600, 9999));
+    }
+
+    #[test]
+    fn token_keys_tell_pods_apart() {
+        let account = NamespacedName::new("n", "sa");
+        let spec = |uid: &str| TokenRequestSpec {
+            audiences: Some(vec!["a\"b".to_owned()]),
+            expiration_seconds: Some(3607),
+            bound_object_ref: Some(k8s_openapi::api::authentication::v1::BoundObjectReference {
+                uid: Some(uid.to_owned()),
+                ..Default::default()
+            }),
+        };
+        assert_eq!(token_key(&account, &spec("u1")), "n/sa/3607/a_b/u1");
+        assert_ne!(token_key(&account, &spec("u1")), token_key(&account, &spec("u2")));
+    }
+}

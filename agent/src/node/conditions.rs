@@ -1,0 +1,231 @@
+//! Node conditions from measurements, with kubelet's thresholds, reasons and messages. Pure.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::NodeCondition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
+use super::machine::{FileSystem, Measured};
+use crate::config::Threshold;
+
+/// A pressure condition stays this long after it was last seen
+/// (`evictionPressureTransitionPeriod`).
+const TRANSITION: SignedDuration = SignedDuration::from_mins(5);
+
+/// Default hard eviction thresholds of kubelet on Linux.
+pub const DEFAULT_EVICTION: [(&str, Threshold); 5] = [
+    ("memory.available", Threshold::Absolute(100 << 20)),
+    ("nodefs.available", Threshold::Share(0.10)),
+    ("nodefs.inodesFree", Threshold::Share(0.05)),
+    ("imagefs.available", Threshold::Share(0.15)),
+    ("imagefs.inodesFree", Threshold::Share(0.05)),
+];
+
+/// Which pressures there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pressure {
+    /// memory.available.
+    pub memory: bool,
+    /// nodefs and imagefs, bytes and inodes.
+    pub disk: bool,
+    /// pid.available.
+    pub pid: bool,
+}
+
+/// The threshold of `signal`: what is configured, else kubelet's default if nothing at all is
+/// configured (upstream's rule: a given `evictionHard` replaces the defaults as a whole).
+pub fn threshold(configured: &[(String, Threshold)], signal: &str) -> Option<Threshold> {
+    if configured.is_empty() {
+        return DEFAULT_EVICTION.iter().find(|(name, _)| *name == signal).map(|(_, t)| *t);
+    }
+    configured.iter().find(|(name, _)| name == signal).map(|(_, t)| *t)
+}
+
+/// What is below its threshold. `memory` is the machine's, bytes.
+pub fn pressure(measured: &Measured, memory: u64, thresholds: &[(String, Threshold)]) -> Pressure {
+    let below = |signal: &str, left: Option<u64>, capacity: u64| match (
+        threshold(thresholds, signal),
+        left,
+    ) {
+        (Some(threshold), Some(left)) => left < threshold.of(capacity),
+        _ => false,
+    };
+    let full = |fs: Option<FileSystem>, bytes: &str, inodes: &str| {
+        fs.is_some_and(|fs| {
+            below(bytes, Some(fs.available), fs.capacity)
+                || (fs.inodes > 0 && below(inodes, Some(fs.inodes_free), fs.inodes))
+        })
+    };
+    let pid_max = measured.pid_max.unwrap_or(0);
+    let pids_left = measured.pids.map(|pids| pid_max.saturating_sub(pids));
+    Pressure {
+        memory: below("memory.available", measured.memory_available, memory),
+        disk: full(measured.nodefs, "nodefs.available", "nodefs.inodesFree")
+            || full(measured.imagefs, "imagefs.available", "imagefs.inodesFree"),
+        pid: pid_max > 0 && below("pid.available", pids_left, pid_max),
+    }
+}
+
+/// When each pressure was last seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastSeen {
+    memory: Option<Timestamp>,
+    disk: Option<Timestamp>,
+    pid: Option<Timestamp>,
+}
+
+impl LastSeen {
+    /// Notes `now`'s pressure; returns the pressure to report.
+    pub fn note(&mut self, pressure: Pressure, now: Timestamp) -> Pressure {
+        let held = |last: &mut Option<Timestamp>, seen: bool| {
+            if seen {
+                *last = Some(now);
+            }
+            last.is_some_and(|at| now.duration_since(at) < TRANSITION)
+        };
+        Pressure {
+            memory: held(&mut self.memory, pressure.memory),
+            disk: held(&mut self.disk, pressure.disk),
+            pid: held(&mut self.pid, pressure.pid),
+        }
+    }
+}
+
+/// The four conditions in kubelet's order. `not_ready` says why pods cannot run; empty is ready.
+/// `before` gives the times of conditions that do not change.
+pub fn conditions(
+    pressure: Pressure,
+    not_ready: &[String],
+    before: &[NodeCondition],
+    now: Timestamp,
+) -> Vec<NodeCondition> {
+    let pressures = [
+        (
+            "MemoryPressure",
+            pressure.memory,
+            ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
+            ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+        ),
+        (
+            "DiskPressure",
+            pressure.disk,
+            ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+            ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ),
+        (
+            "PIDPressure",
+            pressure.pid,
+            ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
+            ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ),
+    ];
+    let mut conditions: Vec<NodeCondition> = pressures
+        .into_iter()
+        .map(|(kind, on, bad, good)| {
+            let (reason, message) = if on { bad } else { good };
+            condition(kind, on, reason, message.to_owned(), before, now)
+        })
+        .collect();
+    let (reason, message) = match not_ready {
+        [] => ("KubeletReady", "kubelet is posting ready status".to_owned()),
+        [one] => ("KubeletNotReady", one.clone()),
+        several => ("KubeletNotReady", format!("[{}]", several.join(", "))),
+    };
+    conditions.push(condition("Ready", not_ready.is_empty(), reason, message, before, now));
+    conditions
+}
+
+fn condition(
+    kind: &str,
+    on: bool,
+    reason: &str,
+    message: String,
+    before: &[NodeCondition],
+    now: Timestamp,
+) -> NodeCondition {
+    let status = if on { "True" } else { "False" };
+    let since = before
+        .iter()
+        .find(|c| c.type_ == kind && c.status == status)
+        .and_then(|c| c.last_transition_time.clone());
+    NodeCondition {
+        type_: kind.to_owned(),
+        status: status.to_owned(),
+        reason: Some(reason.to_owned()),
+        message: Some(message),
+        last_heartbeat_time: Some(Time(now)),
+        last_transition_time: Some(since.unwrap_or(Time(now))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    const MEMORY: u64 = 8 << 30;
+
+    fn healthy() -> Measured {
+        let fs = FileSystem { capacity: 1000, available: 500, inodes: 100, inodes_free: 50 };
+        Measured {
+            memory_available: Some(4 << 30),
+            nodefs: Some(fs),
+            imagefs: Some(fs),
+            pid_max: Some(1000),
+            pids: Some(10),
+        }
+    }
+
+    #[test]
+    fn pressures_follow_the_default_thresholds() {
+        let fs = healthy().nodefs.unwrap();
+        let full = |available, inodes_free| Some(FileSystem { available, inodes_free, ..fs });
+        let none = Pressure::default();
+        let (memory, disk) = (Pressure { memory: true, ..none }, Pressure { disk: true, ..none });
+        for (measured, expected) in [
+            (healthy(), none),
+            (Measured { memory_available: Some((100 << 20) - 1), ..healthy() }, memory),
+            (Measured { memory_available: Some(100 << 20), ..healthy() }, none),
+            (Measured { memory_available: None, ..healthy() }, none),
+            (Measured { nodefs: full(99, 50), ..healthy() }, disk),
+            (Measured { nodefs: full(100, 50), ..healthy() }, none),
+            (Measured { nodefs: full(500, 4), ..healthy() }, disk),
+            (Measured { imagefs: full(149, 50), ..healthy() }, disk),
+            (Measured { imagefs: full(151, 50), ..healthy() }, none),
+            (Measured { pids: Some(999), ..healthy() }, none),
+            (Measured::default(), none),
+        ] {
+            assert_eq!(pressure(&measured, MEMORY, &[]), expected, "{measured:?}");
+        }
+        let own = [("pid.available".to_owned(), Threshold::Share(0.1))];
+        let crowded = Measured { pids: Some(999), memory_available: Some(0), ..healthy() };
+        assert_eq!(pressure(&crowded, MEMORY, &own), Pressure { pid: true, ..none });
+    }
+
+    #[test]
+    fn a_pressure_stays_for_five_minutes() {
+        let at = |s| Timestamp::from_second(s).unwrap();
+        let (on, off) = (Pressure { disk: true, ..Pressure::default() }, Pressure::default());
+        let mut last = LastSeen::default();
+        assert_eq!(last.note(off, at(0)), off);
+        assert_eq!(last.note(on, at(10)), on);
+        assert_eq!(last.note(off, at(309)), on);
+        assert_eq!(last.note(off, at(310)), off);
+    }
+
+    #[test]
+    fn times_of_transition_stay_until_the_status_changes() {
+        let at = |s| Timestamp::from_second(s).unwrap();
+        let first = conditions(Pressure::default(), &[], &[], at(1));
+        let ready = first.last().unwrap();
+        assert_eq!((ready.type_.as_str(), ready.status.as_str()), ("Ready", "True"));
+        assert_eq!(ready.message.as_deref(), Some("kubelet is posting ready status"));
+        let second = conditions(Pressure::default(), &[], &first, at(2));
+        assert_eq!(second[3].last_transition_time, Some(Time(at(1))));
+        assert_eq!(second[3].last_heartbeat_time, Some(Time(at(2))));
+        let broken = ["a".to_owned(), "b".to_owned()];
+        let third = conditions(Pressure::default(), &broken, &second, at(3));
+        assert_eq!(third[3].last_transition_time, Some(Time(at(3))));
+        assert_eq!(third[3].reason.as_deref(), Some("KubeletNotReady"));
+        assert_eq!(third[3].message.as_deref(), Some("[a, b]"));
+    }
+}

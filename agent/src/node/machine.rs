@@ -1,0 +1,215 @@
+//! What this machine is and has left: read from /proc, /sys and statfs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{IpAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+
+/// What does not change while the machine runs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Machine {
+    /// Logical CPUs online.
+    pub cpus: u64,
+    /// Physical memory, bytes.
+    pub memory: u64,
+    /// Swap, bytes.
+    pub swap: u64,
+    /// Huge pages: page size in bytes to bytes set aside.
+    pub hugepages: BTreeMap<u64, u64>,
+    /// /etc/machine-id.
+    pub machine_id: String,
+    /// DMI product UUID.
+    pub system_uuid: String,
+    /// Identifies this boot.
+    pub boot_id: String,
+    /// `uname -r`.
+    pub kernel_version: String,
+    /// PRETTY_NAME of os-release.
+    pub os_image: String,
+    /// Go's name of the architecture (`amd64`).
+    pub architecture: &'static str,
+}
+
+/// Room on a file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Size, bytes.
+    pub capacity: u64,
+    /// Free for everybody, bytes.
+    pub available: u64,
+    /// Inodes; 0 where the file system has no fixed number.
+    pub inodes: u64,
+    /// Inodes free.
+    pub inodes_free: u64,
+}
+
+/// What changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// Memory that can be had without swapping, bytes; `None` where it cannot be read.
+    pub memory_available: Option<u64>,
+    /// File system of the root dir.
+    pub nodefs: Option<FileSystem>,
+    /// File system of images.
+    pub imagefs: Option<FileSystem>,
+    /// Most processes and threads at once.
+    pub pid_max: Option<u64>,
+    /// Processes and threads there are.
+    pub pids: Option<u64>,
+}
+
+fn text(path: &str) -> Option<String> {
+    fs::read_to_string(path).ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+/// Reads /proc/meminfo: field to bytes.
+fn meminfo(text: &str) -> BTreeMap<&str, u64> {
+    text.lines()
+        .filter_map(|line| {
+            let (field, rest) = line.split_once(':')?;
+            let mut words = rest.split_whitespace();
+            let number: u64 = words.next()?.parse().ok()?;
+            let unit = if words.next() == Some("kB") { 1024 } else { 1 };
+            Some((field, number * unit))
+        })
+        .collect()
+}
+
+impl Machine {
+    /// Reads it; what cannot be read is empty.
+    pub fn read() -> Self {
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let memory = meminfo(&memory);
+        let field = |name| memory.get(name).copied().unwrap_or(0);
+        let release = fs::read_to_string("/etc/os-release")
+            .or_else(|_| fs::read_to_string("/usr/lib/os-release"))
+            .unwrap_or_default();
+        let machine_id = text("/etc/machine-id")
+            .or_else(|| text("/var/lib/dbus/machine-id"))
+            .unwrap_or_default();
+        let system_uuid = text("/sys/class/dmi/id/product_uuid")
+            .or_else(|| text("/proc/device-tree/vm,uuid"))
+            .unwrap_or_else(|| machine_id.clone());
+        Self {
+            cpus: nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)
+                .ok()
+                .flatten()
+                .and_then(|n| u64::try_from(n).ok())
+                .unwrap_or(1),
+            memory: field("MemTotal"),
+            swap: field("SwapTotal"),
+            hugepages: hugepages(Path::new("/sys/kernel/mm/hugepages")),
+            machine_id,
+            system_uuid,
+            boot_id: text("/proc/sys/kernel/random/boot_id").unwrap_or_default(),
+            kernel_version: text("/proc/sys/kernel/osrelease").unwrap_or_default(),
+            os_image: pretty_name(&release),
+            architecture: architecture(),
+        }
+    }
+}
+
+/// Go's name for the architecture that this was built for.
+fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "x86" => "386",
+        "aarch64" => "arm64",
+        "powerpc64" => "ppc64le",
+        "loongarch64" => "loong64",
+        other => other,
+    }
+}
+
+fn pretty_name(release: &str) -> String {
+    release
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+        .map(|name| name.trim_matches(['"', '\'']).to_owned())
+        .unwrap_or_else(|| "Linux".to_owned())
+}
+
+fn hugepages(dir: &Path) -> BTreeMap<u64, u64> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let size = name.to_string_lossy();
+        let size = size.strip_prefix("hugepages-").and_then(|s| s.strip_suffix("kB"));
+        let Some(size) = size.and_then(|s| s.parse::<u64>().ok()) else { continue };
+        let count = fs::read_to_string(entry.path().join("nr_hugepages")).ok();
+        let count: u64 = count.and_then(|c| c.trim().parse().ok()).unwrap_or(0);
+        found.insert(size * 1024, size * 1024 * count);
+    }
+    found
+}
+
+/// Room on the file system that holds `path`, or its nearest existing parent.
+pub fn file_system(path: &Path) -> Option<FileSystem> {
+    let stat = path.ancestors().find_map(|p| statvfs(p).ok())?;
+    let block = stat.fragment_size();
+    Some(FileSystem {
+        capacity: stat.blocks() * block,
+        available: stat.blocks_available() * block,
+        inodes: stat.files(),
+        inodes_free: stat.files_free(),
+    })
+}
+
+impl Measured {
+    /// Measures now. `imagefs` is where the runtime keeps images.
+    pub fn read(root_dir: &Path, imagefs: Option<&PathBuf>) -> Self {
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let number = |path: &str| text(path).and_then(|t| t.parse::<u64>().ok());
+        let pid_max = [number("/proc/sys/kernel/pid_max"), number("/proc/sys/kernel/threads-max")];
+        Self {
+            memory_available: meminfo(&memory).get("MemAvailable").copied(),
+            nodefs: file_system(root_dir),
+            imagefs: imagefs.and_then(|path| file_system(path)),
+            pid_max: pid_max.into_iter().flatten().min(),
+            pids: load
+                .split_whitespace()
+                .nth(3)
+                .and_then(|tasks| tasks.split_once('/')?.1.parse().ok()),
+        }
+    }
+}
+
+/// The addresses that the default routes leave from, IPv4 first; no packet is sent.
+pub fn default_addresses() -> Vec<IpAddr> {
+    // Documentation addresses (RFC 5737, RFC 3849): only the routing table is asked.
+    [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")]
+        .into_iter()
+        .filter_map(|(from, to)| {
+            let socket = UdpSocket::bind(from).ok()?;
+            socket.connect(to).ok()?;
+            Some(socket.local_addr().ok()?.ip())
+        })
+        .filter(|ip| !ip.is_loopback() && !ip.is_unspecified())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_what_every_machine_has() {
+        let machine = Machine::read();
+        assert!(machine.cpus > 0 && machine.memory > 1 << 20, "{machine:?}");
+        assert!(!machine.kernel_version.is_empty() && !machine.boot_id.is_empty());
+        let measured = Measured::read(Path::new("/no/such/folder"), None);
+        assert!(measured.memory_available.is_some_and(|m| m < machine.memory));
+        assert!(measured.nodefs.is_some_and(|fs| fs.capacity > 0));
+        assert!(measured.pids.is_some() && measured.pid_max.is_some());
+    }
+
+    #[test]
+    fn release_names_are_read_with_any_quotes() {
+        assert_eq!(pretty_name("ID=x\nPRETTY_NAME=\"Debian 12\"\n"), "Debian 12");
+        assert_eq!(pretty_name("PRETTY_NAME='A'"), "A");
+        assert_eq!(pretty_name(""), "Linux");
+    }
+}

@@ -1,0 +1,373 @@
+//! The Node object: registered, kept true, its pod CIDRs handed to the runtime.
+
+pub mod conditions;
+pub mod lease;
+pub mod machine;
+pub mod object;
+pub mod rotate;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::{Api, Client};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use self::conditions::LastSeen;
+use self::machine::{Machine, Measured};
+use self::object::RuntimeFacts;
+use crate::api::backoff::Backoff;
+use crate::api::{self, ApiError, REQUEST_TIMEOUT};
+use crate::cluster::ClusterConfig;
+use crate::report::{EventSink, EventType};
+use crate::runtime::Runtime;
+use crate::source::cluster::Errors;
+
+/// How often a node that is not ready yet looks whether it is now.
+const SOON: Duration = Duration::from_millis(200);
+/// For how long after the start, and after each change, it looks so often.
+const SOON_FOR: Duration = Duration::from_secs(30);
+/// Images change rarely; they are listed this often.
+const IMAGES_EVERY: Duration = Duration::from_secs(60);
+
+/// Where the node object is.
+enum State {
+    /// Not known to the API server, as far as we know.
+    Unregistered,
+    /// The API server has it; `since` is when its status was last patched.
+    Registered { node: Arc<Node>, since: Instant },
+}
+
+/// Keeps one Node object.
+pub struct NodeLoop {
+    config: ClusterConfig,
+    nodes: Api<Node>,
+    runtime: Arc<dyn Runtime>,
+    events: Arc<dyn EventSink>,
+    errors: Errors,
+    watch: watch::Receiver<Option<Arc<Node>>>,
+    machine: Machine,
+    facts: RuntimeFacts,
+    images_at: Option<Instant>,
+    image_dir: Option<PathBuf>,
+    pressure: LastSeen,
+    /// Pod CIDRs that the runtime was told.
+    told_cidrs: String,
+    runtime_down: bool,
+    state: State,
+}
+
+impl NodeLoop {
+    /// For the node of `config`; `watch` shows its object as the API has it.
+    pub fn new(
+        config: ClusterConfig,
+        client: Client,
+        runtime: Arc<dyn Runtime>,
+        events: Arc<dyn EventSink>,
+        errors: Errors,
+        watch: watch::Receiver<Option<Arc<Node>>>,
+    ) -> Self {
+        Self {
+            config,
+            nodes: Api::all(client),
+            runtime,
+            events,
+            errors,
+            watch,
+            machine: Machine::read(),
+            facts: RuntimeFacts::default(),
+            images_at: None,
+            image_dir: None,
+            pressure: LastSeen::default(),
+            told_cidrs: String::new(),
+            runtime_down: false,
+            state: State::Unregistered,
+        }
+    }
+
+    /// Runs for ever.
+    pub async fn run(mut self) {
+        let reference = self.reference();
+        self.events.record(
+            reference,
+            EventType::Normal,
+            "Starting",
+            "Starting kubelet.".to_owned(),
+        );
+        let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(7));
+        let mut soon_until = Instant::now() + SOON_FOR;
+        loop {
+            let wait = match self.reconcile().await {
+                Ok(ready) => {
+                    self.errors.clear("node status");
+                    backoff.reset();
+                    if ready || Instant::now() > soon_until {
+                        self.config.status_update_frequency
+                    } else {
+                        SOON
+                    }
+                }
+                Err(error) => {
+                    self.errors.set("node status", error.to_string());
+                    backoff.next_delay()
+                }
+            };
+            let until = Instant::now() + wait;
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep_until(until) => break,
+                    changed = self.watch.changed() => {
+                        if changed.is_err() {
+                            return;
+                        }
+                        if self.observe() {
+                            soon_until = Instant::now() + SOON_FOR;
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn reference(&self) -> ObjectReference {
+        ObjectReference {
+            kind: Some("Node".to_owned()),
+            name: Some(self.config.node_name.clone()),
+            uid: Some(self.config.node_name.clone()),
+            ..ObjectReference::default()
+        }
+    }
+
+    /// Takes what the watch shows; whether it calls for action.
+    fn observe(&mut self) -> bool {
+        let seen = self.watch.borrow_and_update().clone();
+        match (&mut self.state, seen) {
+            (State::Registered { node, .. }, Some(seen)) => {
+                if version(&seen) < version(node) {
+                    return false;
+                }
+                let cidrs = pod_cidrs(&seen);
+                *node = seen;
+                cidrs != self.told_cidrs
+            }
+            (State::Registered { node, .. }, None) => {
+                // An old deletion may arrive after we registered anew; registering is idempotent.
+                tracing::warn!(
+                    node = node.metadata.name,
+                    "the Node object is gone; registering anew"
+                );
+                self.state = State::Unregistered;
+                true
+            }
+            // What an earlier run knew is of use while the control plane is away.
+            (State::Unregistered, Some(seen)) => pod_cidrs(&seen) != self.told_cidrs,
+            (State::Unregistered, None) => false,
+        }
+    }
+
+    /// One look at everything; whether the node is ready.
+    async fn reconcile(&mut self) -> Result<bool, ApiError> {
+        self.hand_on_cidrs().await;
+        let not_ready = self.look_at_runtime().await;
+        let status = self.status(&not_ready);
+        let ready = not_ready.is_empty();
+        match &self.state {
+            State::Unregistered => self.register(status).await?,
+            State::Registered { .. } => self.patch_status(status).await?,
+        }
+        Ok(ready)
+    }
+
+    /// Tells the runtime the pod CIDRs of the node object.
+    async fn hand_on_cidrs(&mut self) {
+        let seen = self.watch.borrow().clone();
+        let cidrs = match &self.state {
+            State::Registered { node, .. } => pod_cidrs(node),
+            State::Unregistered => seen.map(|node| pod_cidrs(&node)).unwrap_or_default(),
+        };
+        if cidrs.is_empty() || cidrs == self.told_cidrs {
+            return;
+        }
+        match self.runtime.update_runtime_config(&cidrs).await {
+            Ok(()) => {
+                tracing::info!(cidrs, "the runtime has the node's pod CIDRs");
+                self.told_cidrs = cidrs;
+            }
+            Err(error) => tracing::warn!(%error, cidrs, "the runtime does not take the pod CIDRs"),
+        }
+    }
+
+    /// Why pods cannot run; empty if they can.
+    async fn look_at_runtime(&mut self) -> Vec<String> {
+        let status = match self.runtime.status().await {
+            Ok(status) => status,
+            Err(error) => {
+                // After a restart the runtime may have forgotten its CIDRs.
+                self.runtime_down = true;
+                return vec![format!("container runtime is down: {error}")];
+            }
+        };
+        if std::mem::take(&mut self.runtime_down) {
+            self.told_cidrs.clear();
+            self.facts.version.clear();
+            self.hand_on_cidrs().await;
+        }
+        if self.facts.version.is_empty()
+            && let Ok(version) = self.runtime.version().await
+        {
+            self.facts.version = object::runtime_version(&version);
+        }
+        self.facts.handlers = object::handlers(&status);
+        if self.images_at.is_none_or(|at| at.elapsed() >= IMAGES_EVERY) {
+            if let Ok(images) = self.runtime.list_images().await {
+                self.facts.images = object::images(&images);
+                self.images_at = Some(Instant::now());
+            }
+            if let Ok(info) = self.runtime.image_fs_info().await {
+                self.image_dir = info
+                    .image_filesystems
+                    .first()
+                    .and_then(|fs| fs.fs_id.as_ref())
+                    .map(|id| PathBuf::from(&id.mountpoint));
+            }
+        }
+        object::not_ready(&status)
+    }
+
+    fn status(&mut self, not_ready: &[String]) -> NodeStatus {
+        let now = jiff::Timestamp::now();
+        let measured = Measured::read(&self.config.root_dir, self.image_dir.as_ref());
+        let pressure =
+            conditions::pressure(&measured, self.machine.memory, &self.config.eviction_hard);
+        let pressure = self.pressure.note(pressure, now);
+        let before = match &self.state {
+            State::Registered { node, .. } => {
+                node.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default()
+            }
+            State::Unregistered => Vec::new(),
+        };
+        let (capacity, allocatable) =
+            object::resources(&self.config, &self.machine, measured.nodefs);
+        let found;
+        let ips = if self.config.node_ips.is_empty() {
+            found = machine::default_addresses();
+            found.get(..1).unwrap_or_default()
+        } else {
+            &self.config.node_ips
+        };
+        NodeStatus {
+            addresses: Some(object::addresses(ips, &self.config.hostname)),
+            capacity: Some(capacity),
+            allocatable: Some(allocatable),
+            conditions: Some(conditions::conditions(pressure, not_ready, &before, now)),
+            daemon_endpoints: object::daemon_endpoints(self.config.node_api_port),
+            images: Some(self.facts.images.clone()),
+            node_info: Some(object::system_info(&self.machine, &self.facts)),
+            runtime_handlers: (!self.facts.handlers.is_empty())
+                .then(|| self.facts.handlers.clone()),
+            ..NodeStatus::default()
+        }
+    }
+
+    async fn register(&mut self, status: NodeStatus) -> Result<(), ApiError> {
+        let name = self.config.node_name.clone();
+        let what = format!("get node {name}");
+        let existing = api::timed(what, REQUEST_TIMEOUT, self.nodes.get_opt(&name)).await?;
+        let node = match existing {
+            Some(node) => {
+                let patch = object::plan_metadata_patch(&node, &self.config, &self.machine);
+                match patch {
+                    Some(patch) => self.patch_metadata(patch).await?,
+                    None => node,
+                }
+            }
+            None if !self.config.register_node => return Ok(()),
+            None => {
+                let node = object::new_node(&self.config, &self.machine, status.clone());
+                let params = PostParams::default();
+                let create = self.nodes.create(&params, &node);
+                let node =
+                    api::timed(format!("create node {name}"), REQUEST_TIMEOUT, create).await?;
+                tracing::info!(node = name, "registered");
+                node
+            }
+        };
+        self.state = State::Registered {
+            node: Arc::new(node),
+            since: Instant::now() - self.config.status_report_frequency,
+        };
+        self.hand_on_cidrs().await;
+        self.patch_status(status).await
+    }
+
+    async fn patch_metadata(&self, patch: serde_json::Value) -> Result<Node, ApiError> {
+        let (name, params) = (&self.config.node_name, PatchParams::default());
+        let patch = Patch::Strategic(patch);
+        let request = self.nodes.patch(name, &params, &patch);
+        api::timed(format!("patch the labels of node {name}"), REQUEST_TIMEOUT, request).await
+    }
+
+    async fn patch_status(&mut self, status: NodeStatus) -> Result<(), ApiError> {
+        let State::Registered { node, since } = &self.state else { return Ok(()) };
+        let due = since.elapsed() >= self.config.status_report_frequency;
+        let old = node.status.clone().unwrap_or_default();
+        let Some(patch) = object::plan_status_patch(&old, &status, due) else { return Ok(()) };
+        let name = self.config.node_name.clone();
+        let (params, patch) = (PatchParams::default(), Patch::Strategic(patch));
+        let request = self.nodes.patch_status(&name, &params, &patch);
+        let what = format!("patch the status of node {name}");
+        match api::timed(what, REQUEST_TIMEOUT, request).await {
+            Ok(node) => {
+                self.record_transitions(&old, &status);
+                self.state = State::Registered { node: Arc::new(node), since: Instant::now() };
+                Ok(())
+            }
+            Err(error) => {
+                if error.code() == Some(404) {
+                    self.state = State::Unregistered;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn record_transitions(&self, old: &NodeStatus, new: &NodeStatus) {
+        for condition in new.conditions.iter().flatten() {
+            let before = old.conditions.iter().flatten().find(|c| c.type_ == condition.type_);
+            if before.is_some_and(|b| b.status == condition.status) {
+                continue;
+            }
+            let on = condition.status == "True";
+            let reason = match (condition.type_.as_str(), on) {
+                ("Ready", true) => "NodeReady",
+                ("Ready", false) => "NodeNotReady",
+                ("MemoryPressure", true) => "NodeHasInsufficientMemory",
+                ("MemoryPressure", false) => "NodeHasSufficientMemory",
+                ("DiskPressure", true) => "NodeHasDiskPressure",
+                ("DiskPressure", false) => "NodeHasNoDiskPressure",
+                ("PIDPressure", true) => "NodeHasInsufficientPID",
+                ("PIDPressure", false) => "NodeHasSufficientPID",
+                _ => continue,
+            };
+            let message = format!("Node {} status is now: {reason}", self.config.node_name);
+            self.events.record(self.reference(), EventType::Normal, reason, message);
+        }
+    }
+}
+
+fn version(node: &Node) -> u64 {
+    node.metadata.resource_version.as_deref().and_then(|v| v.parse().ok()).unwrap_or(0)
+}
+
+/// Pod CIDRs of `node`, comma separated as the CRI takes them.
+fn pod_cidrs(node: &Node) -> String {
+    let Some(spec) = &node.spec else { return String::new() };
+    match spec.pod_cidrs.as_ref().filter(|c| !c.is_empty()) {
+        Some(cidrs) => cidrs.join(","),
+        None => spec.pod_cidr.clone().unwrap_or_default(),
+    }
+}

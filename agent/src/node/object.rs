@@ -1,0 +1,451 @@
+//! The Node object as this node wants it, and the patches that bring it about. Pure.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use cri_shim::api as cri;
+use k8s_openapi::api::core::v1::{
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeDaemonEndpoints, NodeRuntimeHandler,
+    NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSwapStatus, NodeSystemInfo,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use serde_json::{Map, Value, json};
+
+use super::conditions::threshold;
+use super::machine::{FileSystem, Machine};
+use crate::cluster::ClusterConfig;
+use crate::pod::quantity;
+
+/// API level that this node keeps to, in the form that other components parse.
+pub const KUBELET_VERSION: &str = "v1.36.0";
+/// Images told at most (`nodeStatusMaxImages`).
+const MAX_IMAGES: usize = 50;
+/// Names told of one image at most.
+const MAX_IMAGE_NAMES: usize = 5;
+/// Tells the attach-detach controller that it does the attaching.
+const CONTROLLED_ATTACH: &str = "volumes.kubernetes.io/controller-managed-attach-detach";
+
+/// What the node knows of its runtime.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RuntimeFacts {
+    /// `name://version`.
+    pub version: String,
+    /// RuntimeClass handlers.
+    pub handlers: Vec<NodeRuntimeHandler>,
+    /// Images, largest first.
+    pub images: Vec<ContainerImage>,
+}
+
+/// `name://version` of a CRI runtime.
+pub fn runtime_version(version: &cri::VersionResponse) -> String {
+    format!("{}://{}", version.runtime_name, version.runtime_version)
+}
+
+/// RuntimeClass handlers as the node tells them.
+pub fn handlers(status: &cri::StatusResponse) -> Vec<NodeRuntimeHandler> {
+    status
+        .runtime_handlers
+        .iter()
+        .map(|handler| NodeRuntimeHandler {
+            name: Some(handler.name.clone()),
+            features: handler.features.as_ref().map(|f| NodeRuntimeHandlerFeatures {
+                recursive_read_only_mounts: Some(f.recursive_read_only_mounts),
+                user_namespaces: Some(f.user_namespaces),
+            }),
+        })
+        .collect()
+}
+
+/// The largest images, with a few of their names each.
+pub fn images(images: &[cri::Image]) -> Vec<ContainerImage> {
+    let mut images: Vec<&cri::Image> = images.iter().collect();
+    images.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
+    images
+        .into_iter()
+        .take(MAX_IMAGES)
+        .map(|image| ContainerImage {
+            names: Some(
+                image
+                    .repo_digests
+                    .iter()
+                    .chain(&image.repo_tags)
+                    .take(MAX_IMAGE_NAMES)
+                    .cloned()
+                    .collect(),
+            ),
+            size_bytes: i64::try_from(image.size).ok(),
+        })
+        .collect()
+}
+
+/// Why pods cannot run, from the runtime's conditions; empty if they can.
+pub fn not_ready(status: &cri::StatusResponse) -> Vec<String> {
+    let conditions = status.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+    let told = |kind: &str, words: &str| match conditions.iter().find(|c| c.r#type == kind) {
+        Some(c) if c.status => None,
+        Some(c) => Some(format!("{words}: {kind}=false reason:{} message:{}", c.reason, c.message)),
+        None => Some(format!("{words}: {kind} condition not set")),
+    };
+    [
+        told("RuntimeReady", "container runtime is not ready"),
+        told("NetworkReady", "container runtime network not ready"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Labels that every node has.
+pub fn labels(config: &ClusterConfig, machine: &Machine) -> BTreeMap<String, String> {
+    let fixed = [
+        ("kubernetes.io/hostname", config.hostname.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", machine.architecture),
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", machine.architecture),
+    ];
+    let fixed = fixed.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned()));
+    let configured = config.node_labels.iter().map(|(k, v)| (k.clone(), v.clone()));
+    configured.chain(fixed).collect()
+}
+
+/// The object to create.
+pub fn new_node(config: &ClusterConfig, machine: &Machine, status: NodeStatus) -> Node {
+    let annotations = [(CONTROLLED_ATTACH.to_owned(), "true".to_owned())];
+    let taints =
+        (!config.register_with_taints.is_empty()).then(|| config.register_with_taints.clone());
+    Node {
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            labels: Some(labels(config, machine)),
+            annotations: Some(annotations.into()),
+            ..ObjectMeta::default()
+        },
+        spec: Some(NodeSpec {
+            provider_id: config.provider_id.clone(),
+            taints,
+            ..NodeSpec::default()
+        }),
+        status: Some(status),
+    }
+}
+
+/// A number of bytes with the largest binary suffix that keeps it whole, as Kubernetes writes it.
+fn bytes(mut number: u64) -> Quantity {
+    let mut suffix = "";
+    for next in ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"] {
+        if number == 0 || !number.is_multiple_of(1024) {
+            break;
+        }
+        (number, suffix) = (number / 1024, next);
+    }
+    Quantity(format!("{number}{suffix}"))
+}
+
+fn milli(number: u64) -> Quantity {
+    if number.is_multiple_of(1000) {
+        Quantity((number / 1000).to_string())
+    } else {
+        Quantity(format!("{number}m"))
+    }
+}
+
+type Resources = BTreeMap<String, Quantity>;
+
+/// Capacity and allocatable: capacity less what is reserved and less the hard eviction thresholds.
+pub fn resources(
+    config: &ClusterConfig,
+    machine: &Machine,
+    nodefs: Option<FileSystem>,
+) -> (Resources, Resources) {
+    let reserved = |resource: &str, milli: bool| -> u64 {
+        config
+            .reserved
+            .iter()
+            .filter(|(name, _)| name == resource)
+            .filter_map(|(_, text)| {
+                let text = Quantity(text.clone());
+                if milli { quantity::milli_value(&text) } else { quantity::value(&text) }
+            })
+            .filter_map(|n| u64::try_from(n).ok())
+            .sum()
+    };
+    let evicted = |signal: &str, capacity: u64| {
+        threshold(&config.eviction_hard, signal).map_or(0, |t| t.of(capacity))
+    };
+    let (mut capacity, mut allocatable) = (Resources::new(), Resources::new());
+    let mut put = |name: &str, total: Quantity, left: Quantity| {
+        capacity.insert(name.to_owned(), total);
+        allocatable.insert(name.to_owned(), left);
+    };
+    let cpu = machine.cpus * 1000;
+    put("cpu", milli(cpu), milli(cpu.saturating_sub(reserved("cpu", true))));
+    let huge: u64 = machine.hugepages.values().sum();
+    let memory = machine.memory;
+    let left = memory
+        .saturating_sub(huge)
+        .saturating_sub(reserved("memory", false))
+        .saturating_sub(evicted("memory.available", memory));
+    put("memory", bytes(memory), bytes(left));
+    let pods = Quantity(config.max_pods.to_string());
+    put("pods", pods.clone(), pods);
+    if let Some(fs) = nodefs {
+        let left = fs
+            .capacity
+            .saturating_sub(reserved("ephemeral-storage", false))
+            .saturating_sub(evicted("nodefs.available", fs.capacity));
+        put("ephemeral-storage", bytes(fs.capacity), Quantity(left.to_string()));
+    }
+    for (size, total) in &machine.hugepages {
+        let name = format!("hugepages-{}", bytes(*size).0);
+        put(&name, bytes(*total), bytes(*total));
+    }
+    (capacity, allocatable)
+}
+
+/// Addresses as told: InternalIPs, then the host name.
+pub fn addresses(ips: &[IpAddr], hostname: &str) -> Vec<NodeAddress> {
+    let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
+    let internal = ips.iter().map(|ip| address("InternalIP", ip.to_string()));
+    internal.chain([address("Hostname", hostname.to_owned())]).collect()
+}
+
+/// What is told of the system.
+pub fn system_info(machine: &Machine, runtime: &RuntimeFacts) -> NodeSystemInfo {
+    NodeSystemInfo {
+        architecture: machine.architecture.to_owned(),
+        boot_id: machine.boot_id.clone(),
+        container_runtime_version: runtime.version.clone(),
+        kernel_version: machine.kernel_version.clone(),
+        kube_proxy_version: String::new(),
+        kubelet_version: KUBELET_VERSION.to_owned(),
+        machine_id: machine.machine_id.clone(),
+        operating_system: "linux".to_owned(),
+        os_image: machine.os_image.clone(),
+        swap: (machine.swap > 0)
+            .then(|| NodeSwapStatus { capacity: i64::try_from(machine.swap).ok() }),
+        system_uuid: machine.system_uuid.clone(),
+    }
+}
+
+/// Ports of the node's servers.
+pub fn daemon_endpoints(port: u16) -> Option<NodeDaemonEndpoints> {
+    (port != 0).then(|| NodeDaemonEndpoints {
+        kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
+    })
+}
+
+/// The strategic merge patch that turns status `old` into `new`, with what others own left alone
+/// (extended resources, volumes, their conditions). `None` if they are the same but for heartbeats,
+/// unless `heartbeat` asks for them.
+pub fn plan_status_patch(old: &NodeStatus, new: &NodeStatus, heartbeat: bool) -> Option<Value> {
+    let mut patch = Map::new();
+    let mut differs = |field: &str, old: Value, new: Value| {
+        if old != new {
+            patch.insert(field.to_owned(), new);
+        }
+    };
+    let value = |v: &dyn erased::Erased| v.value();
+    differs("nodeInfo", value(&old.node_info), value(&new.node_info));
+    differs("daemonEndpoints", value(&old.daemon_endpoints), value(&new.daemon_endpoints));
+    differs("runtimeHandlers", value(&old.runtime_handlers), value(&new.runtime_handlers));
+    differs(
+        "images",
+        value(&old.images.clone().unwrap_or_default()),
+        value(&new.images.clone().unwrap_or_default()),
+    );
+    for (field, old, new) in [
+        ("capacity", &old.capacity, &new.capacity),
+        ("allocatable", &old.allocatable, &new.allocatable),
+    ] {
+        let old = old.clone().unwrap_or_default();
+        let changed: Map<String, Value> = new
+            .iter()
+            .flatten()
+            .filter(|(name, quantity)| !same_quantity(old.get(*name), quantity))
+            .map(|(name, quantity)| (name.clone(), json!(quantity)))
+            .collect();
+        if !changed.is_empty() {
+            patch.insert(field.to_owned(), Value::Object(changed));
+        }
+    }
+    if old.addresses != new.addresses {
+        // The merge key of addresses is their type, of which there may be two: replace all.
+        let mut addresses: Vec<Value> = new.addresses.iter().flatten().map(|a| json!(a)).collect();
+        addresses.push(json!({"$patch": "replace"}));
+        patch.insert("addresses".to_owned(), Value::Array(addresses));
+    }
+    let before = old.conditions.as_deref().unwrap_or_default();
+    let changed = new.conditions.iter().flatten().any(|c| {
+        !before.iter().any(|b| {
+            (&b.type_, &b.status, &b.reason, &b.message)
+                == (&c.type_, &c.status, &c.reason, &c.message)
+        })
+    });
+    if changed || heartbeat || !patch.is_empty() {
+        patch.insert("conditions".to_owned(), json!(new.conditions));
+        return Some(json!({"status": patch}));
+    }
+    None
+}
+
+/// Whether both are the same amount: the API server writes quantities its own way.
+fn same_quantity(old: Option<&Quantity>, new: &Quantity) -> bool {
+    old.is_some_and(|old| old == new || quantity::milli_value(old) == quantity::milli_value(new))
+}
+
+mod erased {
+    use serde::Serialize;
+    use serde_json::Value;
+
+    /// Anything that has a JSON value.
+    pub(super) trait Erased {
+        fn value(&self) -> Value;
+    }
+
+    impl<T: Serialize> Erased for T {
+        fn value(&self) -> Value {
+            serde_json::to_value(self).unwrap_or_default()
+        }
+    }
+}
+
+/// The patch of labels and annotations that an existing node lacks; `None` if it lacks nothing.
+pub fn plan_metadata_patch(
+    node: &Node,
+    config: &ClusterConfig,
+    machine: &Machine,
+) -> Option<Value> {
+    let have = node.metadata.labels.clone().unwrap_or_default();
+    let lacking: Map<String, Value> = labels(config, machine)
+        .into_iter()
+        .filter(|(label, value)| have.get(label) != Some(value))
+        .map(|(label, value)| (label, Value::String(value)))
+        .collect();
+    let annotated =
+        node.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(CONTROLLED_ATTACH));
+    let mut metadata = Map::new();
+    if !lacking.is_empty() {
+        metadata.insert("labels".to_owned(), Value::Object(lacking));
+    }
+    if !annotated {
+        metadata.insert("annotations".to_owned(), json!({CONTROLLED_ATTACH: "true"}));
+    }
+    (!metadata.is_empty()).then(|| json!({"metadata": metadata}))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::node::conditions::{Pressure, conditions};
+
+    fn machine() -> Machine {
+        Machine {
+            cpus: 2,
+            memory: 8 << 30,
+            hugepages: [(2 << 20, 0)].into(),
+            architecture: "amd64",
+            ..Machine::default()
+        }
+    }
+
+    #[test]
+    fn allocatable_is_capacity_less_reservations_and_eviction() {
+        let mut config = ClusterConfig::new("n");
+        config.reserved = vec![
+            ("cpu".to_owned(), "100m".to_owned()),
+            ("memory".to_owned(), "1Gi".to_owned()),
+            ("memory".to_owned(), "1Gi".to_owned()),
+        ];
+        let fs = FileSystem { capacity: 1000 << 20, ..FileSystem::default() };
+        let (capacity, allocatable) = resources(&config, &machine(), Some(fs));
+        let show = |r: &Resources| {
+            r.iter().map(|(k, v)| format!("{k}={}", v.0)).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            show(&capacity),
+            "cpu=2 ephemeral-storage=1000Mi hugepages-2Mi=0 memory=8Gi pods=110"
+        );
+        assert_eq!(
+            show(&allocatable),
+            "cpu=1900m ephemeral-storage=943718400 hugepages-2Mi=0 memory=6044Mi pods=110"
+        );
+    }
+
+    fn status(at: i64) -> NodeStatus {
+        let config = ClusterConfig::new("n");
+        let (capacity, allocatable) = resources(&config, &machine(), None);
+        let now = jiff::Timestamp::from_second(at).unwrap();
+        NodeStatus {
+            capacity: Some(capacity),
+            allocatable: Some(allocatable),
+            addresses: Some(addresses(&["10.0.0.1".parse().unwrap()], "n")),
+            conditions: Some(conditions(Pressure::default(), &[], &[], now)),
+            node_info: Some(system_info(&machine(), &RuntimeFacts::default())),
+            daemon_endpoints: daemon_endpoints(10250),
+            ..NodeStatus::default()
+        }
+    }
+
+    #[test]
+    fn a_heartbeat_alone_is_patched_only_when_asked_for() {
+        assert_eq!(plan_status_patch(&status(1), &status(2), false), None);
+        let patch = plan_status_patch(&status(1), &status(2), true).unwrap();
+        let fields: Vec<_> = patch["status"].as_object().unwrap().keys().collect();
+        assert_eq!(fields, ["conditions"]);
+    }
+
+    #[test]
+    fn only_what_differs_is_patched_and_what_others_own_stays() {
+        let (mut old, mut new) = (status(1), status(1));
+        let capacity = old.capacity.as_mut().unwrap();
+        capacity.insert("example.com/gpu".to_owned(), Quantity("2".to_owned()));
+        capacity.insert("cpu".to_owned(), Quantity("2000m".to_owned()));
+        new.capacity.as_mut().unwrap().insert("pods".to_owned(), Quantity("50".to_owned()));
+        new.addresses =
+            Some(addresses(&["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()], "n"));
+        let patch = plan_status_patch(&old, &new, false).unwrap();
+        assert_eq!(patch["status"]["capacity"], json!({"pods": "50"}));
+        let addresses = patch["status"]["addresses"].as_array().unwrap();
+        assert_eq!(addresses.len(), 4);
+        assert_eq!(addresses[3], json!({"$patch": "replace"}));
+        assert!(patch["status"].get("allocatable").is_none());
+    }
+
+    #[test]
+    fn an_existing_node_gets_the_labels_it_lacks() {
+        let config = ClusterConfig::new("n");
+        let mut node = new_node(&config, &machine(), NodeStatus::default());
+        assert_eq!(plan_metadata_patch(&node, &config, &machine()), None);
+        node.metadata.labels.as_mut().unwrap().remove("kubernetes.io/os");
+        node.metadata.labels.as_mut().unwrap().insert("mine".to_owned(), "x".to_owned());
+        assert_eq!(
+            plan_metadata_patch(&node, &config, &machine()),
+            Some(json!({"metadata": {"labels": {"kubernetes.io/os": "linux"}}}))
+        );
+    }
+
+    #[test]
+    fn the_runtime_says_why_pods_cannot_run() {
+        let condition = |kind: &str, status| cri::RuntimeCondition {
+            r#type: kind.to_owned(),
+            status,
+            reason: "R".to_owned(),
+            message: "m".to_owned(),
+        };
+        let answer = |conditions| cri::StatusResponse {
+            status: Some(cri::RuntimeStatus { conditions }),
+            ..Default::default()
+        };
+        let both = vec![condition("RuntimeReady", true), condition("NetworkReady", true)];
+        assert!(not_ready(&answer(both)).is_empty());
+        let one = vec![condition("RuntimeReady", true), condition("NetworkReady", false)];
+        assert_eq!(
+            not_ready(&answer(one)),
+            ["container runtime network not ready: NetworkReady=false reason:R message:m"]
+        );
+        assert_eq!(not_ready(&answer(Vec::new())).len(), 2);
+    }
+}
