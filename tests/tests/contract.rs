@@ -9,17 +9,13 @@
     reason = "tests: a panic is how they report"
 )]
 
-use std::time::Duration;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use futures::TryStreamExt as _;
-use http_body_util::BodyExt as _;
-use kube::client::Body;
 use kube::config::Kubeconfig;
 use serde_json::{Value, json};
 use tests::control_plane::serve::Endpoint;
 use tests::control_plane::{self, ControlPlane};
+use tests::harness::caller::{Caller, JSON_PATCH, MERGE, STRATEGIC};
 use tests::harness::eventually;
 
 /// The API under test, with an own namespace in it.
@@ -30,74 +26,6 @@ struct Target {
     /// A Node object that no agent stands behind.
     ghost: String,
     fake: Option<(ControlPlane, Endpoint)>,
-}
-
-/// A client of the raw wire.
-#[derive(Clone)]
-struct Caller(kube::Client);
-
-const JSON: &str = "application/json";
-const MERGE: &str = "application/merge-patch+json";
-const STRATEGIC: &str = "application/strategic-merge-patch+json";
-
-impl Caller {
-    async fn send(&self, method: &str, path: &str, kind: &str, body: &Value) -> (u16, Value) {
-        let bytes = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
-        let request = hyper::Request::builder()
-            .method(method)
-            .uri(path)
-            .header("content-type", kind)
-            .header("accept", JSON)
-            .body(Body::from(bytes))
-            .unwrap();
-        let response = self.0.send(request).await.unwrap();
-        let code = response.status().as_u16();
-        let bytes = response.into_body().collect().await.unwrap().to_bytes();
-        (code, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
-    }
-
-    async fn get(&self, path: &str) -> (u16, Value) {
-        self.send("GET", path, JSON, &Value::Null).await
-    }
-
-    async fn post(&self, path: &str, body: Value) -> (u16, Value) {
-        self.send("POST", path, JSON, &body).await
-    }
-
-    async fn put(&self, path: &str, body: Value) -> (u16, Value) {
-        self.send("PUT", path, JSON, &body).await
-    }
-
-    async fn patch(&self, path: &str, kind: &str, body: Value) -> (u16, Value) {
-        self.send("PATCH", path, kind, &body).await
-    }
-
-    async fn delete(&self, path: &str, options: Value) -> (u16, Value) {
-        self.send("DELETE", path, JSON, &options).await
-    }
-
-    /// The events of a watch until `enough` says so, or 10 seconds.
-    async fn watch(&self, path: &str, enough: impl Fn(&[Value]) -> bool) -> Vec<Value> {
-        let request = hyper::Request::get(path).body(Body::empty()).unwrap();
-        let response = self.0.send(request).await.unwrap();
-        assert_eq!(response.status().as_u16(), 200, "{path}");
-        let mut body = response.into_body().into_data_stream();
-        let (mut buffer, mut events) = (Vec::new(), Vec::new());
-        let _ = tokio::time::timeout(Duration::from_secs(10), async {
-            while let Some(chunk) = body.try_next().await.unwrap() {
-                buffer.extend_from_slice(&chunk);
-                while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
-                    let line: Vec<u8> = buffer.drain(..=end).collect();
-                    events.push(serde_json::from_slice(&line).unwrap());
-                }
-                if enough(&events) {
-                    return;
-                }
-            }
-        })
-        .await;
-        events
-    }
 }
 
 impl Target {
@@ -302,7 +230,7 @@ async fn patches_merge_as_their_kind_says() {
         .admin
         .patch(
             &path,
-            "application/json-patch+json",
+            JSON_PATCH,
             json!([{"op": "add", "path": "/metadata/annotations", "value": {"a": "b"}}]),
         )
         .await;

@@ -189,6 +189,7 @@ impl ControlPlane {
     /// Whether CSRs are approved by themselves.
     pub fn approve_csrs(&self, yes: bool) {
         self.api.controllers.approve.store(yes, Ordering::Relaxed);
+        self.api.store.touch();
     }
 
     /// A kubeconfig for the administrator, at `server`.

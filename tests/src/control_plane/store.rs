@@ -127,6 +127,15 @@ impl Store {
         version
     }
 
+    /// Makes a version without a change, as a write to an unserved kind would: wakes everybody.
+    pub fn touch(&self) {
+        let mut inner = self.lock();
+        inner.version += 1;
+        let version = inner.version;
+        drop(inner);
+        self.changed.send_replace(version);
+    }
+
     /// One object.
     pub fn get(
         &self,

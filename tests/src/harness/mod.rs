@@ -6,6 +6,8 @@
 //! it (named network namespaces, cgroups, the work folder) is removed on drop, and swept at the
 //! start of the next run of the same test.
 
+pub mod caller;
+pub mod cluster;
 pub mod command;
 pub mod containerd;
 pub mod eventually;
@@ -15,6 +17,7 @@ pub mod leaks;
 pub mod net;
 pub mod node;
 
+pub use cluster::Cluster;
 pub use eventually::{eventually, eventually_within};
 pub use lab::{Lab, NetNs};
-pub use node::{Node, NodeOptions};
+pub use node::{Node, NodeOptions, longshore_binary};

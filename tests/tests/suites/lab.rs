@@ -6,7 +6,7 @@ use std::path::Path;
 use tests::harness::node::Runtime;
 use tests::harness::{Lab, Node, NodeOptions, net};
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_reaches_the_lan_and_goes_away_completely() {
     let (id, netns, work);
     {
@@ -40,7 +40,7 @@ async fn a_node_reaches_the_lan_and_goes_away_completely() {
     assert!(Path::new("/etc/hostname").exists());
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn containerd_takes_the_example_image() {
     let lab = Lab::new("lab-containerd").unwrap();
     let options = NodeOptions { runtime: Runtime::Containerd, ..NodeOptions::default() };

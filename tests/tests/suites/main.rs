@@ -9,4 +9,5 @@
     reason = "tests: a panic is how they report"
 )]
 
+mod join;
 mod lab;

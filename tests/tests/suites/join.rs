@@ -1,0 +1,165 @@
+//! Joining: what is written, and what is refused before anything is.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+
+use serde_json::Value;
+use tests::control_plane::faults::{Fault, Rule};
+use tests::harness::{Cluster, Lab, Node, NodeOptions};
+
+async fn setup(name: &str) -> (Lab, Cluster, Node) {
+    let lab = Lab::new(name).unwrap();
+    let cluster = Cluster::new(&lab).await.unwrap();
+    let node = Node::new(&lab, NodeOptions::default()).await.unwrap();
+    (lab, cluster, node)
+}
+
+/// Runs `longshore join --no-start`: exit code and standard error.
+fn join(node: &Node, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut all = vec!["join"];
+    all.extend(arguments);
+    all.extend(["--no-start", "--node-name", "node"]);
+    let output = node.longshore(&all).unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn written(node: &Node) -> Vec<String> {
+    let mut found = Vec::new();
+    for folder in ["/etc/kubernetes", "/var/lib/kubelet"] {
+        walk(&node.path(folder), &mut found);
+    }
+    found
+}
+
+fn walk(folder: &Path, found: &mut Vec<String>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            walk(&entry.path(), found);
+        } else if entry.file_type().is_ok_and(|t| t.is_file()) {
+            found.push(entry.path().to_string_lossy().into_owned());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_good_token_writes_credentials_that_only_root_reads() {
+    let (_lab, cluster, node) = setup("join-good").await;
+    let (server, token, pin) = (
+        cluster.server().to_string(),
+        cluster.token(3600).await.unwrap(),
+        cluster.ca_pin().unwrap(),
+    );
+    let arguments = [&*server, "--token", &token, "--discovery-token-ca-cert-hash", &pin];
+    let (code, said) = join(&node, &arguments);
+    assert_eq!(code, Some(0), "{said}");
+    let kubeconfig = node.path("/etc/kubernetes/kubelet.conf");
+    assert!(kubeconfig.exists(), "{:?}", written(&node));
+    for path in written(&node) {
+        let meta = std::fs::metadata(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        if text.contains("PRIVATE KEY") || text.contains("client-key-data") {
+            assert_eq!(meta.permissions().mode() & 0o077, 0, "{path} is open to others");
+        }
+        assert!(!text.contains(&token), "{path} holds the bootstrap token");
+    }
+    // Again, and with a token that is no more: it has joined already.
+    let (code, said) = join(&node, &arguments);
+    assert_eq!(code, Some(0), "{said}");
+    cluster.end(&["node"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_wrong_is_said_and_nothing_is_written() {
+    let (_lab, cluster, node) = setup("join-bad").await;
+    let server = cluster.server().to_string();
+    let good = cluster.token(3600).await.unwrap();
+    let expired = cluster.token(-10).await.unwrap();
+    let pin = cluster.ca_pin().unwrap();
+    let wrong_pin = format!("sha256:{}", "0".repeat(64));
+    let wrong_secret = format!("{}.{}", good.split('.').next().unwrap(), "0".repeat(16));
+    for (what, server, token, pin, code, hint) in [
+        ("unknown token", &*server, "abcdef.0123456789abcdef", &*pin, 1, "token"),
+        ("wrong secret", &server, &wrong_secret, &pin, 1, "signature"),
+        ("expired token", &server, &expired, &pin, 1, "token"),
+        ("wrong pin", &server, &good, &wrong_pin, 1, "sha256:"),
+        ("malformed token", &server, "nonsense", &pin, 64, "token"),
+        ("malformed pin", &server, &good, "sha256:xyz", 64, "sha256"),
+        ("nobody there", "10.99.0.1:1", &good, &pin, 1, "10.99.0.1:1"),
+    ] {
+        let arguments =
+            [server, "--token", token, "--discovery-token-ca-cert-hash", pin, "--timeout", "5"];
+        let (got, said) = join(&node, &arguments);
+        assert_eq!(got, Some(code), "{what}: {said}");
+        assert!(said.contains(hint), "{what} does not mention {hint:?}: {said}");
+        let secret = good.split('.').nth(1).unwrap();
+        assert!(!said.contains(secret), "{what} shows the secret: {said}");
+        assert_eq!(written(&node), Vec::<String>::new(), "{what}");
+    }
+    cluster.end(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_come_from_files_and_discovery_too() {
+    let (_lab, cluster, node) = setup("join-files").await;
+    let server = cluster.server().to_string();
+    let (token, pin) = (cluster.token(3600).await.unwrap(), cluster.ca_pin().unwrap());
+    let file = node.dir().join("token");
+    std::fs::write(&file, format!("{token}\n")).unwrap();
+    let file = file.to_string_lossy().into_owned();
+    let (code, said) =
+        join(&node, &[&server, "--token-file", &file, "--discovery-token-ca-cert-hash", &pin]);
+    assert_eq!(code, Some(0), "{said}");
+    std::fs::remove_file(node.path("/etc/kubernetes/kubelet.conf")).unwrap();
+    let _ = std::fs::remove_dir_all(node.path("/var/lib/kubelet/pki"));
+    let info: Value =
+        cluster.admin.read("/api/v1/namespaces/kube-public/configmaps/cluster-info").await.unwrap();
+    let discovery = node.dir().join("discovery.conf");
+    std::fs::write(&discovery, info["data"]["kubeconfig"].as_str().unwrap()).unwrap();
+    let discovery = discovery.to_string_lossy().into_owned();
+    let (code, said) = join(&node, &["--discovery-file", &discovery, "--token", &token]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(node.path("/etc/kubernetes/kubelet.conf").exists());
+    cluster.end(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn it_waits_for_approval_and_says_so_when_none_comes() {
+    let (_lab, cluster, node) = setup("join-approval").await;
+    let Some(plane) = cluster.fake_plane() else {
+        eprintln!("not on a real control plane: it approves by itself");
+        return cluster.end(&[]).await;
+    };
+    let server = cluster.server().to_string();
+    let (token, pin) = (cluster.token(3600).await.unwrap(), cluster.ca_pin().unwrap());
+    plane.approve_csrs(false);
+    let arguments =
+        [&*server, "--token", &token, "--discovery-token-ca-cert-hash", &pin, "--timeout", "3"];
+    let (code, said) = join(&node, &arguments);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("approv"), "{said}");
+    assert!(!node.path("/etc/kubernetes/kubelet.conf").exists());
+    plane.approve_csrs(true);
+    let (code, said) = join(&node, &arguments);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_errs_is_asked_again() {
+    let (_lab, cluster, node) = setup("join-errors").await;
+    let Some(plane) = cluster.fake_plane() else {
+        eprintln!("not on a real control plane: it cannot be told to err");
+        return cluster.end(&[]).await;
+    };
+    let server = cluster.server().to_string();
+    let (token, pin) = (cluster.token(3600).await.unwrap(), cluster.ca_pin().unwrap());
+    for fault in
+        [Fault::Code(500), Fault::Garbage, Fault::Reset, Fault::Code(429), Fault::Truncated]
+    {
+        plane.faults().add(Rule::all(fault).times(1));
+    }
+    let (code, said) = join(
+        &node,
+        &[&server, "--token", &token, "--discovery-token-ca-cert-hash", &pin, "--timeout", "60"],
+    );
+    assert_eq!(code, Some(0), "{said}");
+}
