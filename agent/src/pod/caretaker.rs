@@ -44,7 +44,7 @@ fn plan_removals(
     min_age: Duration,
     max_age: Option<Duration>,
 ) -> Vec<String> {
-    unused.sort_by(|a, b| (a.last_used, a.first_seen).cmp(&(b.last_used, b.first_seen)));
+    unused.sort_by_key(|a| (a.last_used, a.first_seen));
     let older = |since: Timestamp, age: Duration| {
         Duration::try_from(now.duration_since(since)).unwrap_or_default() >= age
     };
@@ -136,8 +136,8 @@ async fn collect_once(
 fn over_by(path: &Path, high: u8, low: u8) -> Result<u64, String> {
     let stat = nix::sys::statvfs::statvfs(path)
         .map_err(|e| format!("measure file system of {}: {e}", path.display()))?;
-    let capacity = u64::from(stat.blocks()) * u64::from(stat.fragment_size());
-    let available = u64::from(stat.blocks_available()) * u64::from(stat.fragment_size());
+    let capacity = stat.blocks() * stat.fragment_size();
+    let available = stat.blocks_available() * stat.fragment_size();
     let used = capacity.saturating_sub(available);
     if capacity == 0 || used * 100 < capacity * u64::from(high) {
         return Ok(0);

@@ -32,3 +32,5 @@ pub(crate) mod testing;
 mod worker;
 
 pub use sync::{SyncHandle, SyncLoop};
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 //! of containers. Everything that must survive an agent restart (attempts, the image asked for,
 //! the restart back-off) is read back from here.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -171,8 +172,8 @@ pub struct Observed {
 impl Observed {
     /// Puts the newest first: by attempt, then by time (clocks may be set back).
     pub fn sort(&mut self) {
-        self.sandboxes.sort_by(|a, b| (b.attempt, b.created_at).cmp(&(a.attempt, a.created_at)));
-        self.containers.sort_by(|a, b| (b.created_at, b.attempt).cmp(&(a.created_at, a.attempt)));
+        self.sandboxes.sort_by_key(|s| Reverse((s.attempt, s.created_at)));
+        self.containers.sort_by_key(|c| Reverse((c.created_at, c.attempt)));
     }
 
     /// The newest instance of container `name`.
@@ -186,7 +187,7 @@ impl Observed {
     /// Instances of container `name`, newest first.
     pub fn instances(&self, name: &str) -> Vec<&Container> {
         let mut all: Vec<_> = self.containers.iter().filter(|c| &*c.name == name).collect();
-        all.sort_by(|a, b| (b.attempt, b.created_at).cmp(&(a.attempt, a.created_at)));
+        all.sort_by_key(|c| Reverse((c.attempt, c.created_at)));
         all
     }
 

@@ -320,7 +320,8 @@ impl Planner<'_> {
                 }
             };
             // A sidecar that started once holds nobody back while it restarts.
-            if !(up && !self.facts.starting.contains(&container.name)) && !passed {
+            let settled = up && !self.facts.starting.contains(&container.name);
+            if !settled && !passed {
                 return false;
             }
         }

@@ -194,7 +194,7 @@ mod tests {
         store.save(&uid, &status);
         settle(&store);
         assert_eq!(store.load(&uid), Some(status));
-        assert_eq!(store.saved(), [uid.clone()]);
+        assert_eq!(store.saved(), std::slice::from_ref(&uid));
         std::fs::write(dir.path().join("s/u-1.json"), b"{").unwrap();
         assert_eq!(store.load(&uid), None);
         assert_eq!(store.saved(), []);

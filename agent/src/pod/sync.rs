@@ -146,7 +146,7 @@ impl SyncLoop {
         let (table, (_, mut pings)) = (self.table, self.pings);
         let reached = tokio::select! {
             reached = reach(&runtime, &table, &mut pings) => reached,
-            _ = shutdown.wait_for(|stop| *stop) => return,
+            () = stopped(&mut shutdown) => return,
         };
         let (runtime_name, snapshot) = reached;
         let deps = Arc::new(Deps {
@@ -185,6 +185,11 @@ impl SyncLoop {
         watching.abort();
         drop(caretakers);
     }
+}
+
+/// Returns once `shutdown` is true or nobody holds its sender any more.
+async fn stopped(shutdown: &mut watch::Receiver<bool>) {
+    let _ = shutdown.wait_for(|stop| *stop).await;
 }
 
 /// One sandbox or container in a listing.
@@ -300,7 +305,7 @@ impl Loop {
         let mut sources_open = true;
         loop {
             tokio::select! {
-                _ = shutdown.wait_for(|stop| *stop) => return,
+                () = stopped(shutdown) => return,
                 change = changes.recv(), if sources_open => match change {
                     Some(change) => self.change(change).await,
                     None => sources_open = false,

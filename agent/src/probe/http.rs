@@ -197,9 +197,7 @@ async fn send(
             answer = &mut exchange => return answer,
             ended = &mut connection, if open => {
                 open = false;
-                if let Err(error) = ended {
-                    return Err(error);
-                }
+                ended?
             }
         }
     }

@@ -11,6 +11,7 @@ use cri_shim::api;
 use futures::Stream;
 
 pub mod cri;
+pub mod fake;
 
 /// What kind of failure a runtime reported, as far as the caller acts on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

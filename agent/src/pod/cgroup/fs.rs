@@ -290,7 +290,7 @@ mod tests {
             let parent = cgroups.ensure(&uid, "Burstable", limits).await.unwrap();
             assert_eq!(parent, format!("{root}/kubepods/burstable/pod1-2"));
         }
-        assert_eq!(cgroups.list().await.unwrap(), [uid.clone()]);
+        assert_eq!(cgroups.list().await.unwrap(), std::slice::from_ref(&uid));
         let read = |controller: Controllers, file: &str| {
             let base = match &cgroups.0.v1 {
                 Some(v1) => v1.get_mount_point(controller).unwrap().0,

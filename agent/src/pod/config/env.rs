@@ -202,7 +202,8 @@ fn service_variables(input: EnvInput<'_>) -> BTreeMap<String, String> {
         let namespace = service.metadata.namespace.as_deref().unwrap_or("default");
         let name = service.metadata.name.as_deref().unwrap_or_default();
         let api = namespace == "default" && name == "kubernetes";
-        if !api && !(links && namespace == &*own) {
+        let linked = links && namespace == &*own;
+        if !api && !linked {
             continue;
         }
         // A Service of the pod's own namespace hides the API server's of the same name.

@@ -39,7 +39,7 @@ impl ContainerView<'_> {
         let instances = self.input.observed.instances(&container.name);
         let mut status = match instances.first() {
             Some(latest) => {
-                let mut status = self.from_instance(container, latest, old);
+                let mut status = self.of_instance(container, latest, old);
                 if let Some(before) =
                     instances[1..].iter().find(|i| i.state == ContainerState::Exited)
                 {
@@ -130,7 +130,7 @@ impl ContainerView<'_> {
         status
     }
 
-    fn from_instance(
+    fn of_instance(
         &self,
         container: &SpecContainer,
         latest: &Container,

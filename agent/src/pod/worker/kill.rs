@@ -134,7 +134,7 @@ fn message(name: &str, cause: KillCause, again: bool) -> (String, bool) {
         KillCause::PodEnds => (format!("Stopping container {name}"), false),
         KillCause::SandboxChanged => (format!("Stopping container {name}"), again),
         KillCause::Unknown => {
-            (format!("Container is in \"unknown\" state, try killing it before restart"), false)
+            ("Container is in \"unknown\" state, try killing it before restart".to_string(), false)
         }
         KillCause::Changed => {
             (format!("Container {name} definition changed, will be restarted"), true)

@@ -47,6 +47,11 @@ impl Worker {
                 probes.started.retain(|id| alive.contains(id));
                 probes.ready.retain(|id| alive.contains(id));
                 probes.failed.retain(|id, _| alive.contains(id));
+                // A kill is over when its instance is, whenever its call comes back.
+                let over = |id: &ContainerId| {
+                    self.observed.container(id).is_none_or(|c| c.state == ContainerState::Exited)
+                };
+                self.facts.killing.retain(|id| !over(id));
                 let known = &self.observed.containers;
                 self.facts.restart_after_kill.retain(|id| known.iter().any(|c| c.id == *id));
                 true

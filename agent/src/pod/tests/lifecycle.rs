@@ -1,0 +1,347 @@
+use super::*;
+use crate::runtime::fake::Behaviour;
+
+fn state(status: &ContainerStatus) -> &k8s_openapi::api::core::v1::ContainerState {
+    status.state.as_ref().unwrap()
+}
+
+fn waiting(status: &ContainerStatus) -> Option<String> {
+    state(status).waiting.as_ref().and_then(|w| w.reason.clone())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_runs_and_goes() {
+    let rig = Rig::new().await;
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until_ready("a").await;
+    let status = rig.status("a").unwrap();
+    assert_eq!(status.phase.as_deref(), Some("Running"));
+    assert!(status.pod_ip.unwrap().starts_with("10.88.0."));
+    assert_eq!(rig.container("a", "c").container_id.unwrap().split("://").next(), Some("fake"));
+    assert_eq!(rig.reasons(), ["Pulled", "Created", "Started"]);
+    assert!(rig.handle.alive(Duration::from_secs(1)).await);
+
+    rig.set(&deleted(&pod, 30)).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    assert_eq!(rig.status("a").unwrap().phase.as_deref(), Some("Failed"));
+    assert_eq!(rig.runtime.held(), (0, 0));
+    assert!(rig.world.recorded.lock().unwrap().mounted.is_empty());
+    assert_eq!(rig.reasons()[3..], ["Killing"]);
+    assert!(rig.handle.table().is_empty());
+    assert_eq!(std::fs::read_dir(rig.dir.path().join("logs")).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(rig.dir.path().join("links")).unwrap().count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removed_manifest_ends_its_pod() {
+    let rig = Rig::new().await;
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until_ready("a").await;
+    rig.send(PodChange::Removed(PodSource::File, PodUid::from("a"))).await;
+    // It comes back while it goes.
+    rig.set(&pod).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    rig.until("again", |r| r.runtime.running().len() == 1).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_loop_backs_off_and_survives_an_agent_restart() {
+    let mut rig = Rig::new().await;
+    rig.runtime.behave(
+        "c",
+        Behaviour { runs_for: Some(Duration::from_secs(1)), exit_code: 3, ..Default::default() },
+    );
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until("second crash", |r| {
+        r.status("a").is_some_and(|s| {
+            s.container_statuses
+                .iter()
+                .flatten()
+                .any(|c| c.restart_count == 1 && waiting(c).as_deref() == Some("CrashLoopBackOff"))
+        })
+    })
+    .await;
+    let c = rig.container("a", "c");
+    let last = c.last_state.as_ref().unwrap().terminated.as_ref().unwrap();
+    assert_eq!((last.exit_code, last.reason.as_deref()), (3, Some("Error")));
+    assert_eq!(rig.status("a").unwrap().phase.as_deref(), Some("Running"));
+    assert!(rig.events().iter().any(|(r, m)| r == "BackOff"
+        && m == "Back-off restarting failed container c in pod pod-a_default(a)"));
+    // Half-way through a wait of 10 s.
+    rig.sleep(5).await;
+    rig.restart(std::slice::from_ref(&pod)).await;
+    rig.sleep(4).await;
+    assert_eq!(rig.container("a", "c").restart_count, 1);
+    rig.until("third start", |r| r.container("a", "c").restart_count == 2).await;
+    // At most the one before is kept.
+    rig.until("collected", |r| r.runtime.held() == (1, 2)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn init_containers_run_in_order_and_sidecars_beside() {
+    let rig = Rig::new().await;
+    let short = Behaviour { runs_for: Some(Duration::from_secs(1)), ..Default::default() };
+    for name in ["one", "two", "main"] {
+        rig.runtime.behave(name, short);
+    }
+    let image = r#""image":"img:1","imagePullPolicy":"Never""#;
+    let pod = named(
+        "a",
+        &format!(
+            r#"{{"restartPolicy":"Never","initContainers":[{{"name":"one",{image}}},
+            {{"name":"side","restartPolicy":"Always",{image}}},{{"name":"two",{image}}}],
+            "containers":[{{"name":"main",{image}}}]}}"#
+        ),
+    );
+    rig.set(&pod).await;
+    rig.until("initializing", |r| {
+        r.status("a").is_some_and(|s| condition(&s, "Initialized") == Some("False"))
+    })
+    .await;
+    rig.until_phase("a", "Succeeded").await;
+    let created: Vec<String> = rig
+        .runtime
+        .calls()
+        .into_iter()
+        .filter_map(|c| c.strip_prefix("CreateContainer ").map(str::to_owned))
+        .collect();
+    assert_eq!(created, ["one 0", "side 0", "two 0", "main 0"]);
+    rig.until("torn down", |r| r.world.recorded.lock().unwrap().mounted.is_empty()).await;
+    // Its dead containers stay for their logs until the object goes.
+    assert_eq!(rig.runtime.held(), (1, 4));
+    assert!(!rig.gone("a"));
+    rig.set(&deleted(&pod, 0)).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    assert_eq!(rig.runtime.held(), (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_init_container_ends_a_pod_that_never_restarts() {
+    let rig = Rig::new().await;
+    rig.runtime.behave(
+        "setup",
+        Behaviour { runs_for: Some(Duration::ZERO), exit_code: 1, ..Default::default() },
+    );
+    let image = r#""image":"img:1","imagePullPolicy":"Never""#;
+    let pod = named(
+        "a",
+        &format!(
+            r#"{{"restartPolicy":"Never","initContainers":[{{"name":"setup",{image}}}],"containers":[{{"name":"main",{image}}}]}}"#
+        ),
+    );
+    rig.set(&pod).await;
+    rig.until_phase("a", "Failed").await;
+    assert_eq!(rig.runtime.running(), []);
+    assert!(!rig.runtime.calls().iter().any(|c| c.starts_with("CreateContainer main")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn grace_is_kept_and_can_be_shortened() {
+    let rig = Rig::new().await;
+    rig.runtime.behave("c", Behaviour { ends_in: Duration::from_secs(1000), ..Default::default() });
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until_ready("a").await;
+    rig.set(&deleted(&pod, 600)).await;
+    rig.sleep(100).await;
+    assert!(!rig.gone("a"));
+    rig.set(&deleted(&pod, 5)).await;
+    rig.sleep(10).await;
+    assert!(rig.gone("a"), "{:#?}", rig.runtime.calls());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_restart_restarts_nothing_and_flips_nothing() {
+    let mut rig = Rig::new().await;
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until_ready("a").await;
+    let before = rig.status("a").unwrap();
+    let calls = rig.runtime.calls().len();
+    // What is saved in the background must be on disk before the kill.
+    let saved = rig.dir.path().join("kubelet/longshore/pod-status/a.json");
+    rig.until("saved", |_| {
+        std::fs::read_to_string(&saved).is_ok_and(|s| s.contains("\"ready\":true"))
+    })
+    .await;
+    rig.sleep(100).await;
+    rig.restart(std::slice::from_ref(&pod)).await;
+    rig.sleep(100).await;
+    assert_eq!(rig.status("a").unwrap(), before);
+    assert_eq!(rig.runtime.calls().len(), calls, "{:#?}", rig.runtime.calls());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_no_source_names_is_ended() {
+    let mut rig = Rig::new().await;
+    rig.set(&named("a", ONE)).await;
+    rig.set(&named("b", ONE)).await;
+    rig.until_ready("a").await;
+    rig.until_ready("b").await;
+    rig.restart(&[named("b", ONE)]).await;
+    rig.until("orphan ended", |r| r.runtime.held() == (1, 1)).await;
+    rig.sleep(10).await;
+    assert_eq!(rig.runtime.running().len(), 1);
+    let mounted = rig.world.recorded.lock().unwrap().mounted.clone();
+    assert!(mounted.iter().all(|uid| uid.as_str() == "b"), "{mounted:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_sandbox_is_made_anew() {
+    for events in [true, false] {
+        let rig = Rig::with(events).await;
+        rig.set(&named("a", ONE)).await;
+        rig.until_ready("a").await;
+        let ip = rig.status("a").unwrap().pod_ip;
+        rig.sleep(20).await;
+        rig.runtime.lose_sandboxes();
+        rig.until("new sandbox", |r| r.status("a").is_some_and(|s| is_ready(&s) && s.pod_ip != ip))
+            .await;
+        assert_eq!(rig.container("a", "c").restart_count, 1);
+        assert!(rig.reasons().contains(&"SandboxChanged".to_owned()));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_that_fails_backs_off() {
+    let rig = Rig::new().await;
+    rig.set(&named("a", r#"{"containers":[{"name":"c","image":"other:1"}]}"#)).await;
+    let reason = |reason: &'static str| {
+        move |r: &Rig| {
+            r.status("a").is_some() && waiting(&r.container("a", "c")).as_deref() == Some(reason)
+        }
+    };
+    rig.until("ErrImagePull", reason("ErrImagePull")).await;
+    rig.until("ImagePullBackOff", reason("ImagePullBackOff")).await;
+    rig.runtime.publish_image("other:1");
+    rig.until_ready("a").await;
+    let reasons = rig.reasons();
+    assert_eq!(reasons[..3], ["Pulling", "Failed", "Failed"], "{reasons:?}");
+    rig.set(&named("b", r#"{"containers":[{"name":"c","image":"Bad Name"}]}"#)).await;
+    rig.until("bad name", |r| {
+        r.status("b").is_some()
+            && waiting(&r.container("b", "c")).as_deref() == Some("InvalidImageName")
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_failure_holds_up_nobody_else_and_is_overcome() {
+    let rig = Rig::new().await;
+    rig.runtime.fail_next("RunPodSandbox", "no network");
+    rig.set(&named("a", ONE)).await;
+    rig.set(&named("b", ONE)).await;
+    rig.until_ready("a").await;
+    rig.until_ready("b").await;
+    assert!(rig.events().contains(&(
+        "FailedCreatePodSandBox".into(),
+        "Failed to create pod sandbox: no network".into()
+    )));
+    rig.runtime.fail_next("StartContainer", "no such file");
+    rig.set(&named("d", ONE)).await;
+    rig.until("RunContainerError", |r| {
+        let recorded = r.world.recorded.lock().unwrap();
+        recorded.statuses.iter().any(|(uid, s)| {
+            uid.as_str() == "d"
+                && s.container_statuses
+                    .iter()
+                    .flatten()
+                    .any(|c| waiting(c).as_deref() == Some("RunContainerError"))
+        })
+    })
+    .await;
+    rig.until_ready("d").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_config_map_that_comes_later_lets_the_container_start_at_once() {
+    let rig = Rig::new().await;
+    rig.set(&named(
+        "a",
+        r#"{"containers":[{"name":"c","image":"img:1","imagePullPolicy":"Never","envFrom":[{"configMapRef":{"name":"m"}}]}]}"#,
+    ))
+    .await;
+    rig.until("config error", |r| {
+        r.status("a").is_some()
+            && waiting(&r.container("a", "c")).as_deref() == Some("CreateContainerConfigError")
+    })
+    .await;
+    let map: ConfigMap = serde_json::from_str(r#"{"data":{"K":"v"}}"#).unwrap();
+    rig.world.recorded.lock().unwrap().config_maps.insert("m".into(), Arc::new(map));
+    let _ = rig.world.objects.send(ObjectRef::ConfigMap(NamespacedName::new("default", "m")));
+    let asked = tokio::time::Instant::now();
+    rig.until_ready("a").await;
+    assert!(asked.elapsed() < Duration::from_secs(1));
+    let env = rig.runtime.config_of("c").unwrap().envs;
+    assert_eq!((&*env[0].key, &*env[0].value), ("K", &b"v"[..]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deadline_fails_the_pod() {
+    let rig = Rig::new().await;
+    let spec = ONE.replacen('{', r#"{"activeDeadlineSeconds":30,"#, 1);
+    rig.set(&named("a", &spec)).await;
+    rig.until_ready("a").await;
+    rig.until_phase("a", "Failed").await;
+    let status = rig.status("a").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("DeadlineExceeded"));
+    rig.until("ended", |r| r.runtime.running().is_empty()).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_asks_for_too_much_is_rejected() {
+    let rig = Rig::new().await;
+    rig.set(&named("a", r#"{"hostUsers":false,"containers":[{"name":"c","image":"img:1"}]}"#))
+        .await;
+    rig.until_phase("a", "Failed").await;
+    let status = rig.status("a").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("UnsupportedField"));
+    assert!(status.message.unwrap().starts_with("Pod was rejected: spec.hostUsers"));
+    rig.set(&deleted(&named("a", "{}"), 0)).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    assert_eq!(rig.runtime.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_image_restarts_just_that_container() {
+    let rig = Rig::new().await;
+    rig.runtime.add_image("img:2");
+    let two = r#"{"containers":[{"name":"c","image":"img:1","imagePullPolicy":"Never"},{"name":"d","image":"img:1","imagePullPolicy":"Never"}]}"#;
+    rig.set(&named("a", two)).await;
+    rig.until_ready("a").await;
+    rig.set(&named("a", &two.replacen("img:1", "img:2", 1))).await;
+    rig.until("restarted", |r| {
+        r.status("a").is_some_and(|s| is_ready(&s)) && r.container("a", "c").restart_count == 1
+    })
+    .await;
+    assert_eq!(rig.container("a", "d").restart_count, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn hooks_run_and_a_failed_one_restarts() {
+    let rig = Rig::new().await;
+    rig.runtime.on_exec("hi", Default::default());
+    let hook = |start: &str, stop: &str| {
+        format!(
+            r#"{{"containers":[{{"name":"c","image":"img:1","imagePullPolicy":"Never","lifecycle":{{"postStart":{{"exec":{{"command":["{start}"]}}}},"preStop":{{{stop}}}}}}}]}}"#
+        )
+    };
+    let pod = named("a", &hook("hi", r#""sleep":{"seconds":7}"#));
+    rig.set(&pod).await;
+    rig.until_ready("a").await;
+    let begun = tokio::time::Instant::now();
+    rig.set(&deleted(&pod, 30)).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    assert!(begun.elapsed() >= Duration::from_secs(7));
+    assert!(
+        rig.runtime.calls().iter().any(|c| c.starts_with("StopContainer") && c.ends_with(" 23"))
+    );
+
+    rig.set(&named("b", &hook("missing", r#""exec":{"command":["hi"]}"#))).await;
+    rig.until("hook failed", |r| r.reasons().contains(&"FailedPostStartHook".to_owned())).await;
+    rig.until("restarts", |r| r.status("b").is_some() && r.container("b", "c").restart_count > 0)
+        .await;
+}
