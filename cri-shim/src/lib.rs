@@ -10,13 +10,18 @@ pub mod api {
     tonic::include_proto!("runtime.v1");
 }
 
+pub mod cgroup;
+pub mod client;
 pub mod config;
+pub mod cri;
 pub mod image;
 pub mod monitor;
 pub mod network;
 mod serve;
 pub mod snapshot;
 pub mod spec;
+pub mod state;
+pub mod zygote;
 
 pub use config::Config;
 pub use serve::{ServeError, serve};

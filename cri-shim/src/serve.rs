@@ -1,6 +1,32 @@
-//! The server: binds the CRI socket, recovers what an earlier shim left, and serves until told to stop.
+//! The server: binds the CRI socket, recovers what an earlier shim left, and serves until told to
+//! stop.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, getrlimit};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
 
 use crate::Config;
+use crate::api::image_service_server::ImageServiceServer;
+use crate::api::runtime_service_server::RuntimeServiceServer;
+use crate::cgroup::{Hierarchies, ROOT};
+use crate::cri::{Events, Service, Shim, Store};
+use crate::image::{ImageStore, StoreConfig};
+use crate::network::{Network, NetworkConfig, NetworkError, NetworkResult, SandboxNetwork};
+use crate::snapshot::SnapshotStore;
+use crate::spec::Host;
+use crate::state::durability::Durability;
+use crate::state::{Layout, boot_id};
+use crate::zygote::Zygote;
+
+/// The longest request or answer, in bytes: 16 MiB of each stream of an ExecSync, and room.
+const MAX_MESSAGE: usize = 40 << 20;
 
 /// Why the server could not start or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -9,10 +35,28 @@ pub enum ServeError {
     #[error(
         "preparing {path} failed: {source}; check that it is writable and on a local file system"
     )]
-    Directory { path: std::path::PathBuf, source: std::io::Error },
+    Directory { path: PathBuf, source: io::Error },
+    /// The machine has no cgroups where they are expected.
+    #[error("reading the cgroup hierarchies at {ROOT} failed: {0}; mount cgroup2 there")]
+    Cgroups(io::Error),
+    /// The monitor program could not be started.
+    #[error("starting {path} as monitor failed: {source}")]
+    Zygote { path: PathBuf, source: io::Error },
+    /// The image store could not be opened.
+    #[error(transparent)]
+    Images(#[from] crate::image::ImageError),
+    /// The snapshots could not be opened.
+    #[error(transparent)]
+    Snapshots(#[from] crate::snapshot::SnapshotError),
+    /// The pod network could not be set up.
+    #[error(transparent)]
+    Network(#[from] crate::network::NetworkError),
+    /// A pod CIDR of the configuration is not one.
+    #[error("pod CIDR {0:?} is not a CIDR such as 10.244.1.0/24")]
+    PodCidr(String),
     /// The CRI socket could not be bound.
     #[error("binding the CRI socket {path} failed: {source}; is another shim running?")]
-    Bind { path: std::path::PathBuf, source: std::io::Error },
+    Bind { path: PathBuf, source: io::Error },
     /// The gRPC server ended with an error.
     #[error("serving the CRI failed: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -24,8 +68,153 @@ pub async fn serve(
     config: Config,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    std::fs::create_dir_all(&config.run_dir)
-        .map_err(|source| ServeError::Directory { path: config.run_dir.clone(), source })?;
-    shutdown.await;
+    let listener = bind(&config.socket)?;
+    let shim = Arc::new(open(config).await?);
+    shim.recover().await;
+    let service = Service(shim);
+    let runtime = RuntimeServiceServer::new(service.clone())
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    let images = ImageServiceServer::new(service)
+        .max_decoding_message_size(MAX_MESSAGE)
+        .max_encoding_message_size(MAX_MESSAGE);
+    tonic::transport::Server::builder()
+        .add_service(runtime)
+        .add_service(images)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
+        .await?;
     Ok(())
+}
+
+fn bind(path: &Path) -> Result<UnixListener, ServeError> {
+    let failed = |source| ServeError::Bind { path: path.to_path_buf(), source };
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(failed)?;
+    }
+    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        return Err(failed(io::ErrorKind::AddrInUse.into()));
+    }
+    let _ = fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    // Whoever may talk to it is root on this node.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn open(config: Config) -> Result<Shim, ServeError> {
+    let layout = Layout { state: config.state_dir.clone(), run: config.run_dir.clone() };
+    layout.create().map_err(|(path, source)| ServeError::Directory { path, source })?;
+    let mounts = layout.mounts();
+    private_mount(&mounts).map_err(|source| ServeError::Directory { path: mounts, source })?;
+    let cgroups = Hierarchies::find().map_err(ServeError::Cgroups)?;
+    let durability = Durability::start()
+        .map_err(|source| ServeError::Directory { path: layout.state.clone(), source })?;
+    let zygote = Zygote::start(config.monitor_exe.clone())
+        .map_err(|source| ServeError::Zygote { path: config.monitor_exe.clone(), source })?;
+    let mut store = StoreConfig::new(&config.state_dir);
+    store.registry_dirs = config.registry_config_dirs.clone();
+    let images = ImageStore::open(store)?;
+    let snapshots = SnapshotStore::open(&config.state_dir)?;
+    let network = open_network(&config).await?;
+    Ok(Shim {
+        host: look_at_host(&cgroups),
+        layout,
+        cgroups,
+        boot_id: boot_id(),
+        images,
+        snapshots,
+        network,
+        zygote,
+        store: Store::default(),
+        events: Events::default(),
+        durability,
+        config,
+    })
+}
+
+async fn open_network(config: &Config) -> Result<Arc<dyn Network>, ServeError> {
+    let mut network = NetworkConfig::new(&config.state_dir);
+    network.cni_conf_dir = config.cni_conf_dir.clone();
+    network.cni_bin_dirs = config.cni_bin_dirs.clone();
+    network.pod_cidrs = config
+        .pod_cidrs
+        .iter()
+        .map(|text| text.parse().map_err(|_| ServeError::PodCidr(text.clone())))
+        .collect::<Result<_, _>>()?;
+    Ok(Arc::new(Unconnected(network)))
+}
+
+/// Makes the directory a mount of its own, in which mounts do not propagate.
+fn private_mount(path: &Path) -> io::Result<()> {
+    if !crate::snapshot::is_mounted(path) {
+        mount(
+            Some("longshore"),
+            path,
+            Some("tmpfs"),
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+            Some("mode=0700,size=1m"),
+        )?;
+    }
+    mount(None::<&str>, path, None::<&str>, MsFlags::MS_PRIVATE, None::<&str>)?;
+    fs::create_dir_all(path.join("rootfs"))?;
+    fs::create_dir_all(path.join("shm"))
+}
+
+fn look_at_host(cgroups: &Hierarchies) -> Host {
+    let memory = cgroups.controller("memory", Path::new("/"));
+    let swap_accounting = if cgroups.v2 {
+        // The root has no such file; a kernel with swap accounting has it in every other cgroup.
+        Path::new("/proc/swaps").exists()
+    } else {
+        memory.join("memory.memsw.limit_in_bytes").exists()
+    };
+    let hugetlb = if cgroups.v2 {
+        fs::read_to_string(Path::new(ROOT).join("cgroup.controllers"))
+            .is_ok_and(|c| c.split_whitespace().any(|c| c == "hugetlb"))
+    } else {
+        Path::new(ROOT).join("hugetlb").exists()
+    };
+    let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled")
+        .is_ok_and(|enabled| enabled.trim() == "Y");
+    let last_capability = fs::read_to_string("/proc/sys/kernel/cap_last_cap")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(40);
+    let max_open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard);
+    Host {
+        cgroup_v2: cgroups.v2,
+        swap_accounting,
+        hugetlb,
+        apparmor,
+        last_capability,
+        max_open_files,
+    }
+}
+
+/// The node's own network alone: pods of it run, others are refused.
+struct Unconnected(NetworkConfig);
+
+#[tonic::async_trait]
+impl Network for Unconnected {
+    async fn setup(&self, sandbox: &SandboxNetwork) -> Result<NetworkResult, NetworkError> {
+        Err(NetworkError::Io {
+            operation: "connecting sandbox",
+            object: sandbox.id.clone(),
+            source: io::Error::new(io::ErrorKind::Unsupported, "only hostNetwork pods can run"),
+        })
+    }
+
+    async fn teardown(&self, _id: &str) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    fn status(&self) -> Result<(), String> {
+        Err(format!("no network in {} and no bridge", self.0.cni_conf_dir.display()))
+    }
+
+    fn set_pod_cidrs(&self, _cidrs: Vec<crate::network::Cidr>) {}
+
+    async fn collect(&self, _keep: &[String]) -> Result<(), NetworkError> {
+        Ok(())
+    }
 }

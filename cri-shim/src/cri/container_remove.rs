@@ -1,0 +1,54 @@
+//! RemoveContainer: stops what runs, then takes everything away.
+
+use std::sync::Arc;
+
+use tonic::Status;
+
+use super::store::Container;
+use super::{Shim, blocking, internal};
+use crate::api::{self, ContainerEventType};
+use crate::state::{ignore_absent, remove_directory};
+
+impl Shim {
+    pub(super) async fn remove_container(
+        self: &Arc<Self>,
+        request: api::RemoveContainerRequest,
+    ) -> Result<api::RemoveContainerResponse, Status> {
+        if let Some(container) = self.store.find_container(&request.container_id) {
+            let this = self.clone();
+            tokio::spawn(async move { this.remove_one(&container).await })
+                .await
+                .map_err(|e| internal("removing the container", e))??;
+        }
+        Ok(api::RemoveContainerResponse {})
+    }
+
+    pub(super) async fn remove_one(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<(), Status> {
+        self.stop_now(container).await?;
+        let _changing = container.changing.lock().await;
+        if self.store.find_container(&container.id).is_none() {
+            return Ok(());
+        }
+        let (layout, snapshots) = (self.layout.clone(), self.snapshots.clone());
+        let (cgroups, cgroup) = (self.cgroups.clone(), container.record().cgroup.clone());
+        let id = container.id.clone();
+        blocking(move || {
+            // The record first: what is left of an interrupted removal is then known for what it is.
+            remove_directory(&layout.container(&id))
+                .map_err(|e| internal("removing the container's directory", e))?;
+            ignore_absent(std::fs::remove_dir_all(layout.bundle(&id)))
+                .map_err(|e| internal("removing the container's bundle", e))?;
+            cgroups.remove(&cgroup);
+            snapshots
+                .remove(&id)
+                .map_err(|e| internal("removing the container's root file system", e))
+        })
+        .await??;
+        self.emit(ContainerEventType::ContainerDeletedEvent, &container.id, &container.sandbox.id);
+        self.store.drop_container(&container.id);
+        Ok(())
+    }
+}

@@ -1,0 +1,228 @@
+//! StartContainer: the spec, then the monitor makes and starts the process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use oci_spec::runtime::LinuxSeccomp;
+use tonic::Status;
+
+use super::container_create::defaults;
+use super::store::{Container, Sandbox};
+use super::{Shim, blocking, devices, internal, sandbox_files};
+use crate::api::{self, ContainerEventType, NamespaceMode};
+use crate::monitor::protocol::{Exited, Overlay, Reply, Request, StartContainer, Started};
+use crate::monitor::record;
+use crate::spec::{Inputs, PidNamespace, Pod, plan_spec, seccomp, user};
+
+/// How long a start may take on a node that is very busy.
+const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(120);
+
+impl Shim {
+    pub(super) async fn start_container(
+        self: &Arc<Self>,
+        request: api::StartContainerRequest,
+    ) -> Result<api::StartContainerResponse, Status> {
+        let container = self.store.container(&request.container_id)?;
+        let this = self.clone();
+        tokio::spawn(async move { this.start(&container).await })
+            .await
+            .map_err(|e| internal("starting the container", e))??;
+        Ok(api::StartContainerResponse {})
+    }
+
+    async fn start(self: &Arc<Self>, container: &Arc<Container>) -> Result<(), Status> {
+        let _changing = container.changing.lock().await;
+        match container.state() {
+            api::ContainerState::ContainerCreated => {}
+            // The same call again, whose answer was lost.
+            api::ContainerState::ContainerRunning => return Ok(()),
+            state => {
+                return Err(Status::failed_precondition(format!(
+                    "container {} cannot be started: it is in state {}",
+                    container.id,
+                    state.as_str_name()
+                )));
+            }
+        }
+        let request = self.plan_start(container).await?;
+        container.status.send_modify(|s| s.starting = true);
+        let answer = self.ask_monitor(&container.sandbox, request).await;
+        match answer {
+            Ok(started) => {
+                container.status.send_modify(|s| {
+                    s.started = Some(started);
+                    s.starting = false;
+                });
+                self.durability.sync(self.layout.container(&container.id));
+                let kind = ContainerEventType::ContainerStartedEvent;
+                self.emit(kind, &container.id, &container.sandbox.id);
+                Ok(())
+            }
+            Err(message) => {
+                // As with other runtimes: the container has exited, and says why.
+                let exit = Exited {
+                    code: 128,
+                    at: record::now(),
+                    reason: "StartError".to_owned(),
+                    message: message.clone(),
+                    ..Exited::default()
+                };
+                let directory = self.layout.container(&container.id);
+                record::write(&directory, record::EXITED, &exit)
+                    .map_err(|e| internal("recording the failed start", e))?;
+                self.exited(container, exit);
+                Err(Status::internal(format!("starting container {}: {message}", container.id)))
+            }
+        }
+    }
+
+    async fn ask_monitor(
+        &self,
+        sandbox: &Sandbox,
+        request: StartContainer,
+    ) -> Result<Started, String> {
+        let request = Request::Start(Box::new(request));
+        match tokio::time::timeout(START_TIMEOUT, sandbox.monitor.call(&request)).await {
+            Ok(Ok(Reply::Started(started))) => Ok(started),
+            Ok(Ok(other)) => Err(format!("the monitor answered {other:?}")),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("not started within {} s", START_TIMEOUT.as_secs())),
+        }
+    }
+
+    /// Decides the spec, writes the bundle, and says what the monitor needs to know.
+    async fn plan_start(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+    ) -> Result<StartContainer, Status> {
+        let (this, container) = (self.clone(), container.clone());
+        blocking(move || this.plan_start_blocking(&container)).await?
+    }
+
+    fn plan_start_blocking(&self, container: &Container) -> Result<StartContainer, Status> {
+        let config = container.config();
+        let sandbox = &container.sandbox;
+        let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+        let image_id = container.record().image_id.clone();
+        let image = self
+            .images
+            .status(&image_id)
+            .map_err(|e| internal("looking up the image", e))?
+            .ok_or_else(|| Status::not_found(format!("image {image_id} is gone; pull it again")))?;
+        let defaults = defaults(&image);
+        let host_network = sandbox.host_network();
+        let sandbox_directory = self.layout.sandbox(&sandbox.id);
+        let hostname = fs::read_to_string(sandbox_directory.join("hostname"));
+        let host_ipc = sandbox.namespaces().ipc() == NamespaceMode::Node;
+        let pod = Pod {
+            netns: (!host_network).then(|| self.layout.netns(&sandbox.id)),
+            pid: self.pid_namespace(sandbox, security)?,
+            hostname: hostname.unwrap_or_default().trim().to_owned(),
+            shm: if host_ipc { "/dev/shm".into() } else { self.layout.shm(&sandbox.id) },
+            files: sandbox_files::bindings(&sandbox_directory),
+        };
+        make_mount_sources(&config.mounts)?;
+        let cgroup = container.record().cgroup.clone();
+        let inputs = Inputs {
+            config: &config,
+            image: &defaults,
+            pod: &pod,
+            host: &self.host,
+            rootfs: self.layout.rootfs(),
+            cgroup: cgroup.clone(),
+            localhost_seccomp: self.localhost_seccomp(security)?,
+            devices: devices::look_up(&config.devices, security.is_some_and(|s| s.privileged))?,
+        };
+        let spec = plan_spec(&inputs).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let user = user::request(security, &defaults.user)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+
+        let bundle = self.layout.bundle(&container.id);
+        // What an interrupted start left would make libcontainer refuse.
+        let _ = fs::remove_dir_all(&bundle);
+        fs::create_dir_all(&bundle).map_err(|e| internal("making the bundle", e))?;
+        let text = serde_json::to_vec(&spec).map_err(|e| internal("encoding the spec", e))?;
+        fs::write(bundle.join("config.json"), text).map_err(|e| internal("writing the spec", e))?;
+        let rootfs = self
+            .snapshots
+            .get(&container.id)
+            .map_err(|e| internal("finding the root file system", e))?
+            .ok_or_else(|| Status::internal("the container has no root file system"))?;
+        Ok(StartContainer {
+            id: container.id.clone(),
+            bundle,
+            rootfs: Overlay {
+                lower: rootfs.lowerdirs,
+                upper: rootfs.upper,
+                work: rootfs.work,
+                target: self.layout.rootfs(),
+            },
+            user,
+            cgroup,
+            log: container.record().log_path.clone(),
+            records: self.layout.container(&container.id),
+            stdin: config.stdin,
+            tty: config.tty,
+        })
+    }
+
+    fn pid_namespace(
+        &self,
+        sandbox: &Sandbox,
+        security: Option<&api::LinuxContainerSecurityContext>,
+    ) -> Result<PidNamespace, Status> {
+        let options = security.and_then(|s| s.namespace_options.clone());
+        let options = options.unwrap_or_else(|| sandbox.namespaces());
+        match options.pid() {
+            NamespaceMode::Container => Ok(PidNamespace::Container),
+            NamespaceMode::Node => Ok(PidNamespace::Node),
+            NamespaceMode::Pod => match sandbox.init {
+                Some(init) => Ok(PidNamespace::Join(format!("/proc/{init}/ns/pid").into())),
+                None => Err(Status::failed_precondition(
+                    "the sandbox has no shared PID namespace; set it in the sandbox's config too",
+                )),
+            },
+            NamespaceMode::Target => {
+                let target = self.store.container(&options.target_id)?;
+                let pid = target.status.borrow().started.as_ref().map(|s| s.pid);
+                let running = target.state() == api::ContainerState::ContainerRunning;
+                match pid.filter(|_| running && target.sandbox.id == sandbox.id) {
+                    Some(pid) => Ok(PidNamespace::Join(format!("/proc/{pid}/ns/pid").into())),
+                    None => Err(Status::failed_precondition(format!(
+                        "target container {} is not running in this sandbox",
+                        options.target_id
+                    ))),
+                }
+            }
+        }
+    }
+
+    fn localhost_seccomp(
+        &self,
+        security: Option<&api::LinuxContainerSecurityContext>,
+    ) -> Result<Option<LinuxSeccomp>, Status> {
+        let seccomp::Profile::Localhost(name) = seccomp::profile(security) else { return Ok(None) };
+        let path: PathBuf = self.config.seccomp_profile_root.join(name);
+        let text = fs::read(&path).map_err(|e| {
+            let path = path.display();
+            Status::invalid_argument(format!("reading the seccomp profile {path}: {e}"))
+        })?;
+        serde_json::from_slice(&text).map(Some).map_err(|e| {
+            let path = path.display();
+            Status::invalid_argument(format!("the seccomp profile {path} is malformed: {e}"))
+        })
+    }
+}
+
+/// A missing source of a bind mount becomes a directory, as other runtimes do it.
+fn make_mount_sources(mounts: &[api::Mount]) -> Result<(), Status> {
+    for mount in mounts {
+        let path = Path::new(&mount.host_path);
+        if path.is_absolute() && fs::symlink_metadata(path).is_err() {
+            fs::create_dir_all(path)
+                .map_err(|e| internal(&format!("making the mount source {}", path.display()), e))?;
+        }
+    }
+    Ok(())
+}

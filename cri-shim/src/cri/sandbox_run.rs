@@ -1,0 +1,248 @@
+//! RunPodSandbox: a name, files, namespaces, the network, a monitor.
+//!
+//! The record is written last: a crash before that leaves a directory without one, which recovery
+//! takes away with all that belongs to its id.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nix::mount::{MsFlags, mount};
+use tonic::Status;
+
+use super::store::{Sandbox, SandboxName};
+use super::{PATIENCE, Shim, blocking, internal, sandbox_files};
+use crate::api::{self, ContainerEventType, NamespaceMode};
+use crate::client::MonitorClient;
+use crate::monitor::protocol::{Reply, Request, SpawnMonitor, VERSION};
+use crate::network::{PortMapping, Protocol, SandboxNetwork};
+use crate::spec::cgroup_path;
+use crate::state::{SandboxRecord, new_id};
+
+impl Shim {
+    pub(super) async fn run_pod_sandbox(
+        self: &Arc<Self>,
+        request: api::RunPodSandboxRequest,
+    ) -> Result<api::RunPodSandboxResponse, Status> {
+        let config = request.config.ok_or_else(|| Status::invalid_argument("no config"))?;
+        let metadata = config.metadata.clone().unwrap_or_default();
+        if metadata.name.is_empty() || metadata.namespace.is_empty() {
+            return Err(Status::invalid_argument("a sandbox needs a name and a namespace"));
+        }
+        if !request.runtime_handler.is_empty() {
+            return Err(Status::unimplemented(format!(
+                "runtime handler {:?} is not configured; leave out runtimeClassName",
+                request.runtime_handler
+            )));
+        }
+        let id = new_id();
+        let name = SandboxName::from(&metadata);
+        if let Err(other) = self.store.reserve_sandbox(name.clone(), &id) {
+            // The same attempt again is a call whose answer was lost.
+            return match self.store.find_sandbox(&other).filter(|s| s.is_ready()) {
+                Some(sandbox) => {
+                    Ok(api::RunPodSandboxResponse { pod_sandbox_id: sandbox.id.clone() })
+                }
+                None => Err(Status::already_exists(format!(
+                    "sandbox {}/{} attempt {} exists as {other}; remove it first",
+                    metadata.namespace, metadata.name, metadata.attempt
+                ))),
+            };
+        }
+        // On a task of its own: a caller that goes away must not leave half a sandbox.
+        let this = self.clone();
+        let made = tokio::spawn(async move {
+            let made = this.make_sandbox(&id, config).await;
+            if made.is_err() {
+                this.clear_sandbox(&id).await;
+                this.store.release_sandbox(&name);
+            }
+            made.map(|()| id)
+        });
+        let id = made.await.map_err(|e| internal("making the sandbox", e))??;
+        Ok(api::RunPodSandboxResponse { pod_sandbox_id: id })
+    }
+
+    async fn make_sandbox(
+        self: &Arc<Self>,
+        id: &str,
+        config: api::PodSandboxConfig,
+    ) -> Result<(), Status> {
+        let linux = config.linux.clone().unwrap_or_default();
+        let options = linux.security_context.and_then(|s| s.namespace_options).unwrap_or_default();
+        if options.userns_options.as_ref().is_some_and(|u| u.mode() != NamespaceMode::Node) {
+            return Err(Status::unimplemented("hostUsers: false needs user namespaces"));
+        }
+        let host_network = options.network() == NamespaceMode::Node;
+        let host_ipc = options.ipc() == NamespaceMode::Node;
+        let shared_pid = options.pid() == NamespaceMode::Pod;
+        let (cgroup, own_cgroup) = self.sandbox_cgroup(id, &linux.cgroup_parent)?;
+        let hostname = self.sandbox_hostname(&config, host_network);
+
+        let (layout, sandbox_id, files) = (self.layout.clone(), id.to_owned(), config.clone());
+        let (name, netns) = (hostname.clone(), self.layout.netns(id));
+        let pinned = netns.clone();
+        blocking(move || {
+            let directory = layout.sandbox(&sandbox_id);
+            std::fs::create_dir_all(&directory)
+                .map_err(|e| internal("making the sandbox directory", e))?;
+            sandbox_files::write(&directory, &files, &name, host_network)
+                .map_err(|e| internal("writing the sandbox's files", e))?;
+            if !host_ipc {
+                mount_shm(&layout.shm(&sandbox_id))?;
+            }
+            if !host_network {
+                crate::network::netns::create(&pinned)
+                    .map_err(|e| internal("making the network namespace", e))?;
+            }
+            Ok::<(), Status>(())
+        })
+        .await??;
+
+        let spawn = SpawnMonitor {
+            socket: self.layout.monitor(id),
+            hostname: (!host_network).then(|| hostname.clone()),
+            ipc: !host_ipc,
+            shared_pid,
+            netns: (!host_network).then(|| netns.clone()),
+            sysctls: linux.sysctls.into_iter().collect(),
+            cgroup_procs: self.monitor_cgroup(&cgroup, own_cgroup),
+        };
+        let network = async {
+            if host_network {
+                return Ok(Vec::new());
+            }
+            let request = sandbox_network(id, &config, &hostname, netns);
+            let result = self.network.setup(&request).await;
+            result.map(|r| r.ips).map_err(|e| internal("setting up the pod's network", e))
+        };
+        let monitor = async {
+            self.zygote.spawn(spawn).await.map_err(|e| internal("starting the pod's monitor", e))
+        };
+        // Both run to their end, so that what is cleared after a failure has stopped growing.
+        let (ips, monitor) = tokio::join!(network, monitor);
+        let (ips, ()) = (ips?, monitor?);
+        let monitor = MonitorClient::new(self.layout.monitor(id));
+        let init = if shared_pid { hello(&monitor).await? } else { None };
+
+        let mut record = SandboxRecord::new(id, &config);
+        record.boot_id = self.boot_id.clone();
+        record.ips = ips.iter().map(ToString::to_string).collect();
+        record.cgroup = cgroup;
+        record.own_cgroup = own_cgroup;
+        let directory = self.layout.sandbox(id);
+        record.write(&directory).map_err(|e| internal("recording the sandbox", e))?;
+        self.durability.sync(directory);
+        let sandbox = Arc::new(Sandbox::new(record, config, monitor, init, true));
+        self.watch_monitor(&sandbox).await?;
+        self.store.add_sandbox(sandbox);
+        self.emit(ContainerEventType::ContainerCreatedEvent, id, id);
+        self.emit(ContainerEventType::ContainerStartedEvent, id, id);
+        Ok(())
+    }
+
+    fn sandbox_cgroup(&self, id: &str, parent: &str) -> Result<(PathBuf, bool), Status> {
+        if parent.is_empty() {
+            let default = cgroup_path::parent(
+                &self.config.default_cgroup_parent,
+                crate::config::CgroupDriver::Cgroupfs,
+            )
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+            return Ok((default.join(id), true));
+        }
+        let path = cgroup_path::parent(parent, self.config.cgroup_driver)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        Ok((path, false))
+    }
+
+    fn sandbox_hostname(&self, config: &api::PodSandboxConfig, host_network: bool) -> String {
+        if host_network || config.hostname.is_empty() {
+            let own = nix::unistd::gethostname().ok().and_then(|h| h.into_string().ok());
+            return own.unwrap_or_default();
+        }
+        config.hostname.clone()
+    }
+
+    /// The `cgroup.procs` files that take the monitor out of the service's cgroup and into its
+    /// pod's. On v2 it gets a leaf, as a cgroup with children may not hold processes.
+    fn monitor_cgroup(&self, cgroup: &std::path::Path, own: bool) -> Vec<PathBuf> {
+        if own {
+            for controller in ["cpu", "memory", "pids"] {
+                let _ = std::fs::create_dir_all(self.cgroups.controller(controller, cgroup));
+            }
+        }
+        if self.cgroups.v2 {
+            let leaf = self.cgroups.controller("", &cgroup.join(MONITOR_CGROUP));
+            let _ = std::fs::create_dir(&leaf);
+            return vec![leaf.join("cgroup.procs")];
+        }
+        self.cgroups
+            .directories(cgroup)
+            // A new v1 cpuset is empty and takes nobody until it is filled.
+            .filter(|d| !d.to_string_lossy().contains("/cpuset/"))
+            .map(|d| d.join("cgroup.procs"))
+            .collect()
+    }
+}
+
+/// The monitor's leaf in a v2 pod cgroup.
+pub(super) const MONITOR_CGROUP: &str = "longshore-monitor";
+
+async fn hello(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
+    let call = monitor.call(&Request::Hello { version: VERSION });
+    match tokio::time::timeout(PATIENCE, call).await {
+        Ok(Ok(Reply::Hello { init, .. })) => Ok(init),
+        Ok(Ok(other)) => {
+            Err(Status::internal(format!("the monitor answered hello with {other:?}")))
+        }
+        Ok(Err(error)) => Err(internal("greeting the pod's monitor", error)),
+        Err(_) => Err(Status::deadline_exceeded("the pod's monitor does not answer")),
+    }
+}
+
+fn mount_shm(path: &std::path::Path) -> Result<(), Status> {
+    std::fs::create_dir_all(path).map_err(|e| internal("making the shm directory", e))?;
+    mount(
+        Some("shm"),
+        path,
+        Some("tmpfs"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=1777,size=65536k"),
+    )
+    .map_err(|e| internal("mounting the sandbox's /dev/shm", e))
+}
+
+fn sandbox_network(
+    id: &str,
+    config: &api::PodSandboxConfig,
+    hostname: &str,
+    netns: PathBuf,
+) -> SandboxNetwork {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    let port_mappings = config
+        .port_mappings
+        .iter()
+        .filter_map(|port| {
+            Some(PortMapping {
+                protocol: match port.protocol() {
+                    api::Protocol::Tcp => Protocol::Tcp,
+                    api::Protocol::Udp => Protocol::Udp,
+                    api::Protocol::Sctp => Protocol::Sctp,
+                },
+                host_ip: port.host_ip.parse().ok(),
+                host_port: u16::try_from(port.host_port).ok().filter(|p| *p > 0)?,
+                container_port: u16::try_from(port.container_port).ok()?,
+            })
+        })
+        .collect();
+    SandboxNetwork {
+        id: id.to_owned(),
+        netns,
+        namespace: metadata.namespace,
+        name: metadata.name,
+        uid: metadata.uid,
+        hostname: hostname.to_owned(),
+        port_mappings,
+        annotations: config.annotations.clone().into_iter().collect::<BTreeMap<_, _>>(),
+    }
+}

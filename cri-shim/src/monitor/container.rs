@@ -1,0 +1,153 @@
+//! A container as its monitor sees it: a process, its output, its log.
+
+use std::io::{self, PipeReader, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::Pid;
+
+use super::launch::Stdio;
+use super::log::{Lines, Log, MAX_PIECE, Source};
+use super::protocol::StartContainer;
+use super::record;
+
+/// One stream of output.
+struct Output {
+    source: Source,
+    reader: std::fs::File,
+    lines: Lines,
+}
+
+/// A running container.
+pub(super) struct Container {
+    pub(super) id: String,
+    pub(super) pid: Pid,
+    pub(super) bundle: PathBuf,
+    pub(super) cgroup: PathBuf,
+    pub(super) records: PathBuf,
+    log: Log,
+    outputs: [Option<Output>; 2],
+    /// The other end of its standard input, or its terminal: held so that reads wait instead of
+    /// ending.
+    _input: Option<OwnedFd>,
+}
+
+impl Container {
+    /// Opens the log and makes the streams of a container that is about to be started.
+    pub(super) fn new(start: &StartContainer) -> io::Result<(Self, Stdio)> {
+        let log = Log::open(start.log.clone()).map_err(|e| {
+            let path = start.log.clone().unwrap_or_default();
+            io::Error::new(e.kind(), format!("opening the log {}: {e}", path.display()))
+        })?;
+        let mut container = Container {
+            id: start.id.clone(),
+            pid: Pid::from_raw(0),
+            bundle: start.bundle.clone(),
+            cgroup: start.cgroup.clone(),
+            records: start.records.clone(),
+            log,
+            outputs: [None, None],
+            _input: None,
+        };
+        let mut stdio = Stdio { stdin: None, stdout: None, stderr: None };
+        if !start.tty {
+            if start.stdin {
+                let (reader, writer) = io::pipe()?;
+                stdio.stdin = Some(reader.into());
+                container._input = Some(writer.into());
+            } else {
+                stdio.stdin = Some(std::fs::File::open("/dev/null")?.into());
+            }
+            let (stdout, writer) = output(Source::Stdout)?;
+            stdio.stdout = Some(writer);
+            let (stderr, writer) = output(Source::Stderr)?;
+            stdio.stderr = Some(writer);
+            container.outputs = [Some(stdout), Some(stderr)];
+        }
+        Ok((container, stdio))
+    }
+
+    /// The terminal replaces all three streams; everything it shows is standard output.
+    pub(super) fn take_terminal(&mut self, terminal: OwnedFd) {
+        if let Ok(reader) = terminal.try_clone()
+            && nonblocking(&reader).is_ok()
+        {
+            self.outputs[0] = Some(Output {
+                source: Source::Stdout,
+                reader: reader.into(),
+                lines: Lines::default(),
+            });
+        }
+        self._input = Some(terminal);
+    }
+
+    pub(super) fn outputs(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
+        self.outputs
+            .iter()
+            .enumerate()
+            .filter_map(|(at, output)| output.as_ref().map(|o| (at, o.reader.as_fd())))
+    }
+
+    /// Copies what a stream has into the log.
+    pub(super) fn copy_output(&mut self, at: usize) {
+        let _ = self.copy_once(at);
+    }
+
+    /// Whether more may follow at once.
+    fn copy_once(&mut self, at: usize) -> bool {
+        let Some(output) = &mut self.outputs[at] else { return false };
+        let mut buffer = [0u8; MAX_PIECE];
+        let stamp = || record::rfc3339(record::now());
+        match output.reader.read(&mut buffer) {
+            Ok(read) if read > 0 => {
+                output.lines.push(&mut self.log, output.source, &stamp(), &buffer[..read]);
+                true
+            }
+            Err(e)
+                if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
+            {
+                false
+            }
+            // The end; a terminal says so with EIO.
+            _ => {
+                output.lines.finish(&mut self.log, output.source, &stamp());
+                self.outputs[at] = None;
+                false
+            }
+        }
+    }
+
+    /// Takes all output that is there, at the end of the container.
+    pub(super) fn drain(&mut self) {
+        for at in 0..self.outputs.len() {
+            // Bounded, as a process that left the container may hold the other end and write on.
+            for _ in 0..4096 {
+                if !self.copy_once(at) {
+                    break;
+                }
+            }
+            if let Some(output) = &mut self.outputs[at] {
+                let stamp = record::rfc3339(record::now());
+                output.lines.finish(&mut self.log, output.source, &stamp);
+            }
+        }
+    }
+
+    pub(super) fn reopen_log(&mut self) -> io::Result<()> {
+        self.log.reopen()
+    }
+}
+
+fn output(source: Source) -> io::Result<(Output, OwnedFd)> {
+    let (reader, writer): (PipeReader, _) = io::pipe()?;
+    let reader = OwnedFd::from(reader);
+    nonblocking(&reader)?;
+    Ok((Output { source, reader: reader.into(), lines: Lines::default() }, writer.into()))
+}
+
+fn nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}

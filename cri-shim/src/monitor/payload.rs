@@ -1,0 +1,112 @@
+//! The last step of a container's or an exec's process: running its program.
+//!
+//! Takes the place of libcontainer's executor, so that a program that cannot be run is an error
+//! of the start (as with other runtimes), not a container that exits oddly.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use nix::errno::Errno;
+use nix::unistd::{AccessFlags, access, execve};
+use oci_spec::runtime::{Process, Spec};
+
+use super::launch::report_and_exit;
+use crate::spec::process::DEFAULT_PATH;
+
+/// Runs the spec's process; a failure goes to the pipe.
+#[derive(Clone)]
+pub(super) struct Payload {
+    report: Arc<OwnedFd>,
+}
+
+impl Payload {
+    pub(super) fn new(report: OwnedFd) -> Self {
+        Payload { report: Arc::new(report) }
+    }
+}
+
+impl Executor for Payload {
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let message = match spec.process() {
+            Some(process) => run(process),
+            None => "the spec has no process".to_owned(),
+        };
+        report_and_exit(&self.report, &message, 128)
+    }
+
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let process = spec.process().as_ref();
+        let checked = process.ok_or_else(|| "the spec has no process".to_owned()).and_then(find);
+        checked.map(|_| ()).map_err(ExecutorValidationError::ArgValidationError)
+    }
+
+    fn setup_envs(&self, _envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // The environment is given to execve as the spec has it, in its order.
+        Ok(())
+    }
+}
+
+/// Replaces this process by the program; returns only with the reason why not.
+pub(super) fn run(process: &Process) -> String {
+    let program = match find(process) {
+        Ok(program) => program,
+        Err(message) => return message,
+    };
+    let strings = |list: &Option<Vec<String>>| -> Vec<CString> {
+        list.iter().flatten().filter_map(|s| CString::new(s.as_bytes()).ok()).collect()
+    };
+    let Ok(path) = CString::new(program.as_os_str().as_bytes()) else {
+        return format!("{:?}: path with a NUL byte", program);
+    };
+    let errno = match execve(&path, &strings(process.args()), &strings(process.env())) {
+        Ok(never) => match never {},
+        Err(errno) => errno,
+    };
+    let hint = match errno {
+        Errno::ENOENT => " (its interpreter or loader is missing in the image)",
+        Errno::ENOEXEC => " (built for another architecture, or a script without #!)",
+        _ => "",
+    };
+    format!("exec {:?}: {}{hint}", program, errno.desc().to_lowercase())
+}
+
+/// The program file: a path as it is, a name looked up in the process's `PATH`.
+fn find(process: &Process) -> Result<PathBuf, String> {
+    let name = process.args().as_ref().and_then(|a| a.first()).ok_or("no program to run")?;
+    if name.contains('/') {
+        return match access(name.as_str(), AccessFlags::X_OK) {
+            Ok(()) if Path::new(name).is_dir() => Err(format!("exec: {name:?}: is a directory")),
+            Ok(()) => Ok(PathBuf::from(name)),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => {
+                Err(format!("exec: {name:?}: stat {name}: no such file or directory"))
+            }
+            Err(errno) => Err(format!("exec: {name:?}: {}", errno.desc().to_lowercase())),
+        };
+    }
+    let path = process
+        .env()
+        .iter()
+        .flatten()
+        .find_map(|e| e.strip_prefix("PATH="))
+        .unwrap_or(DEFAULT_PATH);
+    let mut denied = false;
+    for directory in path.split(':') {
+        let candidate = Path::new(if directory.is_empty() { "." } else { directory }).join(name);
+        match access(&candidate, AccessFlags::X_OK) {
+            Ok(()) if candidate.is_file() => return Ok(candidate),
+            Err(Errno::EACCES) => denied = true,
+            _ => {}
+        }
+    }
+    if denied {
+        return Err(format!("exec: {name:?}: permission denied"));
+    }
+    Err(format!("exec: {name:?}: executable file not found in $PATH"))
+}

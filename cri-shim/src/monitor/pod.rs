@@ -1,0 +1,497 @@
+//! The monitor's loop: one `poll(2)` over its socket, its connections, its containers' output and
+//! the SIGCHLD descriptor. Nothing has a timer, so an idle pod costs nothing.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::container::Container;
+use super::frame::{self, Inbox};
+use super::launch::{self, Progress};
+use super::protocol::{Exited, Reply, Request, StartContainer, Started, VERSION};
+use super::{exec, record, sys, tree};
+use crate::cgroup::Hierarchies;
+
+/// Exit statuses of children nobody has claimed yet are kept up to this many: a container may end
+/// before the launch that made it has said which process it is.
+const MAX_UNCLAIMED: usize = 64;
+
+struct Connection {
+    id: u64,
+    stream: UnixStream,
+    inbox: Inbox,
+    subscribed: bool,
+    broken: bool,
+}
+
+/// A child that makes a container or an exec, and reports on the way.
+struct Launch {
+    child: Pid,
+    progress: UnixStream,
+    inbox: Inbox,
+    connection: u64,
+    kind: Kind,
+    process: Option<Started>,
+    done: bool,
+}
+
+enum Kind {
+    Container(Box<Container>),
+    Exec { container: String },
+}
+
+struct Exec {
+    connection: u64,
+    pid: Pid,
+    container: String,
+}
+
+struct Pod {
+    init: Option<i32>,
+    cgroups: Hierarchies,
+    connections: Vec<Connection>,
+    next_connection: u64,
+    launches: Vec<Launch>,
+    containers: Vec<Container>,
+    execs: Vec<Exec>,
+    unclaimed: Vec<(Pid, i32, i32)>,
+    ending: bool,
+}
+
+/// What a descriptor in the poll set belongs to.
+#[derive(Clone, Copy)]
+enum Source {
+    Signal,
+    Listener,
+    Connection(usize),
+    Launch(usize),
+    Output(usize, usize),
+}
+
+/// Runs until told to exit.
+pub(super) fn run(listener: UnixListener, init: Option<i32>) -> i32 {
+    match serve(listener, init) {
+        Ok(()) => 0,
+        Err(_) => 1,
+    }
+}
+
+fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    children.thread_block()?;
+    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    listener.set_nonblocking(true)?;
+    let mut pod = Pod {
+        init,
+        cgroups: Hierarchies::find()?,
+        connections: Vec::new(),
+        next_connection: 0,
+        launches: Vec::new(),
+        containers: Vec::new(),
+        execs: Vec::new(),
+        unclaimed: Vec::new(),
+        ending: false,
+    };
+    while !pod.ending {
+        for source in pod.wait(&signals, &listener)? {
+            match source {
+                Source::Signal => {
+                    while let Ok(Some(_)) = signals.read_signal() {}
+                    pod.reap();
+                }
+                Source::Listener => pod.accept(&listener),
+                Source::Connection(at) => pod.serve_connection(at),
+                Source::Launch(at) => pod.serve_launch(at),
+                Source::Output(container, stream) => pod.containers[container].copy_output(stream),
+            }
+        }
+        pod.sweep();
+    }
+    if let Some(init) = pod.init {
+        let _ = kill(Pid::from_raw(init), Signal::SIGKILL);
+    }
+    Ok(())
+}
+
+impl Pod {
+    fn wait(&self, signals: &SignalFd, listener: &UnixListener) -> io::Result<Vec<Source>> {
+        let mut sources = vec![Source::Signal, Source::Listener];
+        let mut fds: Vec<BorrowedFd<'_>> = vec![signals.as_fd(), listener.as_fd()];
+        for (at, connection) in self.connections.iter().enumerate() {
+            sources.push(Source::Connection(at));
+            fds.push(connection.stream.as_fd());
+        }
+        for (at, launch) in self.launches.iter().enumerate() {
+            sources.push(Source::Launch(at));
+            fds.push(launch.progress.as_fd());
+        }
+        for (at, container) in self.containers.iter().enumerate() {
+            for (stream, fd) in container.outputs() {
+                sources.push(Source::Output(at, stream));
+                fds.push(fd);
+            }
+        }
+        let mut polled: Vec<PollFd<'_>> =
+            fds.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut polled, PollTimeout::NONE) {
+            Ok(_) => {}
+            Err(Errno::EINTR) => return Ok(Vec::new()),
+            Err(errno) => return Err(errno.into()),
+        }
+        let ready = polled.iter().map(|p| p.revents().is_some_and(|r| !r.is_empty()));
+        // Output before exits, so that a log is whole when the exit is told.
+        let mut found: Vec<Source> =
+            sources.into_iter().zip(ready).filter(|(_, ready)| *ready).map(|(s, _)| s).collect();
+        found.reverse();
+        Ok(found)
+    }
+
+    fn accept(&mut self, listener: &UnixListener) {
+        while let Ok((stream, _)) = listener.accept() {
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            self.connections.push(Connection {
+                id: self.next_connection,
+                stream,
+                inbox: Inbox::default(),
+                subscribed: false,
+                broken: false,
+            });
+            self.next_connection += 1;
+        }
+    }
+
+    fn serve_connection(&mut self, at: usize) {
+        let connection = &mut self.connections[at];
+        match connection.inbox.fill(&connection.stream) {
+            Ok(true) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Ok(false) | Err(_) => {
+                connection.broken = true;
+                return;
+            }
+        }
+        loop {
+            let connection = &mut self.connections[at];
+            match connection.inbox.next::<Request>() {
+                Ok(Some(request)) => self.answer(at, request),
+                Ok(None) => return,
+                Err(e) => {
+                    let message = format!("not understood: {e}");
+                    reply(connection, &Reply::Failed { message });
+                    connection.broken = true;
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, at: usize, request: Request) {
+        match request {
+            Request::Hello { .. } => {
+                let pid = std::process::id() as i32;
+                let hello = Reply::Hello { version: VERSION, pid, init: self.init };
+                reply(&mut self.connections[at], &hello);
+            }
+            Request::Subscribe => {
+                self.connections[at].subscribed = true;
+                reply(&mut self.connections[at], &Reply::Done);
+            }
+            Request::Start(start) => self.start(at, *start),
+            Request::Kill { container, signal, all } => {
+                self.kill(&container, signal, all);
+                reply(&mut self.connections[at], &Reply::Done);
+            }
+            Request::Exec { container, arguments } => self.exec(at, container, &arguments),
+            Request::ReopenLog { container } => {
+                let found = self.containers.iter_mut().find(|c| c.id == container);
+                let answer = match found.map(|c| c.reopen_log()) {
+                    Some(Ok(())) => Reply::Done,
+                    Some(Err(e)) => Reply::Failed { message: format!("reopening the log: {e}") },
+                    None => Reply::Failed { message: "the container is not running".to_owned() },
+                };
+                reply(&mut self.connections[at], &answer);
+            }
+            Request::Exit => {
+                if self.containers.is_empty() && self.launches.is_empty() {
+                    self.ending = true;
+                    reply(&mut self.connections[at], &Reply::Done);
+                } else {
+                    let message = "containers are running; stop them first".to_owned();
+                    reply(&mut self.connections[at], &Reply::Failed { message });
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, at: usize, start: StartContainer) {
+        let connection = self.connections[at].id;
+        let busy = self.containers.iter().any(|c| c.id == start.id)
+            || self
+                .launches
+                .iter()
+                .any(|l| matches!(&l.kind, Kind::Container(container) if container.id == start.id));
+        let started = if busy {
+            Err(io::Error::other("the container is running already"))
+        } else {
+            self.fork_container(connection, start)
+        };
+        if let Err(error) = started {
+            let message = format!("starting the container: {error}");
+            reply(&mut self.connections[at], &Reply::Failed { message });
+        }
+    }
+
+    fn fork_container(&mut self, connection: u64, start: StartContainer) -> io::Result<()> {
+        let (container, stdio) = Container::new(&start)?;
+        let (progress, theirs) = UnixStream::pair()?;
+        let Some(child) = sys::fork()? else {
+            launch::run(&start, stdio, theirs);
+        };
+        drop((theirs, stdio));
+        progress.set_nonblocking(true)?;
+        self.launches.push(Launch {
+            child,
+            progress,
+            inbox: Inbox::default(),
+            connection,
+            kind: Kind::Container(Box::new(container)),
+            process: None,
+            done: false,
+        });
+        Ok(())
+    }
+
+    fn exec(&mut self, at: usize, container: String, arguments: &[String]) {
+        let stdio = std::mem::take(&mut self.connections[at].inbox.fds);
+        let connection = self.connections[at].id;
+        let forked = match self.containers.iter().find(|c| c.id == container) {
+            _ if !exec::complete(&stdio) => Err(io::Error::other("three descriptors are needed")),
+            None => Err(io::Error::other("the container is not running")),
+            Some(found) => fork_exec(found, arguments, stdio),
+        };
+        match forked {
+            Ok((child, progress)) => self.launches.push(Launch {
+                child,
+                progress,
+                inbox: Inbox::default(),
+                connection,
+                kind: Kind::Exec { container },
+                process: None,
+                done: false,
+            }),
+            Err(error) => {
+                let message = format!("running a process in the container: {error}");
+                reply(&mut self.connections[at], &Reply::Failed { message });
+            }
+        }
+    }
+
+    fn kill(&mut self, container: &str, signal: i32, all: bool) {
+        let Some(found) = self.containers.iter().find(|c| c.id == container) else { return };
+        if all && signal == libc::SIGKILL {
+            self.cgroups.kill(&found.cgroup);
+        }
+        send_signal(found.pid, signal);
+        if all && signal != libc::SIGKILL {
+            for pid in self.cgroups.processes(&found.cgroup) {
+                if pid != found.pid {
+                    send_signal(pid, signal);
+                }
+            }
+        }
+    }
+
+    fn serve_launch(&mut self, at: usize) {
+        let launch = &mut self.launches[at];
+        let open = match launch.inbox.fill(&launch.progress) {
+            Ok(open) => open,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => false,
+        };
+        while !self.launches[at].done {
+            match self.launches[at].inbox.next::<Progress>() {
+                Ok(Some(progress)) => self.advance(at, progress),
+                Ok(None) if open => return,
+                Ok(None) | Err(_) => {
+                    let message = "the launching process died; see the kernel log".to_owned();
+                    self.advance(at, Progress::Failed { message });
+                }
+            }
+        }
+    }
+
+    fn advance(&mut self, at: usize, progress: Progress) {
+        let launch = &mut self.launches[at];
+        match progress {
+            Progress::Created { pid, user } => {
+                launch.process = Some(Started { pid, at: 0, user });
+                if let Kind::Container(container) = &mut launch.kind {
+                    container.pid = Pid::from_raw(pid);
+                    if let Some(terminal) = launch.inbox.fds.pop() {
+                        container.take_terminal(terminal);
+                    }
+                }
+            }
+            Progress::Running => {
+                launch.done = true;
+                let Some(mut started) = launch.process.take() else { return };
+                started.at = record::now();
+                let connection = launch.connection;
+                let kind =
+                    std::mem::replace(&mut launch.kind, Kind::Exec { container: String::new() });
+                self.running(connection, kind, started);
+            }
+            Progress::Failed { message } => {
+                launch.done = true;
+                let pid = launch.process.as_ref().map(|p| Pid::from_raw(p.pid));
+                if let Some(pid) = pid {
+                    let _ = kill(pid, Signal::SIGKILL);
+                }
+                if let Kind::Container(container) = &launch.kind {
+                    let cgroup = container.cgroup.clone();
+                    self.cgroups.kill(&cgroup);
+                    let _ = self.cgroups.remove(&cgroup);
+                }
+                let connection = self.launches[at].connection;
+                self.tell(connection, &Reply::Failed { message });
+            }
+        }
+    }
+
+    fn running(&mut self, connection: u64, kind: Kind, started: Started) {
+        let pid = Pid::from_raw(started.pid);
+        match kind {
+            Kind::Container(container) => {
+                let _ = record::write(&container.records, record::STARTED, &started);
+                self.containers.push(*container);
+                self.tell(connection, &Reply::Started(started));
+            }
+            Kind::Exec { container } => {
+                self.execs.push(Exec { connection, pid, container });
+                self.tell(connection, &Reply::Done);
+            }
+        }
+        if let Some(at) = self.unclaimed.iter().position(|(p, ..)| *p == pid) {
+            let (_, code, signal) = self.unclaimed.swap_remove(at);
+            self.ended(pid, code, signal);
+        }
+    }
+
+    fn reap(&mut self) {
+        loop {
+            let (pid, code, signal) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, code, 0),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    (pid, 128 + signal as i32, signal as i32)
+                }
+                Ok(WaitStatus::StillAlive) | Err(_) => return,
+                Ok(_) => continue,
+            };
+            if !self.ended(pid, code, signal) && !self.launches.is_empty() {
+                self.unclaimed.push((pid, code, signal));
+            }
+        }
+    }
+
+    /// Deals with the end of a process; `false` when it is nobody's.
+    fn ended(&mut self, pid: Pid, code: i32, signal: i32) -> bool {
+        if let Some(at) = self.containers.iter().position(|c| c.pid == pid) {
+            let mut container = self.containers.swap_remove(at);
+            // In a PID namespace of its own nothing is left; elsewhere its processes go with it.
+            self.cgroups.kill(&container.cgroup);
+            container.drain();
+            let oom_killed = code != 0 && self.cgroups.oom_kills(&container.cgroup) > 0;
+            let exit = Exited { code, signal, at: record::now(), oom_killed, ..Exited::default() };
+            let _ = record::write(&container.records, record::EXITED, &exit);
+            let _ = self.cgroups.remove(&container.cgroup);
+            let event = Reply::Exited { container: container.id, exit };
+            for connection in self.connections.iter_mut().filter(|c| c.subscribed) {
+                reply(connection, &event);
+            }
+            return true;
+        }
+        if let Some(at) = self.execs.iter().position(|e| e.pid == pid) {
+            let exec = self.execs.swap_remove(at);
+            self.tell(exec.connection, &Reply::ExecExited { code });
+            return true;
+        }
+        self.launches.iter().any(|l| l.child == pid)
+    }
+
+    fn tell(&mut self, connection: u64, message: &Reply) {
+        if let Some(found) = self.connections.iter_mut().find(|c| c.id == connection) {
+            reply(found, message);
+        }
+    }
+
+    /// Drops what has ended, and with a connection what was being done for it.
+    fn sweep(&mut self) {
+        for at in 0..self.connections.len() {
+            if self.connections[at].broken {
+                let id = self.connections[at].id;
+                self.abandon(id);
+            }
+        }
+        self.connections.retain(|c| !c.broken);
+        self.launches.retain(|l| !l.done);
+        if self.launches.is_empty() {
+            self.unclaimed = Vec::new();
+        } else if self.unclaimed.len() > MAX_UNCLAIMED {
+            self.unclaimed.remove(0);
+        }
+    }
+
+    fn abandon(&mut self, connection: u64) {
+        for at in 0..self.launches.len() {
+            if self.launches[at].connection == connection && !self.launches[at].done {
+                let _ = kill(self.launches[at].child, Signal::SIGKILL);
+                let message = "abandoned".to_owned();
+                self.advance(at, Progress::Failed { message });
+            }
+        }
+        for exec in self.execs.iter().filter(|e| e.connection == connection) {
+            let container = self.containers.iter().find(|c| c.id == exec.container);
+            let candidates = container.map(|c| self.cgroups.processes(&c.cgroup));
+            tree::kill_tree(exec.pid, &candidates.unwrap_or_default());
+        }
+    }
+}
+
+fn fork_exec(
+    container: &Container,
+    arguments: &[String],
+    stdio: Vec<OwnedFd>,
+) -> io::Result<(Pid, UnixStream)> {
+    let (progress, theirs) = UnixStream::pair()?;
+    let bundle: &PathBuf = &container.bundle;
+    let target = exec::Target { init: container.pid.as_raw(), bundle, cgroup: &container.cgroup };
+    let Some(child) = sys::fork()? else {
+        exec::run(&target, arguments, stdio, theirs);
+    };
+    drop(theirs);
+    progress.set_nonblocking(true)?;
+    Ok((child, progress))
+}
+
+/// A connection that does not take its frames is dropped: the shim finds what it missed on disk.
+fn reply(connection: &mut Connection, message: &Reply) {
+    if frame::send(&connection.stream, message, &[]).is_err() {
+        connection.broken = true;
+    }
+}
+
+fn send_signal(pid: Pid, signal: i32) {
+    // By number, as real-time signals have no name in nix.
+    sys::kill(pid, signal);
+}

@@ -1,0 +1,153 @@
+//! What a shim and a monitor say to each other over the monitor's unix socket.
+//!
+//! A frame is a little-endian `u32` length and that many bytes of JSON; file descriptors travel
+//! with the first byte. A monitor outlives the program that started it, so the version is part of
+//! the first exchange and fields are only ever added: a newer shim must be able to manage an older
+//! monitor.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::spec::user::{Identity, UserRequest};
+
+/// The protocol this program speaks.
+pub const VERSION: u32 = 1;
+
+/// The longest frame either side accepts, in bytes.
+pub const MAX_FRAME: usize = 1 << 20;
+
+/// What the shim asks a monitor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// Opens every connection. Answered by [`Reply::Hello`].
+    Hello { version: u32 },
+    /// From now on this connection gets [`Reply::Exited`] of every container.
+    Subscribe,
+    /// Makes and starts a container. Answered by [`Reply::Started`] or [`Reply::Failed`]; closing
+    /// the connection before that abandons the start.
+    Start(Box<StartContainer>),
+    /// Sends a signal to a container's first process, or to all of its processes. Answered by
+    /// [`Reply::Done`], also when it is gone already.
+    Kill { container: String, signal: i32, all: bool },
+    /// Runs a process in a container; standard input, output and error come with the frame.
+    /// Answered by [`Reply::Done`] once it runs and [`Reply::ExecExited`] at its end; closing the
+    /// connection kills it and what it started.
+    Exec { container: String, arguments: Vec<String> },
+    /// Closes and opens the log again, after it was renamed.
+    ReopenLog { container: String },
+    /// Ends the monitor. Refused while a container runs.
+    Exit,
+}
+
+/// A container to start.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartContainer {
+    pub id: String,
+    /// The directory with `config.json`, and where the OCI runtime keeps its state of the container.
+    pub bundle: PathBuf,
+    /// The overlay to mount for it.
+    pub rootfs: Overlay,
+    pub user: UserRequest,
+    /// The container's cgroup, relative to the root of each hierarchy.
+    pub cgroup: PathBuf,
+    /// Where its output goes; nowhere when absent.
+    pub log: Option<PathBuf>,
+    /// The directory that gets `started.json` and `exited.json`.
+    pub records: PathBuf,
+    /// Keeps its standard input open.
+    pub stdin: bool,
+    /// Gives it a terminal.
+    pub tty: bool,
+}
+
+/// The parts of an overlay mount, uppermost layer first.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Overlay {
+    pub lower: Vec<PathBuf>,
+    pub upper: PathBuf,
+    pub work: PathBuf,
+    /// The mount point, in the container's own mount namespace.
+    pub target: PathBuf,
+}
+
+/// What a monitor says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    Hello {
+        version: u32,
+        pid: i32,
+        /// The first process of the pod's shared PID namespace.
+        init: Option<i32>,
+    },
+    /// What was asked has been done.
+    Done,
+    /// What was asked could not be done; the text is for people.
+    Failed {
+        message: String,
+    },
+    Started(Started),
+    ExecExited {
+        code: i32,
+    },
+    Exited {
+        container: String,
+        exit: Exited,
+    },
+}
+
+/// The record of a start, also on disk as `started.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    pub pid: i32,
+    /// Nanoseconds since the epoch.
+    pub at: i64,
+    pub user: Identity,
+}
+
+/// The record of an end, also on disk as `exited.json`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exited {
+    /// The exit code as a shell gives it: 128 + signal for a killed process.
+    pub code: i32,
+    #[serde(default)]
+    pub signal: i32,
+    /// Nanoseconds since the epoch.
+    pub at: i64,
+    #[serde(default)]
+    pub oom_killed: bool,
+    /// A CamelCase reason that overrides the one the code implies, such as `StartError`.
+    #[serde(default)]
+    pub reason: String,
+    #[serde(default)]
+    pub message: String,
+}
+
+/// What the shim asks the zygote: a monitor for one pod.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SpawnMonitor {
+    /// Where the monitor listens.
+    pub socket: PathBuf,
+    /// A UTS namespace of its own with this host name; the node's when absent.
+    pub hostname: Option<String>,
+    /// An IPC namespace of its own.
+    pub ipc: bool,
+    /// A PID namespace that the pod's containers share.
+    pub shared_pid: bool,
+    /// The pod's network namespace, for sysctls.
+    pub netns: Option<PathBuf>,
+    /// Sysctls to set, by dotted name.
+    pub sysctls: BTreeMap<String, String>,
+    /// `cgroup.procs` files the monitor writes itself into; best effort.
+    pub cgroup_procs: Vec<PathBuf>,
+}
+
+/// The zygote's answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Spawned {
+    /// Empty when the monitor listens.
+    pub error: String,
+}

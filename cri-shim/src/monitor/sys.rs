@@ -1,0 +1,104 @@
+//! The system calls without a safe wrapper: fork, exit without destructors, descriptors in and out.
+#![allow(unsafe_code, reason = "fork, _exit, SCM_RIGHTS and raw clone have no safe interface")]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use nix::sys::signal::{SigHandler, SigSet, Signal};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
+use nix::unistd::{ForkResult, Pid};
+
+/// Forks; `None` in the child.
+pub fn fork() -> io::Result<Option<Pid>> {
+    // SAFETY: the zygote and the monitors are single-threaded, so the child may use everything its
+    // parent could.
+    match unsafe { nix::unistd::fork() }? {
+        ForkResult::Parent { child } => Ok(Some(child)),
+        ForkResult::Child => Ok(None),
+    }
+}
+
+/// Forks a child of the caller's parent (`CLONE_PARENT`); `None` in the child.
+pub fn fork_sibling() -> io::Result<Option<Pid>> {
+    // SAFETY: clone without CLONE_VM and with a null stack is fork with another parent; the caller
+    // is single-threaded. With CLONE_PARENT the exit signal is the caller's.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone,
+            libc::CLONE_PARENT | libc::SIGCHLD,
+            0usize,
+            0usize,
+            0usize,
+            0usize,
+        )
+    };
+    match pid {
+        -1 => Err(io::Error::last_os_error()),
+        0 => Ok(None),
+        pid => Ok(Some(Pid::from_raw(pid as i32))),
+    }
+}
+
+/// Ends this process at once: a forked child must not run its parent's destructors.
+pub fn exit(code: i32) -> ! {
+    // SAFETY: _exit takes any value and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Undoes what the monitor set for itself: a container starts with default signals, none blocked.
+pub fn reset_signals() {
+    let _ = SigSet::empty().thread_set_mask();
+    for signal in Signal::iterator() {
+        // SAFETY: the default action runs no code of ours.
+        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+    }
+}
+
+/// Has the kernel reap this process's children.
+pub fn ignore_children() {
+    // SAFETY: ignoring a signal runs no code of ours.
+    let _ = unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) };
+}
+
+/// Makes a signal's default action apply again.
+pub fn default_action(signal: Signal) {
+    // SAFETY: the default action runs no code of ours.
+    let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+}
+
+/// Sends bytes with descriptors; the number of bytes that went.
+pub fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[RawFd]) -> io::Result<usize> {
+    let parts = [IoSlice::new(bytes)];
+    let rights = [ControlMessage::ScmRights(fds)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    Ok(sendmsg::<UnixAddr>(stream.as_raw_fd(), &parts, &rights, flags, None)?)
+}
+
+/// Receives bytes and any descriptors that come with them.
+pub fn receive_with_fds(
+    socket: RawFd,
+    buffer: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut parts = [IoSliceMut::new(buffer)];
+    let mut space = nix::cmsg_space!([RawFd; 4]);
+    let message =
+        recvmsg::<UnixAddr>(socket, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just made these descriptors for this process; nothing else
+            // owns them.
+            fds.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    Ok(message.bytes)
+}
+
+/// Sends a signal by number, real-time ones too; a process that is gone is no error.
+pub fn kill(pid: Pid, signal: i32) {
+    if pid.as_raw() > 0 {
+        // SAFETY: kill(2) takes any two integers.
+        let _ = unsafe { libc::kill(pid.as_raw(), signal) };
+    }
+}

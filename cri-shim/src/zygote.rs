@@ -1,0 +1,79 @@
+//! The shim's end of the zygote: starts it, asks it for monitors, starts another when it is gone.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::monitor::frame;
+use crate::monitor::protocol::{SpawnMonitor, Spawned};
+
+/// The zygote of this shim.
+#[derive(Clone)]
+pub struct Zygote {
+    exe: PathBuf,
+    process: Arc<Mutex<Option<Process>>>,
+}
+
+struct Process {
+    child: Child,
+    requests: UnixStream,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // The end of its standard input ends it; wait, so that it leaves no zombie.
+        let _ = self.requests.shutdown(std::net::Shutdown::Both);
+        let _ = self.child.wait();
+    }
+}
+
+impl Zygote {
+    /// Starts the zygote.
+    pub fn start(exe: PathBuf) -> io::Result<Self> {
+        let process = execute(&exe)?;
+        Ok(Zygote { exe, process: Arc::new(Mutex::new(Some(process))) })
+    }
+
+    /// Forks a monitor and returns once it listens.
+    pub async fn spawn(&self, spawn: SpawnMonitor) -> io::Result<()> {
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || this.spawn_blocking(&spawn))
+            .await
+            .map_err(io::Error::other)?
+    }
+
+    fn spawn_blocking(&self, spawn: &SpawnMonitor) -> io::Result<()> {
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = None;
+        for _ in 0..2 {
+            if process.is_none() {
+                *process = Some(execute(&self.exe)?);
+            }
+            let Some(running) = process.as_ref() else { continue };
+            let answer = frame::send(&running.requests, spawn, &[])
+                .and_then(|()| frame::receive::<Spawned>(&running.requests));
+            match answer {
+                Ok(Some(spawned)) if spawned.error.is_empty() => return Ok(()),
+                Ok(Some(spawned)) => return Err(io::Error::other(spawned.error)),
+                Ok(None) => last = Some(io::Error::other("the zygote ended")),
+                Err(error) => last = Some(error),
+            }
+            *process = None;
+        }
+        Err(last.unwrap_or_else(|| io::Error::other("no zygote")))
+    }
+}
+
+fn execute(exe: &PathBuf) -> io::Result<Process> {
+    let (requests, theirs) = UnixStream::pair()?;
+    let child = Command::new(exe)
+        .arg0("longshore")
+        .arg("monitor")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()?;
+    Ok(Process { child, requests })
+}
