@@ -30,6 +30,7 @@ impl Namespace {
     fn new() -> Self {
         std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("root is needed: a network namespace");
+            sh(NO_DAD);
             Namespace::current()
         })
         .join()
@@ -75,11 +76,15 @@ pub fn pod_ip(pod: usize, v6: bool) -> IpAddr {
     text.parse().expect("address")
 }
 
+/// Link-local addresses are usable at once: neighbours are asked from them.
+const NO_DAD: &str = "sysctl -qw net.ipv6.conf.default.accept_dad=0 net.ipv6.conf.all.accept_dad=0";
+
 impl Net {
     /// Makes the namespaces; the calling thread is on the node afterwards.
     pub fn new(pods: usize) -> Net {
         unshare(CloneFlags::CLONE_NEWNET).expect("root is needed: a network namespace");
         let node = Namespace::current();
+        sh(NO_DAD);
         sh("ip link set lo up; sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1");
         let net = Net {
             node,

@@ -1,0 +1,342 @@
+//! Services as iptables rules, in the words of `iptables-save`, so that a restart can compare.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use crate::backend::Environment;
+use crate::config::LocalTraffic;
+use crate::object::{NamespacedName, Protocol};
+use crate::plan::{PortPlan, ServicePlan};
+
+/// Beginning of the name of every own chain.
+pub const PREFIX: &str = "LS-";
+
+/// An iptables table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Table {
+    /// Translation.
+    Nat,
+    /// Filtering.
+    Filter,
+}
+
+impl Table {
+    /// Both.
+    pub const ALL: [Table; 2] = [Table::Nat, Table::Filter];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Table::Nat => "nat",
+            Table::Filter => "filter",
+        }
+    }
+}
+
+/// A chain in a table.
+pub type ChainKey = (Table, String);
+
+/// Jumps from the kernel's chains to ours: table, chain, rule.
+pub const ANCHORS: [(Table, &str, &str); 7] = [
+    (Table::Nat, "PREROUTING", "-j LS-SERVICES"),
+    (Table::Nat, "OUTPUT", "-j LS-SERVICES"),
+    (Table::Nat, "POSTROUTING", "-j LS-POSTROUTING"),
+    (Table::Filter, "INPUT", "-j LS-FILTER"),
+    (Table::Filter, "FORWARD", "-j LS-FORWARD"),
+    (Table::Filter, "FORWARD", "-j LS-FILTER"),
+    (Table::Filter, "OUTPUT", "-j LS-FILTER"),
+];
+
+/// Rules of one Service, or of all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules {
+    /// Chains of its own, whole.
+    pub chains: BTreeMap<ChainKey, Vec<String>>,
+    /// Its rules in chains that all Services share.
+    pub shared: BTreeSet<(Table, &'static str, String)>,
+}
+
+/// Chains that Services share, by table; their rules have no order among each other.
+pub const SHARED: [(Table, &str); 5] = [
+    (Table::Nat, "LS-VIPS"),
+    (Table::Nat, "LS-NODEPORTS"),
+    (Table::Filter, "LS-NO-ENDPOINTS"),
+    (Table::Filter, "LS-NP-NO-ENDPTS"),
+    (Table::Filter, "LS-FIREWALL"),
+];
+
+/// A name for a chain that belongs to something: 13 letters of a 64-bit hash (FNV-1a).
+fn chain(kind: &str, of: &str) -> String {
+    const LETTERS: &[u8; 32] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
+    let mut hash = of.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let mut name = format!("{PREFIX}{kind}-");
+    for _ in 0..13 {
+        name.push(char::from(LETTERS[(hash & 31) as usize]));
+        hash >>= 5;
+    }
+    name
+}
+
+fn whole(ip: IpAddr) -> String {
+    format!("{ip}/{}", if ip.is_ipv4() { 32 } else { 128 })
+}
+
+/// `-p tcp -m tcp --dport 80`.
+fn to_port(protocol: Protocol, port: u16) -> String {
+    format!("-p {protocol} -m {protocol} --dport {port}")
+}
+
+/// The share of a rule that takes one of `left`, as the kernel rounds it.
+fn probability(left: usize) -> String {
+    let scale = f64::from(1u32 << 31);
+    format!("{:.11}", (scale / left as f64).round() / scale)
+}
+
+fn reject(ipv4: bool) -> String {
+    let kind = if ipv4 { "icmp-port-unreachable" } else { "icmp6-port-unreachable" };
+    format!("-j REJECT --reject-with {kind}")
+}
+
+/// Conditions of pods' traffic, one for each source.
+fn from_pods(environment: &Environment, ipv4: bool) -> Vec<String> {
+    match &environment.local {
+        LocalTraffic::Unknown => Vec::new(),
+        LocalTraffic::Cidrs(cidrs) => cidrs
+            .iter()
+            .filter(|cidr| cidr.address.is_ipv4() == ipv4)
+            .map(|cidr| format!("-s {cidr}"))
+            .collect(),
+        LocalTraffic::Interface(name) => vec![format!("-i {name}")],
+        LocalTraffic::InterfacePrefix(prefix) => vec![format!("-i {prefix}+")],
+    }
+}
+
+/// The chains that do not depend on Services; a shared one has no rules here.
+pub fn fixed(environment: &Environment, ipv4: bool) -> BTreeMap<ChainKey, Vec<String>> {
+    let bit = environment.masquerade_bit;
+    let mut chains: BTreeMap<ChainKey, Vec<String>> = BTreeMap::new();
+    let mut put = |table, name: &str, rules: Vec<String>| {
+        chains.insert((table, name.to_owned()), rules);
+    };
+    let mut services = vec!["-j LS-VIPS".to_owned()];
+    let loopback = if ipv4 { "127.0.0.0/8" } else { "::1/128" };
+    let local = "-m addrtype --dst-type LOCAL -j LS-NODEPORTS";
+    match &environment.node_ports {
+        None if ipv4 && environment.localhost => services.push(local.to_owned()),
+        None => services.push(format!("! -d {loopback} {local}")),
+        Some(cidrs) => services.extend(
+            cidrs
+                .iter()
+                .filter(|cidr| cidr.address.is_ipv4() == ipv4)
+                .map(|cidr| format!("-d {cidr} {local}")),
+        ),
+    }
+    put(Table::Nat, "LS-SERVICES", services);
+    put(Table::Nat, "LS-MARK-MASQ", vec![format!("-j MARK --set-xmark {bit:#x}/{bit:#x}")]);
+    let mut off_cluster: Vec<String> = from_pods(environment, ipv4)
+        .into_iter()
+        .map(|source| format!("{source} -j RETURN"))
+        .collect();
+    if environment.masquerade_all {
+        off_cluster = vec!["-j LS-MARK-MASQ".to_owned()];
+    } else if !off_cluster.is_empty() {
+        off_cluster.push("-j LS-MARK-MASQ".to_owned());
+    }
+    put(Table::Nat, "LS-OFF-CLUSTER", off_cluster);
+    put(
+        Table::Nat,
+        "LS-POSTROUTING",
+        vec![
+            format!("-m mark ! --mark {bit:#x}/{bit:#x} -j RETURN"),
+            format!("-j MARK --set-xmark {bit:#x}/0x0"),
+            "-j MASQUERADE --random-fully".to_owned(),
+        ],
+    );
+    let mut filter = Vec::new();
+    if ipv4 && environment.localhost {
+        filter.push(
+            "! -s 127.0.0.0/8 -d 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+                .to_owned(),
+        );
+    }
+    filter.extend([
+        "-m conntrack --ctstate NEW -j LS-FIREWALL".to_owned(),
+        "-m conntrack --ctstate NEW -j LS-NO-ENDPOINTS".to_owned(),
+        "-m conntrack --ctstate NEW -m addrtype --dst-type LOCAL -j LS-NP-NO-ENDPTS".to_owned(),
+    ]);
+    put(Table::Filter, "LS-FILTER", filter);
+    put(
+        Table::Filter,
+        "LS-FORWARD",
+        vec![
+            format!("-m mark --mark {bit:#x}/{bit:#x} -j ACCEPT"),
+            "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned(),
+        ],
+    );
+    chains
+}
+
+struct Builder<'a> {
+    rules: Rules,
+    environment: &'a Environment,
+    ipv4: bool,
+    service: &'a NamespacedName,
+}
+
+impl Builder<'_> {
+    fn shared(&mut self, table: Table, chain: &'static str, rule: String) {
+        self.rules.shared.insert((table, chain, rule));
+    }
+
+    fn port(&mut self, plan: &PortPlan) {
+        let id = format!("{}:{}:{}", self.service, plan.name, plan.protocol);
+        let label = format!("{}:{}", self.service, plan.name);
+        let comment = format!("-m comment --comment \"{label}\"");
+        let (svc, svl, ext) = (chain("SVC", &id), chain("SVL", &id), chain("EXT", &id));
+        let endpoint_chain = |e: &SocketAddr| chain("SEP", &format!("{id}:{e}"));
+        let protocol = plan.protocol;
+        let at = |ip: IpAddr| {
+            format!("-d {} -p {protocol} {comment} -m {protocol} --dport {}", whole(ip), plan.port)
+        };
+        let bare = |ip: IpAddr| format!("-d {} {}", whole(ip), to_port(protocol, plan.port));
+        let external = plan.node_port != 0 || !plan.external_ips.is_empty();
+
+        for (name, endpoints, internal) in
+            [(&svc, &plan.cluster, !plan.internal_local), (&svl, &plan.local, plan.internal_local)]
+        {
+            if endpoints.is_empty() {
+                continue;
+            }
+            let mut rules = Vec::new();
+            if internal {
+                rules.push(format!("{} -j LS-OFF-CLUSTER", bare(plan.cluster_ip)));
+            }
+            if let Some(timeout) = plan.affinity {
+                let mask = if self.ipv4 {
+                    "255.255.255.255"
+                } else {
+                    "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+                };
+                rules.extend(endpoints.iter().map(|e| {
+                    let sep = endpoint_chain(e);
+                    format!(
+                        "-m recent --rcheck --seconds {timeout} --reap --name {sep} --mask {mask} --rsource -j {sep}"
+                    )
+                }));
+            }
+            for (index, endpoint) in endpoints.iter().enumerate() {
+                let sep = endpoint_chain(endpoint);
+                let left = endpoints.len() - index;
+                rules.push(if left == 1 {
+                    format!("-j {sep}")
+                } else {
+                    let share = probability(left);
+                    format!("-m statistic --mode random --probability {share} -j {sep}")
+                });
+                self.endpoint(plan, *endpoint, sep);
+            }
+            self.rules.chains.insert((Table::Nat, name.clone()), rules);
+        }
+
+        let nothing = |any: bool| if any { "-j DROP".to_owned() } else { reject(self.ipv4) };
+        let verdict = nothing(plan.has_endpoints);
+        if plan.has_internal_endpoints() {
+            let to = if plan.internal_local { &svl } else { &svc };
+            let rule = format!("{} -j {to}", at(plan.cluster_ip));
+            self.shared(Table::Nat, "LS-VIPS", rule);
+        } else {
+            let rule = format!("{} {verdict}", at(plan.cluster_ip));
+            self.shared(Table::Filter, "LS-NO-ENDPOINTS", rule);
+        }
+        if !external {
+            return;
+        }
+        let usable = !plan.cluster.is_empty() || plan.has_external_endpoints();
+        if usable {
+            let rules = self.external(plan, &svc, &svl);
+            self.rules.chains.insert((Table::Nat, ext.clone()), rules);
+        }
+        for ip in plan.external_ips.iter().filter(|ip| **ip != plan.cluster_ip) {
+            let firewalled = plan.firewalled_ips.contains(ip);
+            if usable {
+                let to = if firewalled { chain("FW", &id) } else { ext.clone() };
+                self.shared(Table::Nat, "LS-VIPS", format!("{} -j {to}", at(*ip)));
+            }
+            if firewalled {
+                // What the firewall chain lets through is translated, and so does not match.
+                self.shared(Table::Filter, "LS-FIREWALL", format!("{} -j DROP", at(*ip)));
+            }
+            if !plan.has_external_endpoints() {
+                self.shared(Table::Filter, "LS-NO-ENDPOINTS", format!("{} {verdict}", at(*ip)));
+            }
+        }
+        if usable && !plan.firewalled_ips.is_empty() {
+            let rules =
+                plan.source_ranges.iter().map(|range| format!("-s {range} -j {ext}")).collect();
+            self.rules.chains.insert((Table::Nat, chain("FW", &id)), rules);
+        }
+        if plan.node_port != 0 {
+            let port = format!("-p {protocol} {comment} -m {protocol} --dport {}", plan.node_port);
+            if usable {
+                self.shared(Table::Nat, "LS-NODEPORTS", format!("{port} -j {ext}"));
+            }
+            if !plan.has_external_endpoints() {
+                self.shared(Table::Filter, "LS-NP-NO-ENDPTS", format!("{port} {verdict}"));
+            }
+        }
+    }
+
+    /// The chain for external traffic.
+    fn external(&self, plan: &PortPlan, svc: &str, svl: &str) -> Vec<String> {
+        if !plan.external_local {
+            return vec!["-j LS-MARK-MASQ".to_owned(), format!("-j {svc}")];
+        }
+        let mut rules = Vec::new();
+        if !plan.cluster.is_empty() {
+            rules.extend(
+                from_pods(self.environment, self.ipv4)
+                    .into_iter()
+                    .map(|source| format!("{source} -j {svc}")),
+            );
+            rules.push("-m addrtype --src-type LOCAL -j LS-MARK-MASQ".to_owned());
+            rules.push(format!("-m addrtype --src-type LOCAL -j {svc}"));
+        }
+        if !plan.local.is_empty() {
+            rules.push(format!("-j {svl}"));
+        }
+        rules
+    }
+
+    /// The chain of an endpoint: masquerade what it sends to itself, then translate.
+    fn endpoint(&mut self, plan: &PortPlan, endpoint: SocketAddr, name: String) {
+        let protocol = plan.protocol;
+        let mut translate = format!("-p {protocol}");
+        if plan.affinity.is_some() {
+            let mask = if self.ipv4 {
+                "255.255.255.255"
+            } else {
+                "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+            };
+            translate.push_str(&format!(" -m recent --set --name {name} --mask {mask} --rsource"));
+        }
+        translate.push_str(&format!(" -m {protocol} -j DNAT --to-destination {endpoint}"));
+        let rules = vec![format!("-s {} -j LS-MARK-MASQ", whole(endpoint.ip())), translate];
+        self.rules.chains.insert((Table::Nat, name), rules);
+    }
+}
+
+/// The rules of a Service in one family.
+pub fn of_service(
+    service: &NamespacedName,
+    plan: &ServicePlan,
+    environment: &Environment,
+    ipv4: bool,
+) -> Rules {
+    let mut builder = Builder { rules: Rules::default(), environment, ipv4, service };
+    for port in plan.ports.iter().filter(|port| port.is_ipv4() == ipv4) {
+        builder.port(port);
+    }
+    builder.rules
+}
