@@ -15,6 +15,7 @@ pub mod objects;
 pub mod pod;
 pub mod probe;
 pub mod report;
+pub mod reset;
 pub mod runtime;
 pub mod source;
 pub mod standalone;

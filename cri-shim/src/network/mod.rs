@@ -4,6 +4,7 @@
 //! namespace, addresses and host ports here, and loses them here.
 
 mod cidr;
+mod cleanup;
 mod error;
 pub mod netns;
 mod sys;
@@ -13,6 +14,7 @@ use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 use async_trait::async_trait;
 
 pub use cidr::Cidr;
+pub use cleanup::cleanup;
 pub use error::NetworkError;
 
 /// Where the network keeps its state and finds its plugins.
