@@ -248,8 +248,10 @@ fn affinity(mode: Mode) {
             let next = ask();
             assert_ne!(next, mine);
             assert!((0..10).all(|_| ask() == next), "{to}");
+            // The slot that it left is filled again: that is not its endpoint any more.
             slices(1, &[0, 1, 2]).into_iter().for_each(|c| running.send(c));
             running.settle();
+            assert!((0..10).all(|_| ask() == next), "{to}");
         }
     }
     check_listing(mode);

@@ -4,6 +4,9 @@ use nft::{Address, DynsetOp, Expr, Family, FibResult, MetaKey, NatKind, REG, Ver
 
 use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Pool, affinity_name};
 
+/// A rule has at most 128 expressions (`NFT_RULE_MAXEXPRS`).
+const FORGET_AT_ONCE: usize = 100;
+
 /// 32-bit registers that an address fills.
 pub fn words(family: Family) -> u32 {
     if family == Family::Ip { 1 } else { 4 }
@@ -132,6 +135,20 @@ fn sticky_rules(
             exprs
         })
         .collect();
+    // Whoever comes here has no endpoint: what is left of it in slots that became empty goes, lest it
+    // counts again when such a slot gets another endpoint.
+    let all: Vec<u32> = (0..slots).collect();
+    for some in all.chunks(FORGET_AT_ONCE) {
+        let mut exprs = client(pool, family, REG);
+        exprs.extend(some.iter().map(|slot| Expr::Dynset {
+            set: affinity_name(pool, *slot),
+            op: DynsetOp::Delete,
+            key: REG,
+            data: None,
+            timeout: None,
+        }));
+        rules.push(exprs);
+    }
     let (mut fresh, index) = key(pool.origin, family, REG);
     fresh.extend([
         Expr::NumgenRandom { modulus: count, offset: 0, dreg: index },

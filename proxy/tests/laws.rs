@@ -1,0 +1,304 @@
+//! Laws of the nftables rulesets, on a fake kernel that refuses what the real one would refuse:
+//! whatever changes, the table is what its Services ask for, and a change costs its own size.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use common::{endpoint, pod_ip, service, slice};
+use nft::{Data, Fake, Family, Key};
+use proptest::prelude::*;
+use proxy::config::LocalTraffic;
+use proxy::model::{Model, PlanChange};
+use proxy::nftables::base::Structure;
+use proxy::nftables::entries::Slots;
+use proxy::nftables::names::{MapId, Pool};
+use proxy::nftables::ruleset::{Observed, Ruleset};
+use proxy::object::{Change, Service, TrafficPolicy};
+
+fn structure(family: Family) -> Structure {
+    Structure {
+        family,
+        masquerade_bit: 0x4000,
+        masquerade_all: false,
+        local: LocalTraffic::Cidrs(vec![
+            "10.88.0.0/16".parse().unwrap(),
+            "fd88::/64".parse().unwrap(),
+        ]),
+        service_cidrs: vec!["10.96.0.0/12".parse().unwrap()],
+        node_ports: None,
+        localhost: true,
+    }
+}
+
+/// A family's ruleset with its fake kernel.
+struct Side {
+    ruleset: Ruleset,
+    kernel: Fake,
+}
+
+impl Side {
+    fn new(family: Family) -> Side {
+        let mut ruleset = Ruleset::new(structure(family));
+        let mut kernel = Fake::new();
+        let planned = ruleset.plan_repair(None, &Observed::new(), false);
+        kernel.apply(&planned.transaction).unwrap();
+        ruleset.commit_repair(planned);
+        Side { ruleset, kernel }
+    }
+
+    fn change(&mut self, changes: &[PlanChange]) -> usize {
+        let changes = changes.iter().map(|c| (&c.service, c.new.as_ref()));
+        let planned = self.ruleset.plan_changes(changes);
+        let elements = planned.elements();
+        if !planned.transaction.is_empty() {
+            let refused = self.kernel.apply(&planned.transaction);
+            assert_eq!(refused, Ok(()), "{:#?}", planned.transaction);
+        }
+        self.ruleset.commit(planned);
+        elements
+    }
+
+    /// What the kernel has is what the ruleset thinks that it has.
+    fn check(&self) {
+        let mut wanted: BTreeMap<(MapId, Key), Option<Data>> = BTreeMap::new();
+        for entry in self.ruleset.entries() {
+            wanted.insert((entry.map, entry.key), entry.data);
+        }
+        let mut found = BTreeMap::new();
+        for map in MapId::all() {
+            for element in self.kernel.elements(&self.ruleset.table(), &map.to_string()) {
+                found.insert((map, element.key), element.data);
+            }
+        }
+        assert_eq!(found, wanted);
+    }
+
+    /// The endpoints of each key, whatever their slots; and all keys of the other maps.
+    fn meaning(&self) -> BTreeMap<(MapId, Vec<u8>), Vec<Option<Data>>> {
+        let mut all: BTreeMap<(MapId, Vec<u8>), Vec<Option<Data>>> = BTreeMap::new();
+        for entry in self.ruleset.entries() {
+            let indexed = matches!(entry.map, MapId::Endpoints(_) | MapId::Picks(_));
+            let len = entry.key.bytes().len() - if indexed { 4 } else { 0 };
+            // With affinity, verdicts tell slots, which history decides.
+            let data = match entry.data {
+                Some(Data::Verdict(verdict)) => {
+                    let text = format!("{verdict:?}");
+                    (!text.contains("sticky") && !text.contains("slot"))
+                        .then_some(Data::Verdict(verdict))
+                }
+                other => other,
+            };
+            all.entry((entry.map, entry.key.bytes()[..len].to_vec())).or_default().push(data);
+        }
+        all.values_mut().for_each(|values| values.sort());
+        all
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Wish {
+    number: u16,
+    node_port: bool,
+    external: bool,
+    load_balancer: bool,
+    ranges: bool,
+    sticky: Option<u8>,
+    internal_local: bool,
+    external_local: bool,
+    endpoints: Vec<(usize, bool, bool)>,
+    gone: bool,
+}
+
+fn wish() -> impl Strategy<Value = Wish> {
+    let endpoints = proptest::collection::vec((0..6_usize, any::<bool>(), any::<bool>()), 0..7);
+    let flags = proptest::collection::vec(any::<bool>(), 6);
+    (1..5_u16, flags, proptest::option::of(1..3_u8), endpoints, 0..5_u8).prop_map(
+        |(number, flags, sticky, endpoints, gone)| Wish {
+            number,
+            node_port: flags[0],
+            external: flags[1],
+            load_balancer: flags[2],
+            ranges: flags[3],
+            sticky,
+            internal_local: flags[4],
+            external_local: flags[5],
+            endpoints,
+            gone: gone == 0,
+        },
+    )
+}
+
+fn tell(model: &mut Model, wish: &Wish) {
+    let mut svc: Service = service(wish.number);
+    if wish.gone {
+        model.apply(Change::ServiceGone(svc.key));
+        return;
+    }
+    let policy = |local| if local { TrafficPolicy::Local } else { TrafficPolicy::Cluster };
+    svc.ports[0].node_port = if wish.node_port { 30000 + wish.number } else { 0 };
+    if wish.external {
+        // Two Services may ask for the same one.
+        svc.external_ips = vec![IpAddr::from([203, 0, 113, (wish.number / 2) as u8 + 1])];
+    }
+    if wish.load_balancer {
+        svc.load_balancer_ips = vec![IpAddr::from([198, 51, 100, wish.number as u8])];
+    }
+    if wish.ranges {
+        svc.load_balancer_source_ranges =
+            ["10.0.0.0/8", "10.1.0.0/16", "192.168.1.1/32"].map(|c| c.parse().unwrap()).to_vec();
+    }
+    svc.session_affinity = wish.sticky.map(|s| Duration::from_secs(u64::from(s) * 60));
+    svc.internal_traffic_policy = policy(wish.internal_local);
+    svc.external_traffic_policy = policy(wish.external_local);
+    model.apply(Change::Service(svc));
+    for v6 in [false, true] {
+        let mut slice = slice(wish.number, v6, &[]);
+        slice.endpoints = wish
+            .endpoints
+            .iter()
+            .map(|(pod, ready, local)| proxy::object::Endpoint {
+                ready: *ready,
+                terminating: !*ready,
+                local: *local,
+                ..endpoint(pod_ip(*pod, v6))
+            })
+            .collect();
+        model.apply(Change::Slice(slice));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn applying_the_difference_leads_to_what_is_asked_for(
+        rounds in proptest::collection::vec(proptest::collection::vec(wish(), 1..4), 1..6),
+    ) {
+        for family in [Family::Ip, Family::Ip6] {
+            let mut model = Model::new("node");
+            let mut side = Side::new(family);
+            for round in &rounds {
+                round.iter().for_each(|wish| tell(&mut model, wish));
+                side.change(&model.take_changes());
+                side.check();
+                // Nothing is planned twice.
+                prop_assert!(model.take_changes().is_empty());
+            }
+            // As if it had all been told at once.
+            let mut cold = Side::new(family);
+            let plans: Vec<PlanChange> = model
+                .plans()
+                .map(|(service, plan)| PlanChange {
+                    service: service.clone(),
+                    old: None,
+                    new: Some(plan.clone()),
+                })
+                .collect();
+            cold.change(&plans);
+            cold.check();
+            prop_assert_eq!(side.meaning(), cold.meaning());
+            // And all away again.
+            let away: Vec<PlanChange> =
+                plans.into_iter().map(|p| PlanChange { old: p.new, new: None, ..p }).collect();
+            side.change(&away);
+            prop_assert!(side.ruleset.entries().is_empty());
+            side.check();
+        }
+    }
+
+    #[test]
+    fn slots_hold_every_endpoint_once_and_move_few(
+        old in proptest::collection::btree_set(1..20_u8, 0..12),
+        new in proptest::collection::btree_set(1..20_u8, 0..12),
+        sticky in any::<bool>(),
+    ) {
+        let addresses = |set: &std::collections::BTreeSet<u8>| -> Vec<std::net::SocketAddr> {
+            set.iter().map(|n| (IpAddr::from([10, 0, 0, *n]), 80).into()).collect()
+        };
+        let (old, new) = (addresses(&old), addresses(&new));
+        let before = Slots::assign(&Slots::default(), &old, sticky);
+        let after = Slots::assign(&before, &new, sticky);
+        let mut held: Vec<_> = after.0.iter().flatten().copied().collect();
+        held.sort();
+        prop_assert_eq!(&held, &new);
+        if sticky {
+            for (slot, endpoint) in before.0.iter().enumerate() {
+                if endpoint.is_some_and(|e| new.contains(&e)) {
+                    prop_assert_eq!(after.0.get(slot), Some(endpoint));
+                }
+            }
+        } else {
+            prop_assert_eq!(after.0.len(), new.len());
+        }
+    }
+}
+
+#[test]
+fn one_endpoint_among_5000_services_is_a_small_batch() {
+    let mut model = Model::new("node");
+    for number in 1..=5000 {
+        model.apply(Change::Service(service(number)));
+        model.apply(Change::Slice(slice(number, false, &[0, 1, 2, 3])));
+    }
+    let mut side = Side::new(Family::Ip);
+    side.change(&model.take_changes());
+    model.apply(Change::Slice(slice(2500, false, &[0, 1, 2, 4])));
+    let changes = model.take_changes();
+    assert_eq!(changes.len(), 1);
+    // One element of two ports goes and comes; the old endpoint is local, and others have it too.
+    let elements = side.change(&changes);
+    assert!(elements <= 8, "{elements}");
+    assert_eq!(
+        side.kernel
+            .elements(&side.ruleset.table(), &MapId::Endpoints(Pool::ALL[0]).to_string())
+            .len(),
+        40_000
+    );
+    side.check();
+}
+
+#[test]
+fn the_whole_table_of_a_few_services() {
+    let mut model = Model::new("node");
+    let wish = Wish {
+        number: 1,
+        node_port: true,
+        external: true,
+        load_balancer: false,
+        ranges: false,
+        sticky: None,
+        internal_local: false,
+        external_local: false,
+        endpoints: vec![(0, true, true), (1, true, false)],
+        gone: false,
+    };
+    tell(&mut model, &wish);
+    tell(
+        &mut model,
+        &Wish {
+            number: 2,
+            sticky: Some(1),
+            external: false,
+            load_balancer: true,
+            ranges: true,
+            external_local: true,
+            ..wish.clone()
+        },
+    );
+    tell(&mut model, &Wish { number: 3, endpoints: vec![], ..wish });
+    let mut side = Side::new(Family::Ip);
+    side.change(&model.take_changes());
+    insta::assert_snapshot!("table_ip", side.kernel.dump());
+    let mut side = Side::new(Family::Ip6);
+    side.change(
+        &model
+            .plans()
+            .map(|(s, p)| PlanChange { service: s.clone(), old: None, new: Some(p.clone()) })
+            .collect::<Vec<_>>(),
+    );
+    insta::assert_snapshot!("table_ip6", side.kernel.dump());
+}
