@@ -1,6 +1,8 @@
 //! The black-box suites: the real `longshore` in namespaces of its own, watched from outside.
 //!
-//! They need root; a machine that lacks something fails them loudly.
+//! They need root; a machine that lacks something fails them loudly. With
+//! `LONGSHORE_TEST_KUBECONFIG` (and the test run where that API server is reachable) the suites
+//! that need a cluster use it instead of the test control plane.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,5 +11,13 @@
     reason = "tests: a panic is how they report"
 )]
 
+mod cluster;
 mod join;
 mod lab;
+mod pods;
+mod probes;
+mod proxy;
+mod restart;
+mod standalone;
+mod support;
+mod volumes;
