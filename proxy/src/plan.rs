@@ -287,15 +287,19 @@ fn disjoint(mut ranges: Vec<Cidr>) -> Vec<Cidr> {
     kept
 }
 
-/// Ready endpoints of the Service on this node, by address, for its health check port.
+/// Ready endpoints of the Service on this node, for its health check port: a pod with an address in
+/// each family counts once.
 pub fn local_ready(slices: &[&EndpointSlice]) -> usize {
-    let mut addresses: Vec<IpAddr> = slices
-        .iter()
-        .flat_map(|slice| &slice.endpoints)
-        .filter(|e| e.local && e.ready)
-        .map(|e| e.address)
-        .collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    addresses.len()
+    let of_family = |ipv4: bool| {
+        let mut addresses: Vec<IpAddr> = slices
+            .iter()
+            .flat_map(|slice| &slice.endpoints)
+            .filter(|e| e.local && e.ready && e.address.is_ipv4() == ipv4)
+            .map(|e| e.address)
+            .collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses.len()
+    };
+    of_family(true).max(of_family(false))
 }

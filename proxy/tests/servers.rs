@@ -1,0 +1,99 @@
+//! The proxy's HTTP servers, asked over real sockets in a network namespace of the test's own.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+
+use common::{Net, Running, at, config, eventually, node_state, service, slice, slices};
+use proxy::Mode;
+use proxy::object::{Change, NodeState, TrafficPolicy};
+
+/// Status code, head and body.
+fn get(to: SocketAddr, path: &str) -> (u16, String, String) {
+    let Ok(mut stream) = TcpStream::connect(to) else { return Default::default() };
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let code = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (code, head.to_lowercase(), body.to_owned())
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    at("127.0.0.1", port)
+}
+
+#[test]
+fn health_metrics_and_health_check_ports_answer() {
+    let _net = Net::new(1);
+    let mut running = Running::start(config(Mode::Nftables));
+    running.send(Change::Node(node_state()));
+    let mut svc = service(1);
+    svc.load_balancer_ips = vec![[198, 51, 100, 1].into()];
+    svc.external_traffic_policy = TrafficPolicy::Local;
+    svc.health_check_node_port = 32000;
+    running.send(Change::Service(svc.clone()));
+    slices(1, &[0]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+
+    let ask = || get(loopback(10256), "/healthz");
+    let (code, head, body) = eventually("healthz", ask, |(code, _, _)| *code == 200);
+    assert!(head.contains("application/json") && head.contains("nosniff"), "{head}");
+    let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((code, &body["nodeEligible"], &body["healthy"]), (200, &true.into(), &true.into()));
+    for field in ["lastUpdated", "currentTime"] {
+        let time: Result<jiff::Timestamp, _> = body[field].as_str().unwrap().parse();
+        assert!(time.is_ok(), "{field}: {body}");
+    }
+    // The node goes: no new traffic, but the proxy is alive.
+    running.send(Change::Node(NodeState { being_deleted: true, ..node_state() }));
+    eventually("not eligible", || get(loopback(10256), "/healthz").0, |code| *code == 503);
+    assert_eq!(get(loopback(10256), "/livez").0, 200);
+
+    let (code, _, text) = get(loopback(10249), "/metrics");
+    assert_eq!(code, 200);
+    for metric in [
+        "kubeproxy_sync_proxy_rules_duration_seconds_bucket",
+        "kubeproxy_sync_proxy_rules_last_timestamp_seconds{ip_family=\"IPv4\"}",
+        "kubeproxy_sync_proxy_rules_endpoint_changes_total 2",
+        "kubeproxy_proxy_healthz_total{code=\"200\"}",
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+    ] {
+        assert!(text.contains(metric), "{metric} is not in\n{text}");
+    }
+    assert_eq!(get(loopback(10249), "/proxyMode").2, "nftables");
+
+    // Load balancers ask whether this node has endpoints of the Service.
+    let ask = || get(loopback(32000), "/");
+    let (_, head, body) = eventually("health check", ask, |(code, _, _)| *code == 200);
+    assert!(head.contains("x-load-balancing-endpoint-weight: 1"), "{head}");
+    assert!(body.contains("\"localEndpoints\":1"), "{body}");
+    let mut none = slice(1, false, &[0]);
+    none.endpoints[0].local = false;
+    let mut none6 = slice(1, true, &[0]);
+    none6.endpoints[0].local = false;
+    running.send(Change::Slice(none));
+    running.send(Change::Slice(none6));
+    eventually("no endpoint", || ask().0, |code| *code == 503);
+    svc.health_check_node_port = 0;
+    running.send(Change::Service(svc));
+    eventually("closed", || TcpStream::connect(loopback(32000)).is_err(), |closed| *closed);
+}
+
+#[test]
+fn a_port_that_is_taken_is_reported_and_tried_again() {
+    let _net = Net::new(0);
+    let other = TcpListener::bind("0.0.0.0:10256").unwrap();
+    let mut running = Running::start(config(Mode::Nftables));
+    running.send(Change::Synced);
+    running.settle();
+    let status = running.status.clone();
+    let reported = || status.borrow().errors.iter().any(|e| e.object == "listener 0.0.0.0:10256");
+    eventually("reported", reported, |r| *r);
+    drop(other);
+    eventually("served", || get(loopback(10256), "/livez").0, |code| *code == 200);
+    eventually("not reported any more", reported, |r| !*r);
+}
