@@ -34,6 +34,8 @@ const COLLECT: usize = 100_000;
 /// What the loop is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
+    /// There is no backend yet: one is chosen, again and again if none works.
+    Choosing,
     /// Rules of an earlier process serve; nothing is touched until everything has been told.
     Holding,
     /// Everything must be compared with the kernel.
@@ -48,7 +50,15 @@ enum Job {
     Change,
 }
 
-struct Done {
+/// What a job came to.
+enum Done {
+    /// A backend was chosen; whether it found rules of an earlier process.
+    Chosen(Result<(Box<dyn Backend>, bool), Error>),
+    /// A backend did its job.
+    Worked(Worked),
+}
+
+struct Worked {
     backend: Box<dyn Backend>,
     result: Result<Outcome, BackendError>,
     changes: Vec<PlanChange>,
@@ -70,6 +80,9 @@ struct Loop {
     /// No repair before this.
     not_before: Option<Instant>,
     retry: Duration,
+    /// When the kernel is asked again for what it refused; other changes do not wait for it.
+    recheck: Option<Instant>,
+    recheck_wait: Duration,
     last_repair: Instant,
     /// Changes whose flows are not to be touched: those that a restart finds.
     taken_over: bool,
@@ -100,7 +113,7 @@ pub async fn run(
     if let Some(address) = config.metrics_bind {
         servers.spawn(serve_metrics(shared.clone(), address));
     }
-    let mut this = Loop::start(config, status, shared.clone(), metrics).await?;
+    let mut this = Loop::start(config, status, shared.clone(), metrics);
     let mut open = true;
     let mut tick = tokio::time::interval(TURN);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -120,7 +133,7 @@ pub async fn run(
                 }
                 None => open = false,
             },
-            done = join(&mut this.busy) => this.finish(done).await?,
+            done = join(&mut this.busy) => this.finish(done).await,
             told = foreign(&mut this.monitor) => this.foreign_change(told),
             () = shared.errors_changed.notified() => {}
             () = tokio::time::sleep(retry.unwrap_or(TURN)), if retry.is_some() => {}
@@ -155,12 +168,12 @@ fn seconds(time: Timestamp) -> f64 {
 }
 
 impl Loop {
-    async fn start(
+    fn start(
         config: Config,
         status: watch::Sender<ProxyStatus>,
         shared: Arc<Shared>,
         metrics: Arc<Metrics>,
-    ) -> Result<Loop, Error> {
+    ) -> Loop {
         let mut errors = BTreeMap::new();
         for error in sysctl::apply(&config) {
             tracing::warn!(object = error.object, "{}", error.message);
@@ -181,47 +194,73 @@ impl Loop {
             environment.localhost = false;
             errors.insert(error.object, error.message);
         }
-        let mode = config.mode;
-        let wanted = environment.clone();
-        let mut backend = blocking(move || choose(mode, &wanted)).await??;
-        let (backend, found) = blocking(move || {
-            let found = backend.take_over();
-            (backend, found)
-        })
-        .await?;
-        let found = found.unwrap_or_else(|error| {
-            tracing::warn!(%error, "cannot read what an earlier process left");
-            false
-        });
-        let mode = backend.mode();
-        tracing::info!(%mode, took_over = found, "the proxy starts");
-        shared.set_mode(mode);
         let model = Model::new(&config.node_name);
-        let mut this = Loop {
+        Loop {
             health_ports: HealthCheckPorts::new(shared.clone()),
             config,
             status,
             shared,
             metrics,
             model,
-            state: if found { State::Holding } else { State::Repairing },
+            state: State::Choosing,
             monitor: None,
-            backend: Some(backend),
+            backend: None,
             busy: None,
             environment,
             not_before: None,
             retry: RETRY_MIN,
+            recheck: None,
+            recheck_wait: RETRY_MIN,
             last_repair: Instant::now(),
-            taken_over: found,
+            taken_over: false,
             ipv6: false,
             swept: false,
             errors,
             refused: BTreeMap::new(),
             counted: (0, 0),
             no_local: BTreeMap::new(),
-        };
-        this.watch_kernel();
-        Ok(this)
+        }
+    }
+
+    /// Chooses a backend, if there is none.
+    fn begin_choosing(&mut self) {
+        let (mode, environment) = (self.config.mode, self.environment.clone());
+        self.busy = Some(tokio::task::spawn_blocking(move || {
+            Done::Chosen(choose(mode, &environment).map(|mut backend| {
+                let found = backend.take_over().unwrap_or_else(|error| {
+                    tracing::warn!(%error, "cannot read what an earlier process left");
+                    false
+                });
+                (backend, found)
+            }))
+        }));
+    }
+
+    fn chosen(&mut self, chosen: Result<(Box<dyn Backend>, bool), Error>) {
+        const BACKEND: &str = "backend";
+        match chosen {
+            Ok((backend, found)) => {
+                let mode = backend.mode();
+                tracing::info!(%mode, took_over = found, "the proxy starts");
+                self.errors.remove(BACKEND);
+                self.shared.set_mode(mode);
+                self.retry = RETRY_MIN;
+                self.taken_over = found;
+                self.backend = Some(backend);
+                // Nothing of an earlier process is touched before everything has been told.
+                self.state =
+                    if found && !self.model.synced { State::Holding } else { State::Repairing };
+                self.watch_kernel();
+            }
+            Err(error) => {
+                self.errors.insert(BACKEND.to_owned(), error.to_string());
+                let waiting = Timestamp::now();
+                self.shared.update_health(|health| {
+                    health.pending_since.get_or_insert(waiting);
+                });
+                self.back_off();
+            }
+        }
     }
 
     /// Subscribes to others' changes.
@@ -286,7 +325,8 @@ impl Loop {
     }
 
     fn retry_in(&self) -> Option<Duration> {
-        let at = self.not_before?;
+        let at = [self.not_before, self.recheck].into_iter().flatten().min();
+        let at = at.filter(|_| self.busy.is_none() && self.state != State::Holding)?;
         Some(at.saturating_duration_since(Instant::now()))
     }
 
@@ -301,13 +341,23 @@ impl Loop {
 
     /// Gives the backend its next job, if there is one and it is idle.
     fn begin_work(&mut self) {
-        if self.state == State::Holding || self.backend.is_none() {
+        if self.state == State::Holding || self.busy.is_some() {
             return;
         }
         if self.not_before.is_some_and(|at| Instant::now() < at) {
             return;
         }
         self.not_before = None;
+        if self.recheck.is_some_and(|at| Instant::now() >= at) {
+            self.recheck = None;
+            if self.state == State::Serving {
+                self.state = State::Repairing;
+            }
+        }
+        if self.backend.is_none() {
+            self.begin_choosing();
+            return;
+        }
         let environment = self.environment_wanted();
         let configure = (environment != self.environment).then(|| environment.clone());
         let changes = self.model.take_changes();
@@ -332,7 +382,7 @@ impl Loop {
             let begin = Instant::now();
             let full = matches!(job, Job::Repair(_));
             let result = work(backend.as_mut(), configure.as_ref(), &job, &changes);
-            Done { backend, result, changes, full, took: begin.elapsed() }
+            Done::Worked(Worked { backend, result, changes, full, took: begin.elapsed() })
         }));
     }
 
@@ -367,13 +417,23 @@ impl Loop {
         }
     }
 
-    /// Takes note of what the backend did.
-    async fn finish(&mut self, done: Result<Done, tokio::task::JoinError>) -> Result<(), Error> {
+    /// Takes note of what a job came to.
+    async fn finish(&mut self, done: Result<Done, tokio::task::JoinError>) {
         self.busy = None;
-        let done = match done {
-            Ok(done) => done,
-            Err(error) => return Err(Error::Backend(error.to_string())),
-        };
+        match done {
+            Ok(Done::Chosen(chosen)) => self.chosen(chosen),
+            Ok(Done::Worked(worked)) => self.worked(worked).await,
+            Err(error) => {
+                tracing::error!(%error, "a backend ended unexpectedly; starting it again");
+                self.errors.insert("backend".to_owned(), error.to_string());
+                self.monitor = None;
+                self.state = State::Choosing;
+                self.back_off();
+            }
+        }
+    }
+
+    async fn worked(&mut self, done: Worked) {
         let iptables = done.backend.mode() == Mode::Iptables;
         self.backend = Some(done.backend);
         if self.monitor.is_none() && !iptables {
@@ -393,6 +453,13 @@ impl Loop {
                 for (service, why) in outcome.refused {
                     tracing::error!(%service, why, "the kernel refuses a Service");
                     self.refused.insert(service, why);
+                }
+                if self.refused.is_empty() {
+                    self.recheck = None;
+                    self.recheck_wait = RETRY_MIN;
+                } else if done.full {
+                    self.recheck = Some(Instant::now() + self.recheck_wait);
+                    self.recheck_wait = (self.recheck_wait * 2).min(RETRY_MAX);
                 }
                 if outcome.errors.is_empty() {
                     self.errors.remove(KERNEL);
@@ -428,7 +495,7 @@ impl Loop {
                 if done.full && !self.swept {
                     self.swept = true;
                     let mode = if iptables { Mode::Iptables } else { Mode::Nftables };
-                    if let Some(error) = blocking(move || sweep_other(mode)).await? {
+                    if let Ok(Some(error)) = blocking(move || sweep_other(mode)).await {
                         self.errors.insert("rules of the other mode".to_owned(), error);
                     }
                 }
@@ -442,7 +509,6 @@ impl Loop {
                 self.back_off();
             }
         }
-        Ok(())
     }
 
     fn back_off(&mut self) {

@@ -360,6 +360,49 @@ fn a_foreign_flush_is_repaired_nftables() {
     }
 }
 
+#[test]
+fn what_the_kernel_refuses_is_left_out_alone() {
+    let net = with_pods(2);
+    // A chain of somebody else's, of a kind that cannot be jumped to, where Services with one
+    // endpoint and an external IP want to go.
+    let foreign = "longshore-proxy masquerade-pick-1";
+    sh("nft add table ip longshore-proxy");
+    sh(&format!(
+        "nft add chain ip {foreign} '{{ type filter hook forward priority 200; policy accept; }}'"
+    ));
+    let mut running = start(Mode::Nftables);
+    let mut status = running.status.clone();
+    let told = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let refused = |s: &ProxyStatus| s.errors.iter().any(|e| e.object.ends_with("svc1"));
+            let wait = tokio::time::timeout(Duration::from_secs(10), status.wait_for(refused));
+            wait.await.unwrap().unwrap().errors.clone()
+        })
+    });
+    let (one, two, plain) = (service(1), service(2), service(3));
+    let external = |mut svc: proxy::object::Service, last: u8| {
+        svc.external_ips = vec![[203, 0, 113, last].into()];
+        svc
+    };
+    running.send(Change::Service(external(one.clone(), 1)));
+    running.send(Change::Service(external(two.clone(), 2)));
+    running.send(Change::Service(plain.clone()));
+    slices(1, &[0]).into_iter().for_each(|c| running.send(c));
+    slices(2, &[0, 1]).into_iter().for_each(|c| running.send(c));
+    slices(3, &[0]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    let reaches = |to: &str| net.client.run(|| ask_tcp(at(to, 80))).is_ok();
+    assert!(reaches("203.0.113.2") && reaches("10.96.0.2") && reaches("10.96.0.3"));
+    let errors = told.join().unwrap();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    // The chain has no place in the proxy's table: it is swept, and then nothing is left out.
+    eventually("served", || reaches("10.96.0.1") && reaches("203.0.113.1"), |r| *r);
+    let status = running.status.clone();
+    eventually("no error", || status.borrow().errors.len(), |n| *n == 0);
+}
+
 fn udp_flows(mode: Mode) {
     let net = with_pods(2);
     let mut running = start(mode);
