@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         file.as_ref(),
         &[tests::harness::image::IMAGE],
         workload.as_deref(),
+        &["/bin/sh"],
     ) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

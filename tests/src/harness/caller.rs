@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use futures::TryStreamExt as _;
+use futures::stream::BoxStream;
+use futures::{StreamExt as _, TryStreamExt as _};
 use http_body_util::BodyExt as _;
 use kube::client::Body;
 use serde_json::Value;
@@ -67,20 +68,34 @@ impl Caller {
         self.send("DELETE", path, JSON, &options).await
     }
 
-    /// The events of a watch until `enough` says so, or 10 seconds.
-    pub async fn watch(&self, path: &str, enough: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+    /// The events of a watch, as they come.
+    ///
+    /// # Panics
+    /// When the watch is refused.
+    pub async fn stream(&self, path: &str) -> BoxStream<'static, Value> {
         let request = hyper::Request::get(path).body(Body::empty()).unwrap();
         let response = self.0.send(request).await.unwrap();
         assert_eq!(response.status().as_u16(), 200, "{path}");
-        let mut body = response.into_body().into_data_stream();
-        let (mut buffer, mut events) = (Vec::new(), Vec::new());
-        let _ = tokio::time::timeout(Duration::from_secs(10), async {
-            while let Some(chunk) = body.try_next().await.unwrap() {
-                buffer.extend_from_slice(&chunk);
-                while let Some(end) = buffer.iter().position(|b| *b == b'\n') {
+        let body = response.into_body().into_data_stream().boxed();
+        futures::stream::unfold((body, Vec::new()), |(mut body, mut buffer)| async move {
+            loop {
+                if let Some(end) = buffer.iter().position(|b| *b == b'\n') {
                     let line: Vec<u8> = buffer.drain(..=end).collect();
-                    events.push(serde_json::from_slice(&line).unwrap());
+                    let event = serde_json::from_slice(&line).unwrap();
+                    return Some((event, (body, buffer)));
                 }
+                buffer.extend_from_slice(&body.try_next().await.ok()??);
+            }
+        })
+        .boxed()
+    }
+
+    /// The events of a watch until `enough` says so, or 10 seconds.
+    pub async fn watch(&self, path: &str, enough: impl Fn(&[Value]) -> bool) -> Vec<Value> {
+        let (mut stream, mut events) = (self.stream(path).await, Vec::new());
+        let _ = tokio::time::timeout(Duration::from_secs(10), async {
+            while let Some(event) = stream.next().await {
+                events.push(event);
                 if enough(&events) {
                     return;
                 }

@@ -147,6 +147,21 @@ impl Cluster {
         }
     }
 
+    /// Skips the real control plane, whatever the environment says: for benchmarks.
+    ///
+    /// # Errors
+    /// As [`Cluster::new`].
+    pub async fn for_benchmark(lab: &Lab) -> Result<Self> {
+        let mut cluster = Self::fake(lab).await?;
+        cluster.namespace = "default".into();
+        let account = cluster.path("serviceaccounts/default");
+        eventually("the default ServiceAccount is there", async || {
+            cluster.admin.read(&account).await.map(drop)
+        })
+        .await;
+        Ok(cluster)
+    }
+
     /// A path of this test's own namespace.
     pub fn path(&self, rest: &str) -> String {
         format!("/api/v1/namespaces/{}/{rest}", self.namespace)

@@ -46,7 +46,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   bin_dir = "{plugins}"
   conf_dir = "/etc/cni/net.d"
 "#,
-                super::image::IMAGE
+                super::image::PAUSE
             ),
         )?;
         let cni = node.path("/etc/cni/net.d");
@@ -75,7 +75,16 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
             node.run("ctr", &["version"]).map(drop)
         })
         .await;
-        Ok(Self { process })
+        let containerd = Self { process };
+        let pause = node.dir().join("pause.tar");
+        super::image::write_archive(
+            &pause,
+            &[super::image::PAUSE],
+            None,
+            &["sleep", "1000000000"],
+        )?;
+        containerd.import(node, &pause)?;
+        Ok(containerd)
     }
 
     /// What `--container-runtime-endpoint` takes.

@@ -15,17 +15,25 @@ use crate::control_plane::pki::hex;
 /// Name of the image that examples and tests use.
 pub const IMAGE: &str = "longshore.local/demo/busybox:1";
 
+/// Name of the image that holds a pod's namespaces for a runtime that needs a process for that.
+pub const PAUSE: &str = "longshore.local/pause:1";
+
 /// Writes the image as a docker-archive tar.
 ///
 /// # Errors
 /// When busybox-static is not installed, or the file cannot be written.
-pub fn write_archive(to: &Path, names: &[&str], workload: Option<&Path>) -> Result<()> {
+pub fn write_archive(
+    to: &Path,
+    names: &[&str],
+    workload: Option<&Path>,
+    command: &[&str],
+) -> Result<()> {
     let layer = layer(workload)?;
     let diff_id = format!("sha256:{}", hex(&Sha256::digest(&layer)));
     let config = json!({
         "architecture": if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" },
         "os": "linux",
-        "config": {"Env": ["PATH=/bin", "IMAGE=demo"], "Cmd": ["/bin/sh"], "WorkingDir": "/"},
+        "config": {"Env": ["PATH=/bin", "IMAGE=demo"], "Cmd": command, "WorkingDir": "/"},
         "rootfs": {"type": "layers", "diff_ids": [diff_id]},
         "history": [{"created_by": "longshore example image"}],
         "created": "1970-01-01T00:00:00Z",

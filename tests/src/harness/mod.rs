@@ -16,6 +16,7 @@ pub mod lab;
 pub mod leaks;
 pub mod net;
 pub mod node;
+pub mod peers;
 
 pub use cluster::Cluster;
 pub use eventually::{eventually, eventually_within};

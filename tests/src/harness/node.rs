@@ -36,11 +36,13 @@ pub struct NodeOptions {
     pub number: u8,
     /// Runtime.
     pub runtime: Runtime,
+    /// The `longshore` binary, where it is not [`longshore_binary`].
+    pub binary: Option<PathBuf>,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { name: "node", number: 2, runtime: Runtime::Shim }
+        Self { name: "node", number: 2, runtime: Runtime::Shim, binary: None }
     }
 }
 
@@ -220,13 +222,16 @@ impl Node {
         checked(&format!("{program} {arguments:?}"), &self.output(program, arguments)?)
     }
 
+    fn binary(&self) -> Result<PathBuf> {
+        self.options.binary.clone().map_or_else(longshore_binary, Ok)
+    }
+
     /// Runs `longshore` with these arguments to its end.
     ///
     /// # Errors
     /// When it cannot be started.
     pub fn longshore(&self, arguments: &[&str]) -> Result<Output> {
-        let binary = longshore_binary()?;
-        self.command(binary).args(arguments).output().context("run longshore")
+        self.command(self.binary()?).args(arguments).output().context("run longshore")
     }
 
     /// Starts `longshore run` with the flags that this namespace needs and `arguments`; a later
@@ -241,7 +246,7 @@ impl Node {
 
     fn spawn(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.dir.join("longshore.log"))?;
-        let mut command = self.command(longshore_binary()?);
+        let mut command = self.command(self.binary()?);
         command
             .args(["run", "--hostname-override", self.options.name])
             .arg(format!("--node-ip={}", self.address()))
@@ -366,7 +371,7 @@ impl Node {
     /// When the archive cannot be made or the runtime refuses it.
     pub fn import_example_image(&self) -> Result<()> {
         let archive = self.dir.join("example-image.tar");
-        image::write_archive(&archive, &[image::IMAGE], Some(&built("workload")?))?;
+        image::write_archive(&archive, &[image::IMAGE], Some(&built("workload")?), &["/bin/sh"])?;
         match &self.containerd {
             Some(containerd) => containerd.import(self, &archive),
             None => {

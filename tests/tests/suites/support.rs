@@ -3,10 +3,12 @@
 use serde_json::{Value, json};
 use tests::harness::cluster::condition;
 use tests::harness::node::Runtime;
+use tests::harness::peers::Peers;
 use tests::harness::{Cluster, Lab, Node, NodeOptions};
 
 /// One node in a cluster. Fields end in this order: node, control plane, network.
 pub struct World {
+    _peers: Option<Peers>,
     pub node: Node,
     pub cluster: Cluster,
     pub lab: Lab,
@@ -18,14 +20,22 @@ impl World {
         Self::with(name, Runtime::Shim, &[]).await
     }
 
-    /// A Ready node over `runtime`, run with further flags.
+    /// A Ready node over `runtime`, run with further flags. With `LONGSHORE_TEST_PEERS` it is
+    /// kubelet's, to check the suite rather than the product.
     pub async fn with(name: &str, runtime: Runtime, flags: &[&str]) -> Self {
         let lab = Lab::new(name).unwrap();
         let cluster = Cluster::new(&lab).await.unwrap();
+        if let Some(folder) = std::env::var_os("LONGSHORE_TEST_PEERS") {
+            let options = NodeOptions { runtime: Runtime::Containerd, ..NodeOptions::default() };
+            let node = Node::new(&lab, options).await.unwrap();
+            let peers = Peers::start(&cluster, &node, folder.as_ref()).await.unwrap();
+            node.import_example_image().unwrap();
+            return Self { _peers: Some(peers), node, cluster, lab };
+        }
         let options = NodeOptions { runtime, ..NodeOptions::default() };
         let mut node = Node::new(&lab, options).await.unwrap();
         cluster.join(&mut node, flags).await.unwrap();
-        Self { node, cluster, lab }
+        Self { _peers: None, node, cluster, lab }
     }
 
     /// Creates a pod and waits until it is Ready.
