@@ -6,7 +6,9 @@
 pub mod api;
 pub mod cli;
 pub mod cluster;
+mod compose;
 pub mod config;
+pub mod health;
 pub mod ids;
 pub mod join;
 pub mod node;
@@ -17,6 +19,7 @@ pub mod probe;
 pub mod report;
 pub mod reset;
 pub mod runtime;
+mod shutdown;
 pub mod source;
 pub mod standalone;
 pub mod volume;

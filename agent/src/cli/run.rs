@@ -1,8 +1,12 @@
 //! `longshore run`: the node itself.
 
+use anyhow::Context;
 use clap::Args;
+use tracing_subscriber::EnvFilter;
 
-use super::{NodeFlags, unimplemented};
+use super::NodeFlags;
+use crate::compose;
+use crate::config::{self, ConfigError, NodeConfig, Note};
 
 /// Arguments of `longshore run`.
 #[derive(Debug, Args)]
@@ -11,8 +15,63 @@ pub struct RunArgs {
     flags: NodeFlags,
 }
 
+/// Threads that run the loops: enough for two cores' worth of waking up, and no more stacks.
+const WORKERS: usize = 2;
+
 /// Runs the node until a signal ends it.
 pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
-    let _ = args.flags;
-    Err(unimplemented("run"))
+    let config = configure(&args.flags)?;
+    trace(&config)?;
+    for note in &config.notes {
+        match note {
+            Note::Inert { field } => tracing::debug!(field, "configuration has no effect here"),
+            Note::NotBuilt { field, value } => {
+                tracing::warn!(field, value, "configuration is not implemented and has no effect");
+            }
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_keep_alive(std::time::Duration::from_secs(5))
+        .thread_name("longshore")
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let outcome = runtime.block_on(compose::run(config));
+    // A file system that hangs must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    outcome
+}
+
+fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
+    let text = match &flags.config {
+        Some(path) => {
+            std::fs::read(path).with_context(|| format!("read --config {}", path.display()))?
+        }
+        None => Vec::new(),
+    };
+    let host = compose::host()?;
+    let resolved =
+        config::parse(&text).and_then(|documents| config::resolve(flags, documents, &host));
+    resolved.map_err(|error| match (&flags.config, &error) {
+        // What a flag says wrongly is bad usage; what a file says wrongly is a failure.
+        (_, ConfigError::Invalid { field, .. }) if field.starts_with("--") => {
+            super::UsageError(error.to_string()).into()
+        }
+        (Some(path), _) => {
+            anyhow::Error::new(error).context(format!("--config {}", path.display()))
+        }
+        (None, _) => error.into(),
+    })
+}
+
+fn trace(config: &NodeConfig) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log_filter)
+        .map_err(|error| super::UsageError(format!("--log-level: {error}")))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    let started = if config.log_json { log.json().try_init() } else { log.try_init() };
+    started.map_err(|error| anyhow::anyhow!("start logging: {error}"))
 }

@@ -1,14 +1,62 @@
-//! `longshore status`: shows node, pods, services and last errors.
+//! `longshore status`: node, pods, services and last errors, from the running node.
 
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
 use clap::Args;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
 
-use super::{Output, unimplemented};
+use super::{Output, command_runtime};
+use crate::health::{STATUS_SOCKET, Status, render};
 
 /// Arguments of `longshore status`.
 #[derive(Debug, Args)]
-pub struct StatusArgs {}
+pub struct StatusArgs {
+    /// The node's run directory
+    #[arg(long, value_name = "DIR", default_value = "/run/longshore")]
+    run_dir: PathBuf,
+}
 
-/// Runs `longshore status`.
-pub(super) fn run(_args: StatusArgs, _output: Output) -> anyhow::Result<()> {
-    Err(unimplemented("status"))
+/// Longest wait for the node's answer.
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// Prints the status.
+pub(super) fn run(args: StatusArgs, output: Output) -> anyhow::Result<()> {
+    let socket = args.run_dir.join(STATUS_SOCKET);
+    let answer = command_runtime()?.block_on(async {
+        tokio::time::timeout(LIMIT, ask(&socket)).await.context("no answer in time")?
+    });
+    let text = answer.with_context(|| {
+        format!("ask the node at {}; is `longshore run` running?", socket.display())
+    })?;
+    let mut out = std::io::stdout().lock();
+    match output {
+        Output::Json => {
+            out.write_all(&text)?;
+            out.write_all(b"\n")?;
+        }
+        Output::Text => {
+            let status: Status = serde_json::from_slice(&text).context("read the answer")?;
+            out.write_all(render(&status).as_bytes())?;
+        }
+    }
+    Ok(())
+}
+
+async fn ask(socket: &Path) -> anyhow::Result<Bytes> {
+    let stream = tokio::net::UnixStream::connect(socket).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let driver = tokio::spawn(connection);
+    let request =
+        hyper::Request::get("/status").header("host", "longshore").body(Empty::<Bytes>::new())?;
+    let response = sender.send_request(request).await?;
+    anyhow::ensure!(response.status().is_success(), "the node answered {}", response.status());
+    let body = response.into_body().collect().await?.to_bytes();
+    driver.abort();
+    Ok(body)
 }

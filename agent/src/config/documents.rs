@@ -282,8 +282,8 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
         };
         assert!(noted("cpuManagerPolicy: static"));
         assert!(!noted("cpuManagerPolicy: none"));
-        assert!(noted("cpuCFSQuota: false"));
-        assert!(!noted("cpuCFSQuota: true"));
+        assert!(noted("enableServer: false"));
+        assert!(!noted("enableServer: true"));
         assert!(noted("evictionSoft: {memory.available: 1Gi}"));
         assert!(!noted("evictionSoft: {}"));
         assert!(noted("readOnlyPort: 10255"));

@@ -2,7 +2,6 @@
 
 use kube::core::Duration;
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::documents::{Fields, Treatment};
 
@@ -22,6 +21,8 @@ pub struct KubeProxyConfiguration {
     pub cluster_cidr: Option<String>,
     pub node_port_addresses: Option<Vec<String>>,
     pub conntrack: Option<Conntrack>,
+    pub detect_local_mode: Option<String>,
+    pub detect_local: Option<DetectLocal>,
 }
 
 /// Only the kubeconfig of it matters.
@@ -59,18 +60,27 @@ pub struct NfTables {
     pub min_sync_period: Option<Duration>,
 }
 
-/// Conntrack sysctls. They are the host's: named, checked, and left as they are.
+/// How the traffic of pods is told from other traffic.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct DetectLocal {
+    pub bridge_interface: Option<String>,
+    pub interface_name_prefix: Option<String>,
+}
+
+/// Conntrack sysctls.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct Conntrack {
-    pub max_per_core: Option<i64>,
-    pub min: Option<i64>,
-    pub tcp_established_timeout: Option<Value>,
-    pub tcp_close_wait_timeout: Option<Value>,
+    pub max_per_core: Option<u32>,
+    pub min: Option<u32>,
+    pub tcp_established_timeout: Option<Duration>,
+    pub tcp_close_wait_timeout: Option<Duration>,
     pub tcp_be_liberal: Option<bool>,
-    pub udp_timeout: Option<Value>,
-    pub udp_stream_timeout: Option<Value>,
+    pub udp_timeout: Option<Duration>,
+    pub udp_stream_timeout: Option<Duration>,
 }
 
 use Treatment::{Inert, NotBuilt, Used};
@@ -92,8 +102,8 @@ pub(super) const FIELDS: Fields = &[
     ("ipvs", Inert), // `mode: ipvs` itself is refused
     ("nftables", Used),
     ("winkernel", Inert),
-    ("detectLocalMode", NotBuilt(&["\"ClusterCIDR\"", "\"NodeCIDR\""])),
-    ("detectLocal", NotBuilt(&["{\"bridgeInterface\":\"\",\"interfaceNamePrefix\":\"\"}"])),
+    ("detectLocalMode", Used),
+    ("detectLocal", Used),
     ("clusterCIDR", Used),
     ("nodePortAddresses", Used),
     ("oomScoreAdj", Inert),

@@ -49,6 +49,14 @@ pub struct KubeletConfiguration {
     pub image_gc_low_threshold_percent: Option<u8>,
     pub cgroup_root: Option<String>,
     pub cgroup_driver: Option<String>,
+    #[serde(rename = "cgroupsPerQOS")]
+    pub cgroups_per_qos: Option<bool>,
+    #[serde(rename = "cpuCFSQuota")]
+    pub cpu_cfs_quota: Option<bool>,
+    #[serde(rename = "cpuCFSQuotaPeriod")]
+    pub cpu_cfs_quota_period: Option<Duration>,
+    pub allowed_unsafe_sysctls: Option<Vec<String>>,
+    pub container_log_monitor_interval: Option<Duration>,
     pub runtime_request_timeout: Option<Duration>,
     pub max_pods: Option<u32>,
     #[serde(rename = "podCIDR")]
@@ -187,7 +195,7 @@ pub(super) const FIELDS: Fields = &[
     ("kubeletCgroups", Inert), // systemd places the service
     ("systemCgroups", NotBuilt(&[])),
     ("cgroupRoot", Used),
-    ("cgroupsPerQOS", NotBuilt(&["true"])),
+    ("cgroupsPerQOS", Used),
     ("cgroupDriver", Used),
     ("cpuManagerPolicy", NotBuilt(&["\"none\""])),
     ("singleProcessOOMKill", NotBuilt(&["false"])),
@@ -205,8 +213,8 @@ pub(super) const FIELDS: Fields = &[
     ("podPidsLimit", Used),
     ("resolvConf", Used),
     ("runOnce", NotBuilt(&[])),
-    ("cpuCFSQuota", NotBuilt(&["true"])),
-    ("cpuCFSQuotaPeriod", NotBuilt(&["\"100ms\""])),
+    ("cpuCFSQuota", Used),
+    ("cpuCFSQuotaPeriod", Used),
     ("nodeStatusMaxImages", Used),
     ("maxOpenFiles", Inert), // the unit's LimitNOFILE
     ("contentType", Inert),
@@ -233,7 +241,7 @@ pub(super) const FIELDS: Fields = &[
     ("containerLogMaxSize", Used),
     ("containerLogMaxFiles", Used),
     ("containerLogMaxWorkers", Inert), // each monitor rotates its own
-    ("containerLogMonitorInterval", Inert),
+    ("containerLogMonitorInterval", Used),
     ("configMapAndSecretChangeDetectionStrategy", NotBuilt(&["\"Watch\""])),
     ("systemReserved", Used),
     ("kubeReserved", Used),
@@ -242,7 +250,7 @@ pub(super) const FIELDS: Fields = &[
     ("systemReservedCgroup", NotBuilt(&[])),
     ("kubeReservedCgroup", NotBuilt(&[])),
     ("enforceNodeAllocatable", NotBuilt(&["[\"pods\"]", "[\"none\"]"])),
-    ("allowedUnsafeSysctls", NotBuilt(&[])),
+    ("allowedUnsafeSysctls", Used),
     ("volumePluginDir", Inert), // flexVolume is refused by name
     ("providerID", Used),
     ("kernelMemcgNotification", Inert),

@@ -13,7 +13,7 @@ pub use documents::{Documents, parse};
 pub use kube_proxy::KubeProxyConfiguration;
 pub use kubelet::KubeletConfiguration;
 pub use longshore::LongshoreConfiguration;
-pub use node::{CgroupDriver, Host, NodeConfig, Parts, ProxyMode, resolve};
+pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub(crate) use node::{is_dns1123_label, is_dns1123_subdomain};
 pub use quantity::{Threshold, parse_bytes};
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
+use proxy::config::{Conntrack, DetectLocal};
+use proxy::{Mode, NodePortAddresses};
 
 use super::quantity::{Threshold, parse_bytes};
 use super::{ConfigError, Documents, Note};
@@ -33,17 +35,6 @@ pub struct Parts {
     pub proxy: bool,
     /// The CRI shim.
     pub cri: bool,
-}
-
-/// How Services are programmed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ProxyMode {
-    /// nftables where the kernel has it.
-    Auto,
-    /// Own nftables table.
-    Nftables,
-    /// Own iptables chains.
-    Iptables,
 }
 
 /// Who makes cgroups.
@@ -87,20 +78,21 @@ pub struct NodeConfig {
     pub cluster_domain: String,
     pub resolv_conf: PathBuf,
     pub pod_cidrs: Vec<proxy::object::Cidr>,
-    pub cluster_cidrs: Vec<proxy::object::Cidr>,
     pub service_cluster_ip_ranges: Vec<proxy::object::Cidr>,
     /// Inclusive.
     pub service_node_port_range: (u16, u16),
-    pub proxy_mode: ProxyMode,
-    pub masquerade_all: bool,
-    pub masquerade_bit: u8,
-    pub nodeport_addresses: Vec<String>,
-    pub proxy_healthz: Option<SocketAddr>,
-    pub proxy_metrics: Option<SocketAddr>,
+    /// Everything that the proxy is told.
+    pub proxy: proxy::Config,
     pub healthz: Option<SocketAddr>,
     pub node_api: SocketAddr,
     pub cgroup_root: String,
     pub cgroup_driver: CgroupDriver,
+    pub cgroups_per_qos: bool,
+    pub cpu_cfs_quota: bool,
+    pub cpu_cfs_period: Duration,
+    pub allowed_unsafe_sysctls: Vec<String>,
+    pub container_log_monitor_interval: Duration,
+    pub image_maximum_gc_age: Option<Duration>,
     pub max_pods: u32,
     pub pod_pids_limit: Option<u64>,
     pub registry_qps: u32,
@@ -195,13 +187,13 @@ pub fn resolve(
         .unwrap_or_else(|| "30000-32767".into());
 
     let proxy_mode = match flags.proxy_mode {
-        Some(ProxyModeFlag::Auto) => ProxyMode::Auto,
-        Some(ProxyModeFlag::Nftables) => ProxyMode::Nftables,
-        Some(ProxyModeFlag::Iptables) => ProxyMode::Iptables,
+        Some(ProxyModeFlag::Auto) => Mode::Auto,
+        Some(ProxyModeFlag::Nftables) => Mode::Nftables,
+        Some(ProxyModeFlag::Iptables) => Mode::Iptables,
         None => match kube_proxy.mode.as_deref().unwrap_or_default() {
-            "" | "auto" => ProxyMode::Auto,
-            "nftables" => ProxyMode::Nftables,
-            "iptables" => ProxyMode::Iptables,
+            "" | "auto" => Mode::Auto,
+            "nftables" => Mode::Nftables,
+            "iptables" => Mode::Iptables,
             other => {
                 return Err(ConfigError::invalid(
                     "KubeProxyConfiguration.mode",
@@ -213,8 +205,8 @@ pub fn resolve(
     let iptables = kube_proxy.iptables.unwrap_or_default();
     let nftables = kube_proxy.nftables.unwrap_or_default();
     let masquerade_bit = match proxy_mode {
-        ProxyMode::Iptables => iptables.masquerade_bit,
-        ProxyMode::Nftables | ProxyMode::Auto => nftables.masquerade_bit,
+        Mode::Iptables => iptables.masquerade_bit,
+        Mode::Nftables | Mode::Auto => nftables.masquerade_bit,
     }
     .unwrap_or(14);
     if masquerade_bit > 31 {
@@ -223,6 +215,58 @@ pub fn resolve(
             format!("{masquerade_bit} is not between 0 and 31"),
         ));
     }
+
+    let node_port_addresses = if flags.nodeport_addresses.is_empty() {
+        kube_proxy.node_port_addresses.unwrap_or_default()
+    } else {
+        flags.nodeport_addresses.clone()
+    };
+    let proxy_config = proxy::Config {
+        mode: proxy_mode,
+        node_name: node_name.clone(),
+        masquerade_all: flags.masquerade_all
+            || nftables.masquerade_all.unwrap_or(false)
+            || iptables.masquerade_all.unwrap_or(false),
+        // Standalone, this node's pods are all there are.
+        cluster_cidrs: if standalone && cluster_cidrs.is_empty() {
+            pod_cidrs.clone()
+        } else {
+            cluster_cidrs
+        },
+        detect_local: detect_local(
+            kube_proxy.detect_local_mode.as_deref().unwrap_or_default(),
+            kube_proxy.detect_local.unwrap_or_default(),
+        )?,
+        // In a cluster the range is the API server's to know.
+        service_cidrs: if standalone { service_ranges.clone() } else { Vec::new() },
+        node_port_addresses: node_port_addresses
+            .iter()
+            .map(|text| text.parse::<NodePortAddresses>())
+            .collect::<Result<_, _>>()
+            .map_err(|cause| ConfigError::invalid("--nodeport-addresses", cause))?,
+        localhost_node_ports: iptables.localhost_node_ports.unwrap_or(true),
+        masquerade_bit,
+        healthz_bind: address(
+            "--proxy-healthz-bind-address",
+            flags
+                .proxy_healthz_bind_address
+                .as_deref()
+                .or(nonempty(&kube_proxy.healthz_bind_address)),
+            "0.0.0.0:10256",
+            10256,
+        )?,
+        metrics_bind: address(
+            "--proxy-metrics-bind-address",
+            flags
+                .proxy_metrics_bind_address
+                .as_deref()
+                .or(nonempty(&kube_proxy.metrics_bind_address)),
+            "127.0.0.1:10249",
+            10249,
+        )?,
+        conntrack: conntrack(kube_proxy.conntrack.unwrap_or_default()),
+        ..proxy::Config::default()
+    };
 
     let cgroup_driver = match flags.cgroup_driver {
         Some(CgroupDriverFlag::Cgroupfs) => CgroupDriver::Cgroupfs,
@@ -352,37 +396,9 @@ pub fn resolve(
             .unwrap_or_else(|| "cluster.local".into()),
         resolv_conf: path(&flags.resolv_conf, kubelet.resolv_conf, "/etc/resolv.conf"),
         pod_cidrs,
-        cluster_cidrs,
         service_cluster_ip_ranges: service_ranges,
         service_node_port_range: parse_port_range(&port_range)?,
-        proxy_mode,
-        masquerade_all: flags.masquerade_all
-            || nftables.masquerade_all.unwrap_or(false)
-            || iptables.masquerade_all.unwrap_or(false),
-        masquerade_bit,
-        nodeport_addresses: if flags.nodeport_addresses.is_empty() {
-            kube_proxy.node_port_addresses.unwrap_or_default()
-        } else {
-            flags.nodeport_addresses.clone()
-        },
-        proxy_healthz: address(
-            "--proxy-healthz-bind-address",
-            flags
-                .proxy_healthz_bind_address
-                .as_deref()
-                .or(nonempty(&kube_proxy.healthz_bind_address)),
-            "0.0.0.0:10256",
-            10256,
-        )?,
-        proxy_metrics: address(
-            "--proxy-metrics-bind-address",
-            flags
-                .proxy_metrics_bind_address
-                .as_deref()
-                .or(nonempty(&kube_proxy.metrics_bind_address)),
-            "127.0.0.1:10249",
-            10249,
-        )?,
+        proxy: proxy_config,
         healthz: {
             let ip = match flags.healthz_bind_address {
                 Some(ip) => ip,
@@ -411,6 +427,19 @@ pub fn resolve(
             .filter(|root| !root.is_empty())
             .unwrap_or_else(|| "/".into()),
         cgroup_driver,
+        cgroups_per_qos: kubelet.cgroups_per_qos.unwrap_or(true),
+        cpu_cfs_quota: kubelet.cpu_cfs_quota.unwrap_or(true),
+        cpu_cfs_period: kubelet
+            .cpu_cfs_quota_period
+            .map(Duration::from)
+            .filter(|period| !period.is_zero())
+            .unwrap_or(Duration::from_millis(100)),
+        allowed_unsafe_sysctls: kubelet.allowed_unsafe_sysctls.unwrap_or_default(),
+        container_log_monitor_interval: period(kubelet.container_log_monitor_interval, 10),
+        image_maximum_gc_age: kubelet
+            .image_maximum_gc_age
+            .map(Duration::from)
+            .filter(|age| !age.is_zero()),
         max_pods: flags.max_pods.or(kubelet.max_pods).filter(|pods| *pods > 0).unwrap_or(110),
         pod_pids_limit: kubelet.pod_pids_limit.and_then(|limit| u64::try_from(limit).ok()),
         registry_qps: kubelet.registry_pull_qps.unwrap_or(5),
@@ -459,6 +488,52 @@ pub fn resolve(
         log_json: flags.logging_format.as_deref() == Some("json"),
         notes,
     })
+}
+
+fn detect_local(
+    mode: &str,
+    detail: super::kube_proxy::DetectLocal,
+) -> Result<DetectLocal, ConfigError> {
+    let named = |name: Option<String>, field: &str| {
+        name.filter(|name| !name.is_empty()).ok_or_else(|| {
+            ConfigError::invalid(
+                format!("KubeProxyConfiguration.detectLocal.{field}"),
+                format!("required with detectLocalMode {mode}"),
+            )
+        })
+    };
+    Ok(match mode {
+        "" | "ClusterCIDR" => DetectLocal::ClusterCidr,
+        "NodeCIDR" => DetectLocal::NodeCidr,
+        "BridgeInterface" => {
+            DetectLocal::BridgeInterface(named(detail.bridge_interface, "bridgeInterface")?)
+        }
+        "InterfaceNamePrefix" => DetectLocal::InterfaceNamePrefix(named(
+            detail.interface_name_prefix,
+            "interfaceNamePrefix",
+        )?),
+        other => {
+            return Err(ConfigError::invalid(
+                "KubeProxyConfiguration.detectLocalMode",
+                format!("{other:?} is unknown"),
+            ));
+        }
+    })
+}
+
+fn conntrack(given: super::kube_proxy::Conntrack) -> Conntrack {
+    let time = |given: Option<kube::core::Duration>| {
+        given.map(Duration::from).filter(|time| !time.is_zero())
+    };
+    Conntrack {
+        max_per_core: given.max_per_core,
+        min: given.min,
+        tcp_established_timeout: time(given.tcp_established_timeout),
+        tcp_close_wait_timeout: time(given.tcp_close_wait_timeout),
+        tcp_be_liberal: given.tcp_be_liberal.unwrap_or(false),
+        udp_timeout: time(given.udp_timeout),
+        udp_stream_timeout: time(given.udp_stream_timeout),
+    }
 }
 
 fn nonempty(text: &Option<String>) -> Option<&str> {

@@ -16,7 +16,6 @@ use inotify::{Inotify, WatchMask};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-use crate::ids::PodUid;
 use crate::source::{PodChange, PodSource};
 use crate::standalone::folder::{Folder, FolderChange, Problem, Ready, Scope};
 use crate::standalone::yaml::MAX_FILE;
@@ -36,15 +35,12 @@ pub trait ObjectSink: Send + Sync {
     fn apply(&self, change: FolderChange);
     /// The folder has been read once.
     fn synced(&self);
-    /// The status that this node last reported for the pod, if an earlier run did.
-    fn last_status(&self, uid: &PodUid) -> Option<k8s_openapi::api::core::v1::PodStatus>;
 }
 
 /// A folder of manifests.
 pub struct FileSource {
     directory: PathBuf,
     folder: Folder,
-    scope: Scope,
     /// Identity of each file as last read.
     read: BTreeMap<String, Identity>,
     problems: watch::Sender<Vec<Problem>>,
@@ -83,7 +79,6 @@ impl FileSource {
         Self {
             directory,
             folder: Folder::new(node, scope),
-            scope,
             read: BTreeMap::new(),
             problems: watch::Sender::new(Vec::new()),
             sink,
@@ -121,7 +116,7 @@ impl FileSource {
             let wake = tokio::select! {
                 event = next(&mut events) => event,
                 () = tokio::time::sleep(patience) => Wake::Timer,
-                ended = shutdown.wait_for(|ended| *ended) => { drop(ended); Wake::Shutdown }
+                () = crate::shutdown::requested(&mut shutdown) => {Wake::Shutdown }
             };
             match wake {
                 Wake::Shutdown => return,
@@ -234,11 +229,7 @@ impl FileSource {
                 sink.apply(change.clone());
             }
             match change {
-                FolderChange::Set(_, Ready::Pod(mut pod)) => {
-                    let status = self.sink.as_ref().and_then(|s| s.last_status(&PodUid::of(&pod)));
-                    if let Some(status) = status {
-                        Arc::make_mut(&mut pod).status = Some(status);
-                    }
+                FolderChange::Set(_, Ready::Pod(pod)) => {
                     pods.send(PodChange::Set(PodSource::File, pod)).await?;
                 }
                 FolderChange::PodRemoved(_, uid) => {
@@ -248,11 +239,6 @@ impl FileSource {
             }
         }
         Ok(())
-    }
-
-    /// Which objects the folder may hold.
-    pub fn scope(&self) -> Scope {
-        self.scope
     }
 }
 
@@ -307,6 +293,7 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::PodUid;
 
     const POD: &str = "kind: Pod\napiVersion: v1\nmetadata: {name: web}\nspec:\n  containers:\n  - {name: c, image: i}\n";
 

@@ -130,7 +130,7 @@ impl ServiceLoop {
                 () = &mut deadline, if matches!(self.state, State::Waiting(_)) => {
                     self.state = State::Waiting(BTreeSet::new());
                 }
-                ended = shutdown.wait_for(|ended| *ended) => { drop(ended); return }
+                () = crate::shutdown::requested(&mut shutdown) => {return }
             }
             if matches!(&self.state, State::Waiting(pods) if pods.is_empty()) {
                 self.state = State::Synced;

@@ -1,10 +1,8 @@
 //! ConfigMaps, Secrets and Services of the folder, for volumes and environments; and where statuses
 //! and Events go without an API server.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -13,10 +11,9 @@ use k8s_openapi::api::core::v1::{
     ConfigMap, Node, ObjectReference, Pod, PodStatus, Secret, Service,
 };
 use serde::Serialize;
-use tokio::sync::{Notify, broadcast, mpsc, watch};
+use tokio::sync::{broadcast, mpsc};
 
 use super::folder::{FolderChange, Kind, Ready};
-use super::keep;
 use super::services::{Event, Served};
 use crate::ids::{NamespacedName, PodUid};
 use crate::objects::{ObjectError, ObjectRef, Objects};
@@ -25,8 +22,6 @@ use crate::source::file::ObjectSink;
 
 /// Events kept in memory for `longshore status`.
 const EVENTS: usize = 200;
-/// How long statuses are collected before they are written.
-const SETTLE: Duration = Duration::from_millis(200);
 
 /// An Event as kept.
 #[derive(Clone, Debug, Serialize)]
@@ -56,11 +51,6 @@ fn as_text<S: serde::Serializer>(time: &Timestamp, to: S) -> Result<S::Ok, S::Er
 pub struct Store {
     config_maps: Mutex<BTreeMap<NamespacedName, Arc<ConfigMap>>>,
     secrets: Mutex<BTreeMap<NamespacedName, Arc<Secret>>>,
-    pods: Mutex<HashMap<PodUid, (Arc<Pod>, Option<PodStatus>)>>,
-    /// Pods whose kept status is not the last one.
-    unwritten: Mutex<HashMap<PodUid, Option<PodStatus>>>,
-    wake_writer: Notify,
-    statuses: PathBuf,
     served: Arc<Mutex<Served>>,
     events: Mutex<VecDeque<Recorded>>,
     changes: broadcast::Sender<ObjectRef>,
@@ -68,19 +58,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// A store that keeps statuses in the folder `statuses` and tells the Service loop by `tell`.
-    pub fn new(
-        statuses: PathBuf,
-        served: Arc<Mutex<Served>>,
-        tell: mpsc::UnboundedSender<Event>,
-    ) -> Arc<Self> {
+    /// A store that tells the Service loop by `tell`, and shows what it serves.
+    pub fn new(served: Arc<Mutex<Served>>, tell: mpsc::UnboundedSender<Event>) -> Arc<Self> {
         Arc::new(Self {
             config_maps: Mutex::default(),
             secrets: Mutex::default(),
-            pods: Mutex::default(),
-            unwritten: Mutex::default(),
-            wake_writer: Notify::new(),
-            statuses,
             served,
             events: Mutex::default(),
             changes: broadcast::channel(256).0,
@@ -96,63 +78,6 @@ impl Store {
     /// Events, the newest last.
     pub fn events(&self) -> Vec<Recorded> {
         lock(&self.events).iter().cloned().collect()
-    }
-
-    /// Pods with the status last reported.
-    pub fn pods(&self) -> Vec<(Arc<Pod>, Option<PodStatus>)> {
-        lock(&self.pods).values().cloned().collect()
-    }
-
-    fn status_file(&self, uid: &PodUid) -> PathBuf {
-        self.statuses.join(format!("{uid}.json"))
-    }
-
-    /// Writes statuses to disk, so that the next run knows restart counts and conditions.
-    pub async fn run_writer(self: Arc<Self>, mut shutdown: watch::Receiver<bool>) {
-        loop {
-            let ended = tokio::select! {
-                () = self.wake_writer.notified() => false,
-                ended = shutdown.wait_for(|ended| *ended) => { drop(ended); true }
-            };
-            if !ended {
-                tokio::time::sleep(SETTLE).await;
-            }
-            let batch = std::mem::take(&mut *lock(&self.unwritten));
-            let store = self.clone();
-            let _ = tokio::task::spawn_blocking(move || store.write(batch)).await;
-            if ended {
-                return;
-            }
-        }
-    }
-
-    fn write(&self, batch: HashMap<PodUid, Option<PodStatus>>) {
-        for (uid, status) in batch {
-            let path = self.status_file(&uid);
-            let written = match status {
-                Some(status) => keep::write_if_changed(&path, &status),
-                None => match std::fs::remove_file(&path) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-                    _ => Ok(()),
-                },
-            };
-            if let Err(error) = written {
-                tracing::warn!(path = %path.display(), %error, "cannot keep a pod's status");
-            }
-        }
-    }
-
-    /// Removes statuses of pods that went while nobody looked.
-    fn sweep(&self) {
-        let Ok(entries) = std::fs::read_dir(&self.statuses) else { return };
-        let pods = lock(&self.pods);
-        for entry in entries.filter_map(Result::ok) {
-            let path = entry.path();
-            let uid = Path::new(&path).file_stem().and_then(|stem| stem.to_str());
-            if uid.is_none_or(|uid| !pods.contains_key(&PodUid::from(uid))) {
-                let _ = std::fs::remove_file(&path);
-            }
-        }
     }
 }
 
@@ -174,12 +99,7 @@ impl ObjectSink for Store {
                 let _ = self.tell.send(Event::Slice(key, Some(slice)));
             }
             FolderChange::Set(_, Ready::Pod(pod)) => {
-                let uid = PodUid::of(&pod);
-                let status = self.last_status(&uid);
-                let mut known = Pod::clone(&pod);
-                known.status = status.clone();
-                lock(&self.pods).insert(uid.clone(), (pod, status));
-                let _ = self.tell.send(Event::Pod(uid, Arc::new(known)));
+                let _ = self.tell.send(Event::Pod(PodUid::of(&pod), pod));
             }
             FolderChange::PodRemoved(_, uid) => {
                 let _ = self.tell.send(Event::PodEnding(uid));
@@ -205,15 +125,7 @@ impl ObjectSink for Store {
     }
 
     fn synced(&self) {
-        self.sweep();
         let _ = self.tell.send(Event::FolderRead);
-    }
-
-    fn last_status(&self, uid: &PodUid) -> Option<PodStatus> {
-        if let Some((_, Some(status))) = lock(&self.pods).get(uid) {
-            return Some(status.clone());
-        }
-        keep::read(&self.status_file(uid))
     }
 }
 
@@ -262,19 +174,12 @@ impl Objects for Store {
 
 impl StatusSink for Store {
     fn publish(&self, pod: &Arc<Pod>, status: PodStatus) {
-        let uid = PodUid::of(pod);
-        lock(&self.pods).insert(uid.clone(), (pod.clone(), Some(status.clone())));
-        lock(&self.unwritten).insert(uid.clone(), Some(status.clone()));
-        self.wake_writer.notify_one();
-        let _ = self.tell.send(Event::PodStatus(uid, pod.clone(), Box::new(status)));
+        let event = Event::PodStatus(PodUid::of(pod), pod.clone(), Box::new(status));
+        let _ = self.tell.send(event);
     }
 
     fn gone(&self, pod: &Arc<Pod>) {
-        let uid = PodUid::of(pod);
-        lock(&self.pods).remove(&uid);
-        lock(&self.unwritten).insert(uid.clone(), None);
-        self.wake_writer.notify_one();
-        let _ = self.tell.send(Event::PodGone(uid));
+        let _ = self.tell.send(Event::PodGone(PodUid::of(pod)));
     }
 }
 

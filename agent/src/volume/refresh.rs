@@ -36,9 +36,7 @@ pub async fn run(volumes: Arc<NodeVolumes>, mut shutdown: watch::Receiver<bool>)
             changed = next_change(&mut changes) => Wake::Changed(changed),
             () = sleep(wait) => Wake::Due,
             () = volumes.rescheduled.notified() => Wake::Due,
-            ended = shutdown.wait_for(|ended| *ended) => {
-                drop(ended);
-                Wake::Shutdown
+            () = crate::shutdown::requested(&mut shutdown) => {Wake::Shutdown
             }
         };
         let now = Timestamp::now().as_second();

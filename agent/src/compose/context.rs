@@ -1,0 +1,190 @@
+//! Facts of the machine, and the plain data that each part is configured with.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::path::Path;
+
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+
+use crate::cluster::ClusterConfig;
+use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
+use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
+
+/// Facts that configuration depends on.
+pub(crate) fn host() -> anyhow::Result<Host> {
+    let hostname = nix::unistd::gethostname()?;
+    Ok(Host {
+        hostname: hostname.to_string_lossy().into_owned(),
+        systemd_cgroups: Path::new("/run/systemd/system").is_dir(),
+    })
+}
+
+/// What the agent must know of its node.
+pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext {
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    let memory = total_memory().unwrap_or(u64::MAX);
+    let reserved = |resource: &str| -> u64 {
+        let lists = [&config.system_reserved, &config.kube_reserved];
+        let of = |list: &Vec<(String, String)>| {
+            let found = list.iter().find(|(name, _)| name == resource)?;
+            match found.1.strip_suffix('m') {
+                Some(milli) if resource == "cpu" => milli.parse().ok(),
+                _ if resource == "cpu" => parse_bytes(&format!("{}e3", found.1)),
+                _ => parse_bytes(&found.1),
+            }
+        };
+        lists.into_iter().filter_map(of).sum()
+    };
+    let threshold = |signal: &str, capacity: u64| {
+        let found = config.eviction_hard.iter().find(|(name, _)| name == signal);
+        found.map_or(0, |(_, threshold)| threshold.of(capacity))
+    };
+    let disk = nix::sys::statvfs::statvfs(existing(&config.root_dir))
+        .map_or(0, |stat| stat.blocks() * stat.fragment_size());
+    NodeContext {
+        hostname: config.hostname.clone(),
+        root_dir: config.root_dir.clone(),
+        pod_logs_dir: config.pod_logs_dir.clone(),
+        container_logs_dir: config.container_logs_dir.clone(),
+        cluster_dns: config.cluster_dns.clone(),
+        cluster_domain: config.cluster_domain.clone(),
+        resolv_conf: config.resolv_conf.clone(),
+        cgroup_root: config.cgroup_root.clone(),
+        cgroup_driver: match config.cgroup_driver {
+            CgroupDriver::Cgroupfs => node_context::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => node_context::CgroupDriver::Systemd,
+        },
+        cgroups_per_qos: config.cgroups_per_qos,
+        cpu_cfs_quota: config.cpu_cfs_quota,
+        cpu_cfs_period_us: u64::try_from(config.cpu_cfs_period.as_micros()).unwrap_or(100_000),
+        pod_pids_limit: config.pod_pids_limit.and_then(|limit| i64::try_from(limit).ok()),
+        max_pods: config.max_pods,
+        allocatable_milli_cpu: (cpus * 1000).saturating_sub(reserved("cpu")),
+        allocatable_memory: memory
+            .saturating_sub(reserved("memory"))
+            .saturating_sub(threshold("memory.available", memory)),
+        capacity_memory: memory,
+        allocatable_ephemeral: disk
+            .saturating_sub(reserved("ephemeral-storage"))
+            .saturating_sub(threshold("nodefs.available", disk)),
+        cluster: !standalone,
+        pull: PullLimits {
+            serialize: config.serialize_image_pulls,
+            max_parallel: config.max_parallel_image_pulls.and_then(|n| usize::try_from(n).ok()),
+            registry_qps: config.registry_qps,
+            registry_burst: config.registry_burst,
+        },
+        gc: GcLimits {
+            image_high_percent: config.image_gc_high_threshold_percent,
+            image_low_percent: config.image_gc_low_threshold_percent,
+            image_min_age: config.image_minimum_gc_age,
+            image_max_age: config.image_maximum_gc_age,
+            ..GcLimits::default()
+        },
+        max_restart_backoff: config.max_container_restart_period,
+        container_log_max_size: config.container_log_max_size,
+        container_log_max_files: config.container_log_max_files,
+        container_log_monitor_interval: config.container_log_monitor_interval,
+        seccomp_default: config.seccomp_default,
+        allowed_unsafe_sysctls: config.allowed_unsafe_sysctls.clone(),
+        runtime_request_timeout: config.runtime_request_timeout,
+        ..NodeContext::new(config.node_name.clone(), node_ips(config))
+    }
+}
+
+/// What the CRI shim is told.
+pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
+    let defaults = cri_shim::Config::at(config.state_dir.clone(), config.run_dir.clone());
+    let mut cni_bin_dirs = vec![config.cni_bin_dir.clone()];
+    cni_bin_dirs
+        .extend(defaults.cni_bin_dirs.iter().filter(|d| **d != config.cni_bin_dir).cloned());
+    cri_shim::Config {
+        cgroup_driver: match config.cgroup_driver {
+            CgroupDriver::Cgroupfs => cri_shim::config::CgroupDriver::Cgroupfs,
+            CgroupDriver::Systemd => cri_shim::config::CgroupDriver::Systemd,
+        },
+        seccomp_profile_root: config.root_dir.join("seccomp"),
+        pod_cidrs: config
+            .pod_cidrs
+            .iter()
+            .map(|cidr| format!("{}/{}", cidr.address, cidr.prefix_len))
+            .collect(),
+        cni_conf_dir: config.cni_conf_dir.clone(),
+        cni_bin_dirs,
+        ..defaults
+    }
+}
+
+/// What the node's part in a cluster is told.
+pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
+    let defaults = ClusterConfig::new(&config.node_name);
+    ClusterConfig {
+        hostname: config.hostname.clone(),
+        node_ips: config.node_ips.clone(),
+        kubeconfig: config.kubeconfig.clone().unwrap_or(defaults.kubeconfig),
+        bootstrap_kubeconfig: config
+            .bootstrap_kubeconfig
+            .clone()
+            .unwrap_or(defaults.bootstrap_kubeconfig),
+        cert_dir: config.cert_dir.clone(),
+        root_dir: config.root_dir.clone(),
+        state_dir: config.root_dir.join("longshore"),
+        node_api_port: config.node_api.port(),
+        register_node: config.register_node,
+        node_labels: config.node_labels.iter().cloned().collect(),
+        register_with_taints: config.register_with_taints.clone(),
+        max_pods: config.max_pods,
+        reserved: config.system_reserved.iter().chain(&config.kube_reserved).cloned().collect(),
+        eviction_hard: config.eviction_hard.clone(),
+        status_update_frequency: config.node_status_update_frequency,
+        status_report_frequency: config.node_status_report_frequency,
+        lease_duration_seconds: u32::try_from(config.node_lease_duration.as_secs()).unwrap_or(40),
+        provider_id: config.provider_id.clone(),
+        event_qps: config.event_qps,
+        event_burst: config.event_burst,
+        agent: config.parts.agent,
+        proxy: config.parts.proxy,
+        node_name: defaults.node_name,
+    }
+}
+
+/// `--node-ip`, else the addresses that the default routes use, else any of the machine's.
+pub(super) fn node_ips(config: &NodeConfig) -> Vec<IpAddr> {
+    if !config.node_ips.is_empty() {
+        return config.node_ips.clone();
+    }
+    // Nothing is sent: connecting a datagram socket only asks for the route.
+    let route = |any: IpAddr, to: IpAddr| -> Option<IpAddr> {
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
+        socket.connect(SocketAddr::new(to, 9)).ok()?;
+        socket.local_addr().ok().map(|local| local.ip()).filter(|ip| !ip.is_loopback())
+    };
+    let v4 = route(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into());
+    let documentation = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    let v6 = route(Ipv6Addr::UNSPECIFIED.into(), documentation.into());
+    let found: Vec<IpAddr> = v4.into_iter().chain(v6).collect();
+    if !found.is_empty() {
+        return found;
+    }
+    let interfaces = getifaddrs().into_iter().flatten();
+    let up = interfaces.filter(|interface| {
+        interface.flags.contains(InterfaceFlags::IFF_UP)
+            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+    });
+    let address =
+        up.filter_map(|interface| Some(IpAddr::V4(interface.address?.as_sockaddr_in()?.ip())));
+    let first = address.into_iter().next();
+    vec![first.unwrap_or(Ipv4Addr::LOCALHOST.into())]
+}
+
+fn total_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// The nearest folder of `path` that exists.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}

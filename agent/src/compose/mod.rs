@@ -1,0 +1,354 @@
+//! The composition root of `longshore run`: makes the parts, joins them, and waits.
+//!
+//! Nothing is decided here; each part is given its plain configuration and its effects.
+
+use std::fs::{File, OpenOptions};
+use std::future::Future;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use proxy::Proxy;
+use proxy::object::{Change, NodeState};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+
+use crate::cluster;
+use crate::config::NodeConfig;
+use crate::health::{self, Watched};
+use crate::node_context::NodeContext;
+use crate::objects::Objects;
+use crate::pod::SyncLoop;
+use crate::report::{EventSink, StatusSink};
+use crate::runtime::Runtime;
+use crate::runtime::cri::CriRuntime;
+use crate::source::file::{FileSource, ObjectSink};
+use crate::source::{PodChange, PodSource};
+use crate::standalone::folder::Scope;
+use crate::standalone::services::ServiceLoop;
+use crate::standalone::store::Store;
+use crate::volume::{self, NodeVolumes};
+
+mod context;
+
+pub(crate) use context::host;
+
+/// Changes that may wait for the sync loop or the proxy before their sources wait too.
+const CHANNEL: usize = 256;
+/// How long the parts have to end after the signal. Containers and rules stay as they are.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// What the world gives to this node and takes from it: a folder, or a cluster.
+struct World {
+    objects: Arc<dyn Objects>,
+    statuses: Arc<dyn StatusSink>,
+    events: Arc<dyn EventSink>,
+    pods: mpsc::Receiver<PodChange>,
+    proxy: mpsc::Receiver<Change>,
+    sources: Vec<PodSource>,
+}
+
+/// A part that ended, with why it could not go on.
+type Ended = (&'static str, anyhow::Result<()>);
+
+/// The parts as they are put together.
+struct Parts {
+    config: NodeConfig,
+    shutdown: watch::Receiver<bool>,
+    tasks: JoinSet<Ended>,
+    watched: Watched,
+}
+
+/// Runs the node until a signal ends it or a part cannot go on.
+pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
+    let _lock = lock(&config)?;
+    let (stop, shutdown) = watch::channel(false);
+    let mut parts = Parts {
+        watched: Watched::new(&config),
+        tasks: JoinSet::new(),
+        shutdown: shutdown.clone(),
+        config,
+    };
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let built = tokio::select! {
+        built = parts.build() => built,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    let outcome = match built {
+        Err(error) => Err(error),
+        Ok(()) => tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+            Some(ended) = parts.tasks.join_next() => match ended {
+                Ok((name, Ok(()))) => Err(anyhow::anyhow!("{name} ended")),
+                Ok((name, Err(error))) => Err(error.context(name)),
+                Err(error) => Err(error.into()),
+            },
+        },
+    };
+    health::notify::stopping();
+    tracing::info!("stopping; containers and rules stay as they are");
+    let _ = stop.send(true);
+    let drain = async { while parts.tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN, drain).await.is_err() {
+        tracing::warn!("not every part ended in time");
+    }
+    outcome
+}
+
+impl Parts {
+    fn spawn(
+        &mut self,
+        name: &'static str,
+        part: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        self.tasks.spawn(async move { (name, part.await) });
+    }
+
+    async fn build(&mut self) -> anyhow::Result<()> {
+        if self.config.parts.cri {
+            let shim = context::shim(&self.config);
+            let mut shutdown = self.shutdown.clone();
+            let end = async move {
+                crate::shutdown::requested(&mut shutdown).await;
+            };
+            self.spawn("the CRI shim", async move { Ok(cri_shim::serve(shim, end).await?) });
+        }
+        if self.config.parts.agent || self.config.parts.proxy {
+            self.agent_and_proxy().await?;
+        }
+        let watched = Arc::new(std::mem::replace(&mut self.watched, Watched::new(&self.config)));
+        if let Some(address) = self.config.healthz {
+            let listener = tokio::net::TcpListener::bind(address)
+                .await
+                .with_context(|| format!("listen on {address} for /healthz (--healthz-port)"))?;
+            let serving = health::serve_healthz(listener, watched.clone(), self.shutdown.clone());
+            self.spawn("healthz", serving);
+        }
+        let socket = health::bind_status(&self.config.run_dir)?;
+        let serving = health::serve_status(socket, watched.clone(), self.shutdown.clone());
+        self.spawn("the status socket", serving);
+        self.spawn("sd_notify", health::notify::run(watched, self.shutdown.clone()));
+        Ok(())
+    }
+
+    async fn agent_and_proxy(&mut self) -> anyhow::Result<()> {
+        let endpoint = self.config.container_runtime_endpoint.clone().unwrap_or_else(|| {
+            format!("unix://{}", self.config.run_dir.join("cri.sock").display())
+        });
+        let runtime: Arc<dyn Runtime> =
+            Arc::new(CriRuntime::new(&endpoint, self.config.runtime_request_timeout)?);
+        self.watched.runtime_endpoint = endpoint.clone();
+        let node = Arc::new(context::node_context(&self.config, self.config.standalone));
+        self.watched.node_ips = node.node_ips.clone();
+        let mut world = if self.config.standalone {
+            self.standalone(&node)?
+        } else {
+            self.cluster(runtime.clone()).await?
+        };
+        if self.config.parts.proxy {
+            let proxy = Proxy::new(self.config.proxy.clone());
+            self.watched.proxy = Some(proxy.status());
+            let (changes, shutdown) = (world.proxy, self.shutdown.clone());
+            self.spawn("the proxy", async move { Ok(proxy.run(changes, shutdown).await?) });
+        } else {
+            self.spawn("the drain of Services", drain(world.proxy, self.shutdown.clone()));
+        }
+        if !self.config.parts.agent {
+            // Only the proxy: pods are somebody else's.
+            let (_, none) = mpsc::channel(1);
+            let pods = std::mem::replace(&mut world.pods, none);
+            self.spawn("the drain of pods", drain(pods, self.shutdown.clone()));
+            return Ok(());
+        }
+        for dir in [&node.root_dir, &node.pod_logs_dir, &node.container_logs_dir] {
+            std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+        }
+        let volumes = NodeVolumes::new(node.clone(), world.objects.clone());
+        let refresh = volume::run_refresh(volumes.clone(), self.shutdown.clone());
+        self.spawn("the refresh of volumes", async move {
+            refresh.await;
+            Ok(())
+        });
+        let sync =
+            SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, world.events)
+                .with_sources(world.sources);
+        self.watched.sync = Some(sync.handle());
+        let (pods, shutdown) = (world.pods, self.shutdown.clone());
+        self.spawn("the sync loop", async move {
+            sync.run(pods, shutdown).await;
+            Ok(())
+        });
+        Ok(())
+    }
+
+    /// Everything from a folder.
+    fn standalone(&mut self, node: &NodeContext) -> anyhow::Result<World> {
+        let config = &self.config;
+        let (proxy_tx, proxy) = mpsc::channel(CHANNEL);
+        let (tell, told) = mpsc::unbounded_channel();
+        let services = ServiceLoop::new(
+            &config.node_name,
+            config.service_cluster_ip_ranges.clone(),
+            config.service_node_port_range,
+            config.state_dir.join("standalone-services.json"),
+            proxy_tx,
+        );
+        let store = Store::new(services.served(), tell);
+        self.watched.store = Some(store.clone());
+        let state = NodeState {
+            addresses: node.node_ips.clone(),
+            pod_cidrs: config.pod_cidrs.clone(),
+            zone: None,
+            being_deleted: false,
+        };
+        let (pods_tx, pods) = mpsc::channel(CHANNEL);
+        let sink: Arc<dyn ObjectSink> = store.clone();
+        self.file_source(Scope::Standalone, Some(sink), pods_tx);
+        let shutdown = self.shutdown.clone();
+        self.spawn("Services", async move {
+            services.run(state, told, shutdown).await;
+            Ok(())
+        });
+        Ok(World {
+            objects: store.clone(),
+            statuses: store.clone(),
+            events: store,
+            pods,
+            proxy,
+            sources: vec![PodSource::File],
+        })
+    }
+
+    fn file_source(
+        &mut self,
+        scope: Scope,
+        sink: Option<Arc<dyn ObjectSink>>,
+        pods: mpsc::Sender<PodChange>,
+    ) {
+        let Some(folder) = self.config.pod_manifest_path.clone() else { return };
+        let source = FileSource::new(folder, &self.config.node_name, scope, sink);
+        self.watched.manifests = Some(source.problems());
+        let shutdown = self.shutdown.clone();
+        self.spawn("the folder of manifests", async move {
+            source.run(pods, shutdown).await;
+            Ok(())
+        });
+    }
+
+    /// Everything from an API server, and static pods from a folder if there is one.
+    async fn cluster(&mut self, runtime: Arc<dyn Runtime>) -> anyhow::Result<World> {
+        let config = context::cluster(&self.config);
+        let mut parts = cluster::start(config, runtime).await?;
+        self.watched.errors = Some(parts.errors);
+        self.watched.node = Some(parts.node);
+        let mut shutdown = self.shutdown.clone();
+        self.spawn("the cluster", async move {
+            tokio::select! {
+                ended = parts.tasks.join_next() => match ended {
+                    Some(Err(error)) => return Err(error.into()),
+                    Some(Ok(())) => anyhow::bail!("a loop of it ended"),
+                    None => {}
+                },
+                () = crate::shutdown::requested(&mut shutdown) => {}
+            }
+            parts.tasks.shutdown().await;
+            Ok(())
+        });
+        let mut sources = vec![PodSource::Cluster];
+        let (merged, pods) = mpsc::channel(CHANNEL);
+        if self.config.parts.agent && self.config.pod_manifest_path.is_some() {
+            sources.push(PodSource::File);
+            let (files_tx, files) = mpsc::channel(CHANNEL);
+            self.file_source(Scope::StaticPods, None, files_tx);
+            // Static pods show in the cluster as mirror pods.
+            let (to, mirror) = (merged.clone(), parts.static_pods);
+            let forwarding = forward(files, to, self.shutdown.clone(), move |change| {
+                let _ = mirror.send(change.clone());
+            });
+            self.spawn("static pods", forwarding);
+        }
+        let forwarding = forward(parts.pods, merged, self.shutdown.clone(), |_| {});
+        self.spawn("pods of the cluster", forwarding);
+        Ok(World {
+            objects: parts.objects,
+            statuses: parts.statuses,
+            events: parts.events,
+            pods,
+            proxy: parts.proxy,
+            sources,
+        })
+    }
+}
+
+/// Passes changes on, showing each to `seen`.
+async fn forward<T>(
+    mut from: mpsc::Receiver<T>,
+    to: mpsc::Sender<T>,
+    mut shutdown: watch::Receiver<bool>,
+    seen: impl Fn(&T),
+) -> anyhow::Result<()> {
+    loop {
+        tokio::select! {
+            item = from.recv() => {
+                let Some(item) = item else {
+                    crate::shutdown::requested(&mut shutdown).await;
+                    return Ok(());
+                };
+                seen(&item);
+                if to.send(item).await.is_err() {
+                    return Ok(());
+                }
+            }
+            () = crate::shutdown::requested(&mut shutdown) => return Ok(()),
+        }
+    }
+}
+
+/// Reads and forgets, so that the sender never waits.
+async fn drain<T>(
+    mut from: mpsc::Receiver<T>,
+    mut shutdown: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    loop {
+        tokio::select! {
+            item = from.recv() => if item.is_none() {
+                crate::shutdown::requested(&mut shutdown).await;
+                return Ok(());
+            },
+            () = crate::shutdown::requested(&mut shutdown) => return Ok(()),
+        }
+    }
+}
+
+/// One node for one run directory: a second one would fight over the same pods.
+fn lock(config: &NodeConfig) -> anyhow::Result<nix::fcntl::Flock<File>> {
+    let dir = &config.run_dir;
+    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let name = match (config.parts.agent, config.parts.proxy, config.parts.cri) {
+        (true, ..) => "agent.lock",
+        (false, true, _) => "proxy.lock",
+        _ => "cri.lock",
+    };
+    let path: &Path = &dir.join(name);
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .with_context(|| format!("open {}", path.display()))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(
+        |(_, errno)| {
+            anyhow::anyhow!(
+                "{} is held ({}): another longshore runs with --run-dir {}",
+                path.display(),
+                errno.desc(),
+                dir.display()
+            )
+        },
+    )
+}

@@ -1,0 +1,74 @@
+//! Whether the node works, told to whom it concerns: `/healthz` on a port, the watchdog of systemd,
+//! and `longshore status` over a socket.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Json;
+use axum::routing::get;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+mod check;
+pub mod notify;
+mod status;
+
+pub use check::Watched;
+pub use status::{EventLine, NodeLine, PodLine, ProxyLine, ServiceLine, Status, render};
+
+/// Name of the status socket in the run directory.
+pub const STATUS_SOCKET: &str = "status.sock";
+
+async fn until(mut shutdown: watch::Receiver<bool>) {
+    let _ = shutdown.wait_for(|stop| *stop).await;
+}
+
+/// Serves kubelet's `/healthz` until `shutdown`.
+pub async fn serve_healthz(
+    listener: TcpListener,
+    watched: Arc<Watched>,
+    shutdown: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let routes = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/healthz/syncloop", get(healthz))
+        .route("/healthz/ping", get(|| async { "ok" }))
+        .with_state(watched);
+    Ok(axum::serve(listener, routes).with_graceful_shutdown(until(shutdown)).await?)
+}
+
+async fn healthz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
+    match watched.check().await {
+        Ok(()) => (StatusCode::OK, "ok".into()),
+        Err(failures) => (StatusCode::INTERNAL_SERVER_ERROR, failures.join("\n") + "\n"),
+    }
+}
+
+/// Makes the status socket, for root only.
+pub fn bind_status(run_dir: &Path) -> anyhow::Result<UnixListener> {
+    let path = run_dir.join(STATUS_SOCKET);
+    // What an earlier run left; the lock says that it is gone.
+    let _ = fs::remove_file(&path);
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("listen on {}", path.display()))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Answers `longshore status` until `shutdown`.
+pub async fn serve_status(
+    listener: UnixListener,
+    watched: Arc<Watched>,
+    shutdown: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let tell =
+        |State(watched): State<Arc<Watched>>| async move { Json(status::of(&watched).await) };
+    let routes = Router::new().route("/status", get(tell)).with_state(watched);
+    Ok(axum::serve(listener, routes).with_graceful_shutdown(until(shutdown)).await?)
+}

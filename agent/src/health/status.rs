@@ -1,0 +1,369 @@
+//! What `longshore status` shows: plain data, gathered on demand, and its table.
+
+use std::fmt::Write as _;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
+use serde::{Deserialize, Serialize};
+
+use super::check::Watched;
+use crate::config::Note;
+use crate::ids::{NamespacedName, PodUid};
+
+/// Everything, as told over the socket.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// The node.
+    pub node: NodeLine,
+    /// The proxy, where it runs here.
+    pub proxy: Option<ProxyLine>,
+    /// Pods by namespace and name.
+    pub pods: Vec<PodLine>,
+    /// Services, standalone.
+    pub services: Vec<ServiceLine>,
+    /// What is wrong now.
+    pub errors: Vec<String>,
+    /// Recent Events, standalone; the newest last.
+    pub events: Vec<EventLine>,
+}
+
+/// The node.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct NodeLine {
+    pub name: String,
+    pub addresses: Vec<String>,
+    /// `standalone` or `cluster`.
+    pub mode: String,
+    pub version: String,
+    pub healthy: bool,
+    /// Condition Ready of the node's object, in a cluster.
+    pub ready: Option<String>,
+    pub runtime: String,
+    pub manifests: Option<String>,
+    pub uptime_seconds: i64,
+}
+
+/// The proxy.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct ProxyLine {
+    pub mode: String,
+    pub synced: bool,
+    pub services: usize,
+    pub endpoints: usize,
+    pub pending: usize,
+    pub last_sync: Option<String>,
+}
+
+/// A pod.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct PodLine {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+    /// As `kubectl get pods` words it.
+    pub status: String,
+    pub phase: String,
+    pub ready: usize,
+    pub containers: usize,
+    pub restarts: i32,
+    pub ips: Vec<String>,
+    /// Why a container waits or ended, with the message.
+    pub message: Option<String>,
+    pub started: Option<String>,
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct ServiceLine {
+    pub namespace: String,
+    pub name: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    #[serde(rename = "clusterIPs")]
+    pub cluster_ips: Vec<String>,
+    /// `80/TCP` or `80:30080/TCP`.
+    pub ports: Vec<String>,
+    pub ready_endpoints: usize,
+    pub endpoints: usize,
+}
+
+/// An Event.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "the names say it")]
+pub struct EventLine {
+    pub last: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub object: String,
+    pub reason: String,
+    pub message: String,
+    pub count: u64,
+}
+
+/// Gathers all of it.
+pub(super) async fn of(watched: &Watched) -> Status {
+    let mut errors = Vec::new();
+    let healthy = match watched.check().await {
+        Ok(()) => true,
+        Err(failures) => {
+            errors.extend(failures);
+            false
+        }
+    };
+    if let Some(manifests) = &watched.manifests {
+        errors.extend(manifests.borrow().iter().map(|problem| format!("manifest {problem}")));
+    }
+    if let Some(cluster) = &watched.errors {
+        errors.extend(cluster.borrow().iter().map(|(what, error)| format!("{what}: {error}")));
+    }
+    let mut services = Vec::new();
+    let mut events = Vec::new();
+    if let Some(store) = &watched.store {
+        let served = store.served();
+        let problems = served.problems.iter();
+        errors.extend(problems.map(|(key, problem)| format!("Service {key}: {problem}")));
+        services.extend(served.services.iter().map(|(key, service)| {
+            let counts = served.endpoints.get(key).copied().unwrap_or_default();
+            service_line(key, service, counts)
+        }));
+        events.extend(store.events().into_iter().map(|event| EventLine {
+            last: event.last.to_string(),
+            kind: event.kind.into(),
+            object: event.object,
+            reason: event.reason,
+            message: event.message,
+            count: event.count,
+        }));
+    }
+    let proxy = watched.proxy.as_ref().map(|proxy| {
+        let status = proxy.borrow();
+        errors.extend(status.source_error.clone());
+        errors.extend(status.errors.iter().map(|e| format!("proxy: {}: {}", e.object, e.message)));
+        ProxyLine {
+            mode: status.mode.to_string(),
+            synced: status.synced,
+            services: status.services,
+            endpoints: status.endpoints,
+            pending: status.pending,
+            last_sync: status.last_sync.map(|at| at.to_string()),
+        }
+    });
+    errors.extend(watched.notes.iter().filter_map(|note| match note {
+        Note::NotBuilt { field, value } => {
+            Some(format!("configuration: {field}: {value} is not implemented and has no effect"))
+        }
+        Note::Inert { .. } => None,
+    }));
+    let mut pods: Vec<PodLine> = Vec::new();
+    if let Some(sync) = &watched.sync {
+        for view in sync.table().pods() {
+            pods.push(pod_line(&NamespacedName::of_pod(&view.pod), &view.pod, &view.status));
+        }
+    }
+    pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+    let ready = watched.node.as_ref().and_then(|node| {
+        let node = node.borrow();
+        let conditions = node.as_ref()?.status.as_ref()?.conditions.as_ref()?;
+        conditions.iter().find(|c| c.type_ == "Ready").map(|c| c.status.clone())
+    });
+    Status {
+        node: NodeLine {
+            name: watched.node_name.clone(),
+            addresses: watched.node_ips.iter().map(ToString::to_string).collect(),
+            mode: if watched.standalone { "standalone" } else { "cluster" }.into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            healthy,
+            ready,
+            runtime: watched.runtime_endpoint.clone(),
+            manifests: watched.manifest_path.as_ref().map(|path| path.display().to_string()),
+            uptime_seconds: Timestamp::now().as_second() - watched.started.as_second(),
+        },
+        proxy,
+        pods,
+        services,
+        errors,
+        events,
+    }
+}
+
+fn service_line(
+    key: &NamespacedName,
+    service: &k8s_openapi::api::core::v1::Service,
+    (ready, all): (usize, usize),
+) -> ServiceLine {
+    let spec = service.spec.clone().unwrap_or_default();
+    let port = |port: &k8s_openapi::api::core::v1::ServicePort| {
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        match port.node_port.filter(|port| *port != 0) {
+            Some(node_port) => format!("{}:{node_port}/{protocol}", port.port),
+            None => format!("{}/{protocol}", port.port),
+        }
+    };
+    ServiceLine {
+        namespace: key.namespace.to_string(),
+        name: key.name.to_string(),
+        kind: spec.type_.unwrap_or_else(|| "ClusterIP".into()),
+        cluster_ips: spec.cluster_ips.or(spec.cluster_ip.map(|ip| vec![ip])).unwrap_or_default(),
+        ports: spec.ports.iter().flatten().map(port).collect(),
+        ready_endpoints: ready,
+        endpoints: all,
+    }
+}
+
+fn pod_line(
+    key: &NamespacedName,
+    pod: &k8s_openapi::api::core::v1::Pod,
+    status: &PodStatus,
+) -> PodLine {
+    let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    let all: Vec<&ContainerStatus> = all.collect();
+    let main = status.container_statuses.as_deref().unwrap_or_default();
+    let phase = status.phase.clone().unwrap_or_else(|| "Pending".into());
+    // A container that waits or has failed says more than the phase.
+    let told = all.iter().find_map(|container| {
+        let state = container.state.as_ref()?;
+        if let Some(waiting) = &state.waiting {
+            let reason = waiting.reason.clone()?;
+            return (reason != "PodInitializing" && reason != "ContainerCreating")
+                .then(|| (reason, waiting.message.clone()));
+        }
+        let terminated = state.terminated.as_ref().filter(|ended| ended.exit_code != 0)?;
+        Some((terminated.reason.clone()?, terminated.message.clone()))
+    });
+    let own = status.reason.clone().map(|reason| (reason, status.message.clone()));
+    let (reason, message) = own.or(told).unzip();
+    PodLine {
+        namespace: key.namespace.to_string(),
+        name: key.name.to_string(),
+        uid: PodUid::of(pod).to_string(),
+        status: reason.unwrap_or_else(|| phase.clone()),
+        phase,
+        ready: main.iter().filter(|container| container.ready).count(),
+        containers: pod.spec.as_ref().map_or(main.len(), |spec| spec.containers.len()),
+        restarts: all.iter().map(|container| container.restart_count).sum(),
+        ips: status.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).collect(),
+        message: message.flatten(),
+        started: status.start_time.as_ref().map(|time| time.0.to_string()),
+    }
+}
+
+/// The table for people.
+pub fn render(status: &Status) -> String {
+    let mut out = String::new();
+    let node = &status.node;
+    let health = if node.healthy { "healthy" } else { "NOT HEALTHY" };
+    let ready = node.ready.as_ref().map(|ready| format!(", Ready={ready}")).unwrap_or_default();
+    let _ = writeln!(
+        out,
+        "NODE  {} ({}), {health}{ready}, {}, longshore {}, up {}",
+        node.name,
+        node.mode,
+        node.addresses.join(" "),
+        node.version,
+        age(node.uptime_seconds)
+    );
+    if !node.runtime.is_empty() {
+        let _ = writeln!(out, "      runtime {}", node.runtime);
+    }
+    if let Some(manifests) = &node.manifests {
+        let _ = writeln!(out, "      manifests {manifests}");
+    }
+    if let Some(proxy) = &status.proxy {
+        let synced = if proxy.synced { "in sync" } else { "not in sync yet" };
+        let _ = writeln!(
+            out,
+            "PROXY {}, {synced}, {} services, {} endpoints",
+            proxy.mode, proxy.services, proxy.endpoints
+        );
+    }
+    let mut rows =
+        vec![["NAMESPACE", "POD", "READY", "STATUS", "RESTARTS", "IP"].map(String::from)];
+    rows.extend(status.pods.iter().map(|pod| {
+        [
+            pod.namespace.clone(),
+            pod.name.clone(),
+            format!("{}/{}", pod.ready, pod.containers),
+            pod.status.clone(),
+            pod.restarts.to_string(),
+            dash(pod.ips.join(",")),
+        ]
+    }));
+    let _ = write!(out, "\n{}", table(&rows));
+    if !status.services.is_empty() {
+        let head = ["NAMESPACE", "SERVICE", "TYPE", "CLUSTER-IP", "PORTS", "ENDPOINTS"];
+        let mut rows = vec![head.map(String::from)];
+        rows.extend(status.services.iter().map(|service| {
+            [
+                service.namespace.clone(),
+                service.name.clone(),
+                service.kind.clone(),
+                dash(service.cluster_ips.join(",")),
+                service.ports.join(","),
+                format!("{}/{}", service.ready_endpoints, service.endpoints),
+            ]
+        }));
+        let _ = write!(out, "\n{}", table(&rows));
+    }
+    let mut errors = status.errors.clone();
+    for pod in &status.pods {
+        if let Some(message) = &pod.message {
+            errors.push(format!("pod {}/{}: {}: {message}", pod.namespace, pod.name, pod.status));
+        }
+    }
+    if !errors.is_empty() {
+        let _ = writeln!(out, "\nERRORS");
+        for error in errors {
+            let _ = writeln!(out, "  {error}");
+        }
+    }
+    let warnings: Vec<_> = status.events.iter().filter(|event| event.kind == "Warning").collect();
+    if !warnings.is_empty() {
+        let _ = writeln!(out, "\nLAST WARNINGS");
+        for event in warnings.iter().rev().take(10).rev() {
+            let _ = writeln!(
+                out,
+                "  {} {} {} (x{}): {}",
+                event.last, event.object, event.reason, event.count, event.message
+            );
+        }
+    }
+    out
+}
+
+fn dash(text: String) -> String {
+    if text.is_empty() { "-".into() } else { text }
+}
+
+fn age(seconds: i64) -> String {
+    match seconds {
+        ..120 => format!("{seconds}s"),
+        120..7200 => format!("{}m", seconds / 60),
+        7200..172_800 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}
+
+/// Columns as wide as their widest cell.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
+    let mut out = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            let _ = write!(line, "{cell:width$}   ");
+        }
+        let _ = writeln!(out, "{}", line.trim_end());
+    }
+    out
+}
