@@ -54,15 +54,15 @@ until_ok() { # until_ok SECONDS COMMAND...: waits for a command to succeed
         sleep 0.05
     done
 }
-paths=(--state-dir "$dir/state" --run-dir "$dir/run" --root-dir "$dir/root")
+paths=(--state-dir "$dir/state" --run-dir "$dir/run")
 
 say "An image without a registry: Debian's static busybox as a docker-archive"
 "$here/image.sh" "$dir/image.tar"
-"$binary" image import "${paths[@]}" "$dir/image.tar"
+"$binary" image import --state-dir "$dir/state" "$dir/image.tar"
 
 say "The node: agent, proxy and CRI shim in one process"
 cp "$here"/*.yaml "$dir/manifests/"
-"$binary" run --standalone --manifests "$dir/manifests" "${paths[@]}" \
+"$binary" run --standalone --manifests "$dir/manifests" "${paths[@]}" --root-dir "$dir/root" \
     --hostname-override demo-node --node-ip 192.0.2.10 --cgroup-root "/$LONGSHORE_DEMO_CGROUP" \
     --pod-logs-dir "$dir/logs" --container-logs-dir "$dir/containers" >"$dir/longshore.log" 2>&1 &
 node=$!
@@ -70,13 +70,13 @@ finish() {
     trap : INT TERM
     say "Taking it all away"
     kill -TERM "$node" 2>/dev/null && wait "$node" || true
-    "$binary" reset --yes "${paths[@]}" --cgroup-root "/$LONGSHORE_DEMO_CGROUP" || true
+    "$binary" reset --yes "${paths[@]}" --root-dir "$dir/root" --kubernetes-dir "$dir/kubernetes" \
+        --pod-logs-dir "$dir/logs" --container-logs-dir "$dir/containers" \
+        --cgroup-root "/$LONGSHORE_DEMO_CGROUP" || true
 }
 trap 'finish; exit 0' INT TERM
 
-status() { "$binary" status "${paths[@]}" "$@"; }
-vip() { status -o json | jq -r '.services[] | select(.name == "web") | .clusterIP'; }
-port() { status -o json | jq -r '.services[] | select(.name == "web") | .nodePort'; }
+status() { "$binary" status --run-dir "$dir/run" "$@"; }
 until_ok 30 fetch http://10.96.0.80/
 
 say "curl the Service's VIP, then its NodePort"
