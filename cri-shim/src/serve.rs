@@ -18,7 +18,7 @@ use crate::api::runtime_service_server::RuntimeServiceServer;
 use crate::cgroup::{Hierarchies, ROOT};
 use crate::cri::{Events, Service, Shim, Store};
 use crate::image::{ImageStore, StoreConfig};
-use crate::network::{Network, NetworkConfig, NetworkError, NetworkResult, SandboxNetwork};
+use crate::network::{Network, NetworkConfig};
 use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::durability::Durability;
@@ -141,7 +141,7 @@ async fn open_network(config: &Config) -> Result<Arc<dyn Network>, ServeError> {
         .iter()
         .map(|text| text.parse().map_err(|_| ServeError::PodCidr(text.clone())))
         .collect::<Result<_, _>>()?;
-    Ok(Arc::new(Unconnected(network)))
+    Ok(crate::network::open(network)?)
 }
 
 /// Makes the directory a mount of its own, in which mounts do not propagate.
@@ -188,33 +188,5 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
         apparmor,
         last_capability,
         max_open_files,
-    }
-}
-
-/// The node's own network alone: pods of it run, others are refused.
-struct Unconnected(NetworkConfig);
-
-#[tonic::async_trait]
-impl Network for Unconnected {
-    async fn setup(&self, sandbox: &SandboxNetwork) -> Result<NetworkResult, NetworkError> {
-        Err(NetworkError::Io {
-            operation: "connecting sandbox",
-            object: sandbox.id.clone(),
-            source: io::Error::new(io::ErrorKind::Unsupported, "only hostNetwork pods can run"),
-        })
-    }
-
-    async fn teardown(&self, _id: &str) -> Result<(), NetworkError> {
-        Ok(())
-    }
-
-    fn status(&self) -> Result<(), String> {
-        Err(format!("no network in {} and no bridge", self.0.cni_conf_dir.display()))
-    }
-
-    fn set_pod_cidrs(&self, _cidrs: Vec<crate::network::Cidr>) {}
-
-    async fn collect(&self, _keep: &[String]) -> Result<(), NetworkError> {
-        Ok(())
     }
 }

@@ -3,10 +3,17 @@
 //! The kubelet's network duties are the runtime's, so they live with the shim: a sandbox gets its
 //! namespace, addresses and host ports here, and loses them here.
 
+mod allocate;
+mod bridge;
 mod cidr;
 mod cleanup;
+mod cni;
 mod error;
+mod links;
 pub mod netns;
+mod node;
+mod ports;
+mod records;
 mod sys;
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
@@ -15,7 +22,8 @@ use async_trait::async_trait;
 
 pub use cidr::Cidr;
 pub use cleanup::cleanup;
-pub use error::NetworkError;
+pub use error::{HostPort, NetworkError};
+pub use node::open;
 
 /// Where the network keeps its state and finds its plugins.
 #[derive(Debug, Clone)]
@@ -26,7 +34,7 @@ pub struct NetworkConfig {
     pub cni_conf_dir: PathBuf,
     /// Where CNI plugins are looked for, first match first.
     pub cni_bin_dirs: Vec<PathBuf>,
-    /// CNI's own cache, `/var/lib/cni` upstream; ours holds what `DEL` needs after a crash.
+    /// The blocks pods get addresses from, at most one per family; a private default when empty.
     pub pod_cidrs: Vec<Cidr>,
     /// The bridge's name.
     pub bridge: String,

@@ -1,0 +1,347 @@
+//! The built-in network: a bridge, veth pairs, reserved addresses, masquerade and host ports.
+//!
+//! What is wanted is in the records; links and rules follow from them and can be made again at any
+//! time. The mutex guards the records only and is never held over netlink requests, but for the
+//! rules, which the kernel takes within one system call.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{
+    Cidr, NetworkConfig, NetworkError, NetworkResult, SandboxNetwork,
+    allocate::{Cursors, allocate, gateway},
+    links::{Links, VETH_PREFIX, has_ipv6},
+    ports::{check_ports, plan_add, plan_remove, plan_table},
+    records::{self, Kind, Record, Records},
+};
+
+/// What the bridges and CNI share: all records.
+pub(crate) struct Shared {
+    pub(crate) records: Records,
+    pub(crate) known: Mutex<BTreeMap<String, Record>>,
+}
+
+impl Shared {
+    pub(crate) fn known(&self) -> MutexGuard<'_, BTreeMap<String, Record>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes a record, on disk and in memory.
+    pub(crate) fn put(&self, record: Record) -> Result<(), NetworkError> {
+        self.records.put(&record)?;
+        self.known().insert(record.id.clone(), record);
+        Ok(())
+    }
+
+    pub(crate) fn forget(&self, id: &str) -> Result<(), NetworkError> {
+        self.records.remove(id)?;
+        self.known().remove(id);
+        Ok(())
+    }
+}
+
+pub(crate) struct Bridge {
+    shared: Arc<Shared>,
+    links: Links,
+    name: String,
+    mtu: Option<u32>,
+    cursor_path: PathBuf,
+    state: Mutex<State>,
+    /// The kernel's tables; blocking, but its calls take microseconds.
+    nft: Mutex<Option<nft::Client>>,
+    /// Held while the bridge and the table are made.
+    making: tokio::sync::Mutex<Option<u32>>,
+}
+
+struct State {
+    cidrs: Vec<Cidr>,
+    cursors: Cursors,
+    /// Why the bridge could not be made at the last try.
+    failure: Option<String>,
+}
+
+impl Bridge {
+    /// Opens the network in the calling thread's network namespace. Nothing is made before the
+    /// first sandbox needs it.
+    pub(crate) fn open(config: &NetworkConfig, shared: Arc<Shared>) -> Result<Self, NetworkError> {
+        let cursor_path = config.state_dir.join("addresses.json");
+        let state = State {
+            cidrs: usable(config.pod_cidrs.clone()),
+            cursors: records::read(&cursor_path).unwrap_or_default(),
+            failure: None,
+        };
+        Ok(Self {
+            shared,
+            links: Links::open()?,
+            name: config.bridge.clone(),
+            mtu: config.mtu,
+            cursor_path,
+            state: Mutex::new(state),
+            nft: Mutex::new(None),
+            making: tokio::sync::Mutex::new(None),
+        })
+    }
+
+    pub(crate) async fn setup(
+        &self,
+        sandbox: &SandboxNetwork,
+    ) -> Result<NetworkResult, NetworkError> {
+        let existing = self.shared.known().get(&sandbox.id).cloned();
+        if let Some(record) = existing {
+            if record.ready && super::netns::exists(&sandbox.netns) {
+                return Ok(NetworkResult { ips: record.ips });
+            }
+            // An earlier try was interrupted.
+            self.teardown(&record).await?;
+        }
+        let made = self.ensure().await;
+        self.state().failure = made.as_ref().err().map(ToString::to_string);
+        let bridge = made?;
+        let (mut record, gateways) = self.reserve(sandbox)?;
+        let Kind::Bridge { veth, .. } = &record.kind else {
+            return Ok(NetworkResult { ips: record.ips });
+        };
+        let addresses: Vec<_> = record.ips.iter().copied().zip(gateways).collect();
+        let connected = self.connect(bridge, veth, sandbox, &addresses, &record).await;
+        if let Err(error) = connected {
+            if let Err(second) = self.teardown(&record).await {
+                return Err(NetworkError::Several(vec![error, second]));
+            }
+            return Err(error);
+        }
+        record.ready = true;
+        let ips = record.ips.clone();
+        self.shared.put(record)?;
+        Ok(NetworkResult { ips })
+    }
+
+    async fn connect(
+        &self,
+        bridge: u32,
+        veth: &str,
+        sandbox: &SandboxNetwork,
+        addresses: &[(IpAddr, IpAddr)],
+        record: &Record,
+    ) -> Result<(), NetworkError> {
+        let connect =
+            |bridge| self.links.connect(bridge, veth, &sandbox.netns, addresses, self.mtu);
+        match connect(bridge).await {
+            // Someone removed the bridge under us, or a link of that name was left.
+            Err(NetworkError::Io { source, .. })
+                if matches!(
+                    source.raw_os_error(),
+                    Some(libc::ENODEV | libc::EINVAL | libc::EEXIST)
+                ) =>
+            {
+                self.links.remove(veth).await?;
+                *self.making.lock().await = None;
+                connect(self.ensure().await?).await?;
+            }
+            other => other?,
+        }
+        if record.ports().is_empty() { Ok(()) } else { self.open_ports(record) }
+    }
+
+    /// Reserves addresses and host ports and writes them down, before anything is made.
+    fn reserve(&self, sandbox: &SandboxNetwork) -> Result<(Record, Vec<IpAddr>), NetworkError> {
+        records::check_id(&sandbox.id)?;
+        let mut known = self.shared.known();
+        check_ports(&sandbox.port_mappings, known.values())?;
+        let mut used: BTreeSet<IpAddr> =
+            known.values().flat_map(|record| record.ips.iter().copied()).collect();
+        let mut state = self.state();
+        let (mut ips, mut gateways) = (Vec::new(), Vec::new());
+        for cidr in state.cidrs.clone() {
+            let address = allocate(&cidr, &used, &mut state.cursors)
+                .ok_or(NetworkError::Exhausted { cidr, used: used.len() })?;
+            used.insert(address);
+            ips.push(address);
+            gateways.extend(gateway(&cidr));
+        }
+        records::write(&self.cursor_path, &state.cursors)?;
+        let kind =
+            Kind::Bridge { veth: veth_name(&sandbox.id), ports: sandbox.port_mappings.clone() };
+        let record = Record::new(sandbox, ips, kind);
+        self.shared.records.put(&record)?;
+        known.insert(record.id.clone(), record.clone());
+        Ok((record, gateways))
+    }
+
+    /// Takes a sandbox's ports, link, addresses and record away, as far as they are there.
+    pub(crate) async fn teardown(&self, record: &Record) -> Result<(), NetworkError> {
+        let mut failures = Vec::new();
+        if !record.ports().is_empty() {
+            failures.extend(self.close_ports(record).err());
+        }
+        if let Kind::Bridge { veth, .. } = &record.kind {
+            failures.extend(self.links.remove(veth).await.err());
+        }
+        if failures.is_empty() {
+            failures.extend(self.shared.forget(&record.id).err());
+        }
+        match failures.len() {
+            0 => Ok(()),
+            1 => Err(failures.remove(0)),
+            _ => Err(NetworkError::Several(failures)),
+        }
+    }
+
+    /// Removes links that belong to no record, and writes the rules anew.
+    pub(crate) async fn collect(&self) -> Result<(), NetworkError> {
+        let wanted: BTreeSet<String> = self
+            .shared
+            .known()
+            .values()
+            .filter_map(|record| match &record.kind {
+                Kind::Bridge { veth, .. } => Some(veth.clone()),
+                Kind::Cni(_) => None,
+            })
+            .collect();
+        for veth in self.links.veths().await? {
+            if !wanted.contains(&veth) {
+                tracing::info!(veth, "removing a link that belongs to no sandbox");
+                self.links.remove(&veth).await?;
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        self.ensure_anew().await.map(drop)
+    }
+
+    pub(crate) fn status(&self) -> Result<(), String> {
+        self.state().failure.clone().map_or(Ok(()), Err)
+    }
+
+    pub(crate) async fn set_pod_cidrs(&self, cidrs: Vec<Cidr>) {
+        let cidrs = usable(cidrs);
+        if self.state().cidrs == cidrs {
+            return;
+        }
+        self.state().cidrs = cidrs;
+        *self.making.lock().await = None;
+    }
+
+    /// The bridge's index; bridge and rules are made the first time.
+    async fn ensure(&self) -> Result<u32, NetworkError> {
+        if let Some(index) = *self.making.lock().await {
+            return Ok(index);
+        }
+        self.ensure_anew().await
+    }
+
+    async fn ensure_anew(&self) -> Result<u32, NetworkError> {
+        let mut making = self.making.lock().await;
+        let cidrs = self.all_cidrs();
+        let index = self.links.ensure_bridge(&self.name, &cidrs, self.mtu).await?;
+        self.write_table(&cidrs)?;
+        *making = Some(index);
+        Ok(index)
+    }
+
+    /// The node's blocks, and the single addresses of sandboxes from earlier ones: these keep
+    /// their gateway and their masquerade.
+    fn all_cidrs(&self) -> Vec<Cidr> {
+        let mut cidrs = self.state().cidrs.clone();
+        let old = records::read::<Vec<String>>(&self.cursor_path.with_file_name("blocks.json"))
+            .unwrap_or_default();
+        let known = self.shared.known();
+        for cidr in old.iter().filter_map(|text| text.parse::<Cidr>().ok()) {
+            let lives = known.values().any(|r| r.ips.iter().any(|ip| cidr.contains(*ip)));
+            if lives && !cidrs.contains(&cidr) {
+                cidrs.push(cidr);
+            }
+        }
+        let texts: Vec<_> = cidrs.iter().map(ToString::to_string).collect();
+        let path = self.cursor_path.with_file_name("blocks.json");
+        if let Err(error) = records::write(&path, &texts) {
+            tracing::warn!(%error, "cannot remember the pod CIDRs");
+        }
+        cidrs
+    }
+
+    fn write_table(&self, cidrs: &[Cidr]) -> Result<(), NetworkError> {
+        // Planned while nobody else writes rules: a sandbox is in the records before its ports are
+        // opened, so none can be lost in between.
+        self.apply(|| {
+            let known = self.shared.known();
+            let bridged = known.values().filter(|r| matches!(r.kind, Kind::Bridge { .. }));
+            plan_table(&self.name, cidrs, bridged)
+        })
+        .map_err(|error| rules(&error))
+    }
+
+    fn open_ports(&self, record: &Record) -> Result<(), NetworkError> {
+        let Err(first) = self.apply(|| plan_add(record)) else {
+            return Ok(());
+        };
+        // Someone flushed the ruleset: the record is known by now, so the whole table has its ports.
+        tracing::warn!(error = %first, "host port rules are written anew");
+        self.write_table(&self.all_cidrs())
+    }
+
+    fn close_ports(&self, record: &Record) -> Result<(), NetworkError> {
+        for transaction in plan_remove(record) {
+            match self.apply(|| transaction) {
+                Err(nft::Error::Refused { failures, .. })
+                    if failures
+                        .iter()
+                        .all(|failure| failure.errno == nix::errno::Errno::ENOENT) => {}
+                other => other.map_err(|error| rules(&error))?,
+            }
+        }
+        Ok(())
+    }
+
+    fn apply(&self, plan: impl FnOnce() -> nft::Transaction) -> Result<(), nft::Error> {
+        let mut client = self.nft.lock().unwrap_or_else(PoisonError::into_inner);
+        if client.is_none() {
+            *client = Some(nft::Client::new()?);
+        }
+        match client.as_mut() {
+            Some(client) => client.apply(&plan()),
+            None => Ok(()),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// At most one block per family, IPv4 first; the defaults if there are none.
+fn usable(cidrs: Vec<Cidr>) -> Vec<Cidr> {
+    let mut cidrs = cidrs;
+    if cidrs.is_empty() {
+        cidrs = ["10.88.0.0/16", "fd00:10:88::/64"].iter().filter_map(|c| c.parse().ok()).collect();
+        if !has_ipv6() {
+            cidrs.retain(Cidr::is_ipv4);
+        }
+    }
+    let mut seen = BTreeSet::new();
+    cidrs.retain(|cidr| seen.insert(cidr.is_ipv4()));
+    cidrs
+}
+
+/// The host's end of a sandbox's link: as unique as its id, within 15 characters.
+fn veth_name(id: &str) -> String {
+    use std::fmt::Write as _;
+    Sha256::digest(id.as_bytes()).iter().take(6).fold(VETH_PREFIX.to_owned(), |mut name, byte| {
+        let _ = write!(name, "{byte:02x}");
+        name
+    })
+}
+
+fn rules(error: &nft::Error) -> NetworkError {
+    NetworkError::Netlink {
+        operation: "write rules of",
+        object: "table inet longshore-pods".to_owned(),
+        reason: error.to_string(),
+    }
+}

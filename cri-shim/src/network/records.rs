@@ -1,0 +1,150 @@
+//! What is known of each connected sandbox, on disk: one small file each, so that a crash at any
+//! point leaves something to tear down by.
+//!
+//! Files are replaced whole but not synced: after a power cut there are no sandboxes either, and
+//! syncing would cost more than all the rest of a setup.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    io::Write,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{NetworkError, PortMapping, SandboxNetwork, cni::Attachment};
+
+const VERSION: u32 = 1;
+
+/// A connected sandbox.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Record {
+    version: u32,
+    pub(crate) id: String,
+    pub(crate) netns: PathBuf,
+    /// namespace/name, for messages.
+    pub(crate) pod: String,
+    pub(crate) uid: String,
+    pub(crate) ips: Vec<IpAddr>,
+    /// Whether everything was set up; a record without it is torn down and made again.
+    pub(crate) ready: bool,
+    pub(crate) kind: Kind,
+}
+
+/// By whom a sandbox was connected.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    Bridge { veth: String, ports: Vec<PortMapping> },
+    Cni(Box<Attachment>),
+}
+
+impl Record {
+    pub(crate) fn new(sandbox: &SandboxNetwork, ips: Vec<IpAddr>, kind: Kind) -> Self {
+        Self {
+            version: VERSION,
+            id: sandbox.id.clone(),
+            netns: sandbox.netns.clone(),
+            pod: format!("{}/{}", sandbox.namespace, sandbox.name),
+            uid: sandbox.uid.clone(),
+            ips,
+            ready: false,
+            kind,
+        }
+    }
+
+    pub(crate) fn ports(&self) -> &[PortMapping] {
+        match &self.kind {
+            Kind::Bridge { ports, .. } => ports,
+            Kind::Cni(_) => &[],
+        }
+    }
+}
+
+/// The records' folder.
+#[derive(Debug, Clone)]
+pub(crate) struct Records {
+    folder: PathBuf,
+}
+
+impl Records {
+    /// Opens the folder and reads all records. Unreadable ones are set aside.
+    pub(crate) fn open(state: &Path) -> Result<(Self, BTreeMap<String, Record>), NetworkError> {
+        let folder = state.join("sandboxes");
+        let fail = NetworkError::io("open network state", folder.display());
+        fs::create_dir_all(&folder).map_err(fail)?;
+        let mut records = BTreeMap::new();
+        let entries = fs::read_dir(&folder)
+            .map_err(NetworkError::io("read network state", folder.display()))?;
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            if let Some(record) = read::<Record>(&path).filter(|r| r.version == VERSION) {
+                records.insert(record.id.clone(), record);
+            } else {
+                set_aside(&path);
+            }
+        }
+        Ok((Self { folder }, records))
+    }
+
+    pub(crate) fn put(&self, record: &Record) -> Result<(), NetworkError> {
+        write(&self.path(&record.id), record)
+    }
+
+    pub(crate) fn remove(&self, id: &str) -> Result<(), NetworkError> {
+        let path = self.path(id);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(NetworkError::io("remove", path.display())(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn path(&self, id: &str) -> PathBuf {
+        self.folder.join(format!("{id}.json"))
+    }
+}
+
+/// Reads a JSON file, if it is there and whole.
+pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Replaces a JSON file.
+pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), NetworkError> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(".new").tempfile_in(folder)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(NetworkError::io("write", path.display()))
+}
+
+fn set_aside(path: &Path) {
+    let aside = path.with_extension("unreadable");
+    tracing::error!(path = %path.display(), aside = %aside.display(),
+        "network record is unreadable and was set aside");
+    if let Err(error) = fs::rename(path, &aside) {
+        tracing::error!(path = %path.display(), %error, "cannot set aside");
+    }
+}
+
+/// Whether an id can be a file's name.
+pub(crate) fn check_id(id: &str) -> Result<(), NetworkError> {
+    let plain = !id.is_empty()
+        && id.len() <= 128
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'));
+    if plain {
+        Ok(())
+    } else {
+        let error = io::Error::new(io::ErrorKind::InvalidInput, "not a sandbox id");
+        Err(NetworkError::io("connect sandbox", id)(error))
+    }
+}
