@@ -22,6 +22,9 @@ pub struct ImageArgs {
     /// Run directory of the node, where the runtime's socket is
     #[arg(long, value_name = "DIR", default_value = "/run/longshore", global = true)]
     run_dir: PathBuf,
+    /// Of no use here; taken so that `run`'s path flags can be given as they are
+    #[arg(long, value_name = "DIR", global = true, hide = true)]
+    root_dir: Option<PathBuf>,
     /// CRI socket of another runtime
     #[arg(long, value_name = "unix://PATH", global = true)]
     container_runtime_endpoint: Option<String>,
