@@ -1,6 +1,8 @@
 //! Measures the proxy in a network namespace of its own: programs N Services with four endpoints
 //! each, then changes one endpoint again and again. Prints a table.
 //!
+//! `RUST_LOG=proxy=debug` tells each batch.
+//!
 //! ```sh
 //! sudo scale [SERVICES [nftables|iptables]]    # default 5000 nftables
 //! ```
@@ -87,6 +89,8 @@ async fn settle(
 }
 
 fn main() -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let mut args = std::env::args().skip(1);
     let services: u32 = args.next().map_or(Ok(5000), |n| n.parse())?;
     let mode: Mode =

@@ -87,8 +87,9 @@ struct Loop {
     /// Changes whose flows are not to be touched: those that a restart finds.
     taken_over: bool,
     ipv6: bool,
-    /// The other backend's rules have been looked for.
+    /// The other backend's rules have been looked for, or are being.
     swept: bool,
+    sweep: Option<JoinHandle<Option<String>>>,
     health_ports: HealthCheckPorts,
     /// Standing problems by object.
     errors: BTreeMap<String, String>,
@@ -134,6 +135,12 @@ pub async fn run(
                 None => open = false,
             },
             done = join(&mut this.busy) => this.finish(done).await,
+            swept = join(&mut this.sweep) => {
+                this.sweep = None;
+                if let Ok(Some(error)) = swept {
+                    this.errors.insert("rules of the other mode".to_owned(), error);
+                }
+            }
             told = foreign(&mut this.monitor) => this.foreign_change(told),
             () = shared.errors_changed.notified() => {}
             () = tokio::time::sleep(retry.unwrap_or(TURN)), if retry.is_some() => {}
@@ -147,8 +154,8 @@ pub async fn run(
     Ok(())
 }
 
-async fn join(busy: &mut Option<JoinHandle<Done>>) -> Result<Done, tokio::task::JoinError> {
-    match busy {
+async fn join<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match job {
         Some(handle) => handle.await,
         None => std::future::pending().await,
     }
@@ -215,6 +222,7 @@ impl Loop {
             taken_over: false,
             ipv6: false,
             swept: false,
+            sweep: None,
             errors,
             refused: BTreeMap::new(),
             counted: (0, 0),
@@ -495,9 +503,7 @@ impl Loop {
                 if done.full && !self.swept {
                     self.swept = true;
                     let mode = if iptables { Mode::Iptables } else { Mode::Nftables };
-                    if let Ok(Some(error)) = blocking(move || sweep_other(mode)).await {
-                        self.errors.insert("rules of the other mode".to_owned(), error);
-                    }
+                    self.sweep = Some(tokio::task::spawn_blocking(move || sweep_other(mode)));
                 }
                 self.clean_flows(done.changes, done.full).await;
             }
