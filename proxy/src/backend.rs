@@ -62,6 +62,12 @@ pub trait Backend: Send {
     /// If the kernel cannot be read.
     fn take_over(&mut self) -> Result<bool, BackendError>;
 
+    /// Whether nobody else changed anything since the last [`Backend::repair`] began, as far as
+    /// that can be told: notifications are not listened to meanwhile.
+    fn undisturbed(&mut self) -> bool {
+        true
+    }
+
     /// Sets what the fixed rules depend on.
     ///
     /// # Errors

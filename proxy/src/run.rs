@@ -381,6 +381,9 @@ impl Loop {
             self.note(change);
         }
         let job = if self.state == State::Repairing {
+            // Told of each element, the kernel would take twice as long. What others do meanwhile
+            // shows in the generation afterwards.
+            self.monitor = None;
             Job::Repair(self.model.plans().map(|(n, p)| (n.clone(), p.clone())).collect())
         } else {
             Job::Change
@@ -446,6 +449,11 @@ impl Loop {
         self.backend = Some(done.backend);
         if self.monitor.is_none() && !iptables {
             self.watch_kernel();
+            if self.backend.as_mut().is_some_and(|backend| !backend.undisturbed()) {
+                self.recheck_later();
+            } else if self.refused.is_empty() {
+                self.recheck_wait = RETRY_MIN;
+            }
         }
         const KERNEL: &str = "kernel rules";
         let now = Timestamp::now();
@@ -462,12 +470,8 @@ impl Loop {
                     tracing::error!(%service, why, "the kernel refuses a Service");
                     self.refused.insert(service, why);
                 }
-                if self.refused.is_empty() {
-                    self.recheck = None;
-                    self.recheck_wait = RETRY_MIN;
-                } else if done.full {
-                    self.recheck = Some(Instant::now() + self.recheck_wait);
-                    self.recheck_wait = (self.recheck_wait * 2).min(RETRY_MAX);
+                if done.full && !self.refused.is_empty() {
+                    self.recheck_later();
                 }
                 if outcome.errors.is_empty() {
                     self.errors.remove(KERNEL);
@@ -515,6 +519,11 @@ impl Loop {
                 self.back_off();
             }
         }
+    }
+
+    fn recheck_later(&mut self) {
+        self.recheck = Some(Instant::now() + self.recheck_wait);
+        self.recheck_wait = (self.recheck_wait * 2).min(RETRY_MAX);
     }
 
     fn back_off(&mut self) {

@@ -499,8 +499,13 @@ fn changing_the_mode_drops_nothing_and_leaves_nothing_of_the_other() {
         next.settle();
         assert!(net.client.run(|| ask_tcp(vip(&svc, false, 80))).is_ok());
         let iptables = mode == Mode::Iptables;
-        assert_eq!(sh("iptables-save; ip6tables-save").contains("LS-"), iptables);
-        assert_eq!(sh("nft list tables").contains("longshore"), !iptables);
+        let has = || {
+            (
+                sh("iptables-save; ip6tables-save").contains("LS-"),
+                sh("nft list tables").contains("longshore"),
+            )
+        };
+        eventually("only this mode's rules", has, |has| *has == (iptables, !iptables));
         running = Some(next);
     }
 }

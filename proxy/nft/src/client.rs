@@ -70,6 +70,7 @@ pub struct Client {
     socket: Socket,
     seq: u32,
     send_buffer: usize,
+    commits: u32,
     buffer: Vec<u8>,
 }
 
@@ -83,12 +84,17 @@ impl Client {
         let socket = Socket::open(false).map_err(open)?;
         socket.receive_buffer(4 * MEGABYTE).map_err(open)?;
         socket.receive_timeout(Duration::from_secs(30)).map_err(open)?;
-        Ok(Client { socket, seq: 1, send_buffer: 0, buffer: vec![0; 64 * 1024] })
+        Ok(Client { socket, seq: 1, send_buffer: 0, commits: 0, buffer: vec![0; 64 * 1024] })
     }
 
     /// The netlink port by which notifications tell this client's changes from others'.
     pub fn port(&self) -> u32 {
         self.socket.port()
+    }
+
+    /// Number of batches that the kernel took from this client.
+    pub fn commits(&self) -> u32 {
+        self.commits
     }
 
     /// Applies a transaction whole, or not at all.
@@ -140,6 +146,7 @@ impl Client {
             }
         }
         if failures.is_empty() && acknowledged {
+            self.commits = self.commits.wrapping_add(1);
             return Ok(());
         }
         let table = transaction.table.clone();
@@ -188,6 +195,31 @@ impl Client {
                     return Ok(error_of(&message));
                 }
             }
+        }
+    }
+
+    /// Sends a request without attributes that is answered by one message.
+    pub(crate) fn ask(&mut self, kind: u16, each: impl FnMut(&Message<'_>)) -> Result<(), Error> {
+        let mut each = each;
+        self.seq = self.seq.wrapping_add(1);
+        let seq = self.seq;
+        let mut out = Writer::new();
+        out.begin(kind, NLM_F_REQUEST, seq, 0, 0);
+        out.end();
+        self.drain();
+        let failed = |source| Error::Socket { operation: "send a request", source };
+        self.socket.send(&out.into_bytes()).map_err(failed)?;
+        loop {
+            let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;
+            let mut messages = Messages(&self.buffer[..len]);
+            let Some(message) = messages.find(|message| message.seq == seq) else { continue };
+            if message.kind == NLMSG_ERROR
+                && let Some(errno) = error_of(&message)
+            {
+                return Err(Error::Dump { what: "an object".to_owned(), errno });
+            }
+            each(&message);
+            return Ok(());
         }
     }
 

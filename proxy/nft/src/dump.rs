@@ -67,6 +67,21 @@ pub struct ElementEntry {
 }
 
 impl Client {
+    /// The generation of the rulesets of this network namespace: every batch that changes
+    /// something, whoever sends it, adds one.
+    ///
+    /// # Errors
+    /// If the kernel cannot be read.
+    pub fn generation(&mut self) -> Result<u32, Error> {
+        let mut found = None;
+        self.ask(SUBSYSTEM << 8 | msg::GETGEN, |message| {
+            if is(message, msg::NEWGEN) {
+                found = message.attributes().u32(1);
+            }
+        })?;
+        found.ok_or_else(|| Error::Unstable { what: "the generation".to_owned() })
+    }
+
     /// All tables of the network namespace.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ pub(crate) mod msg {
     pub(crate) const GETSETELEM: u16 = 13;
     pub(crate) const DELSETELEM: u16 = 14;
     pub(crate) const NEWGEN: u16 = 15;
+    pub(crate) const GETGEN: u16 = 16;
 }
 /// An attribute's length is 16 bits wide, so a list of elements is cut before that.
 const LIST_LIMIT: usize = 60_000;

@@ -24,6 +24,8 @@ pub struct Nftables {
     families: Vec<Ruleset>,
     /// Whether the tables are known to be as `families` says.
     programmed: bool,
+    /// Generation of the rulesets and own commits when the last repair began.
+    repaired_at: Option<(u32, u32)>,
 }
 
 fn structure(family: Family, environment: &Environment) -> Structure {
@@ -48,7 +50,7 @@ impl Nftables {
         client.tables()?;
         let ruleset = |family| Ruleset::new(structure(family, environment));
         let families = vec![ruleset(Family::Ip), ruleset(Family::Ip6)];
-        Ok(Nftables { client, families, programmed: false })
+        Ok(Nftables { client, families, programmed: false, repaired_at: None })
     }
 
     /// Whether the kernel has what the rules need: a table is made and deleted in one batch that
@@ -217,6 +219,12 @@ impl Backend for Nftables {
         Some((&self.client, TABLE))
     }
 
+    fn undisturbed(&mut self) -> bool {
+        let Some((generation, commits)) = self.repaired_at else { return true };
+        let own = self.client.commits().wrapping_sub(commits);
+        self.client.generation().is_ok_and(|now| now == generation.wrapping_add(own))
+    }
+
     fn take_over(&mut self) -> Result<bool, BackendError> {
         let there = self.client.tables()?;
         let mut any = false;
@@ -279,6 +287,7 @@ impl Backend for Nftables {
         let mut outcome = Outcome::default();
         let mut worked = false;
         let mut last = None;
+        self.repaired_at = self.client.generation().ok().map(|g| (g, self.client.commits()));
         for ruleset in &mut self.families {
             let known: HashSet<&NamespacedName> = plans.iter().map(|(name, _)| name).collect();
             ruleset.retain(&known);

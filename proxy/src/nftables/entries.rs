@@ -1,6 +1,7 @@
 //! Services as map elements.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use nft::{Data, Element, Family, Key, Verdict};
 
@@ -99,8 +100,8 @@ impl Slots {
 /// A port with its endpoints' slots.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlottedPort {
-    /// What is planned.
-    pub plan: PortPlan,
+    service: Arc<ServicePlan>,
+    index: usize,
     /// Slots of `plan.cluster`.
     pub cluster: Slots,
     /// Slots of `plan.local`.
@@ -108,6 +109,11 @@ pub struct SlottedPort {
 }
 
 impl SlottedPort {
+    /// What is planned.
+    pub fn plan(&self) -> &PortPlan {
+        &self.service.ports[self.index]
+    }
+
     fn slots(&self, policy: Policy) -> &Slots {
         match policy {
             Policy::Cluster => &self.cluster,
@@ -117,23 +123,23 @@ impl SlottedPort {
 
     /// Identity within its Service.
     fn is(&self, plan: &PortPlan) -> bool {
-        self.plan.is_ipv4() == plan.is_ipv4()
-            && self.plan.protocol == plan.protocol
-            && self.plan.port == plan.port
+        let own = self.plan();
+        own.is_ipv4() == plan.is_ipv4() && own.protocol == plan.protocol && own.port == plan.port
     }
 }
 
 /// A Service's ports of one family with slots: those of before are kept.
 pub fn assign_slots(
     old: &[SlottedPort],
-    plan: &ServicePlan,
+    plan: &Arc<ServicePlan>,
     family: Family,
     hint: impl Fn(&PortPlan, Policy) -> Option<Slots>,
 ) -> Vec<SlottedPort> {
     plan.ports
         .iter()
-        .filter(|port| port.is_ipv4() == (family == Family::Ip))
-        .map(|port| {
+        .enumerate()
+        .filter(|(_, port)| port.is_ipv4() == (family == Family::Ip))
+        .map(|(index, port)| {
             let before = old.iter().find(|slotted| slotted.is(port));
             let sticky = port.affinity.is_some();
             let assign = |policy: Policy, endpoints: &[SocketAddr]| {
@@ -146,7 +152,8 @@ pub fn assign_slots(
             SlottedPort {
                 cluster: assign(Policy::Cluster, &port.cluster),
                 local: assign(Policy::Local, &port.local),
-                plan: port.clone(),
+                service: plan.clone(),
+                index,
             }
         })
         .collect()
@@ -222,7 +229,7 @@ impl Collected {
                 key_end: None,
                 data: Some(target(endpoint)),
             });
-            if let Some(timeout) = port.plan.affinity {
+            if let Some(timeout) = port.plan().affinity {
                 let chain = Behaviour::Slot { pool, timeout, slot };
                 self.verdict(
                     MapId::Picks(pool),
@@ -232,7 +239,7 @@ impl Collected {
             }
             count += 1;
         }
-        let choice = match port.plan.affinity {
+        let choice = match port.plan().affinity {
             None => Choice::Random { count },
             Some(timeout) => Choice::Sticky { timeout, count, slots: slots.0.len() as u32 },
         };
@@ -243,7 +250,7 @@ impl Collected {
 
     /// What a port programs.
     pub fn port(&mut self, port: &SlottedPort) {
-        let plan = &port.plan;
+        let plan = port.plan();
         self.set(MapId::ClusterIps, Key::new().address(plan.cluster_ip));
         let key = vip(plan.cluster_ip, plan.protocol, plan.port);
         let nothing = |any: bool| {
@@ -282,7 +289,7 @@ impl Collected {
 
     /// External traffic at an address or NodePort.
     fn external(&mut self, port: &SlottedPort, origin: Origin, key: Key) {
-        let plan = &port.plan;
+        let plan = port.plan();
         let services = match origin {
             Origin::Vip => MapId::Services,
             Origin::NodePort => MapId::NodePorts,
@@ -333,7 +340,7 @@ pub fn collect(ports: &[SlottedPort]) -> Collected {
 pub fn hairpins(ports: &[SlottedPort]) -> Vec<Key> {
     let mut keys: Vec<Key> = ports
         .iter()
-        .flat_map(|port| port.plan.hairpin.iter().map(|e| (port.plan.protocol, *e)))
+        .flat_map(|port| port.plan().hairpin.iter().map(|e| (port.plan().protocol, *e)))
         .map(|(protocol, endpoint)| {
             Key::new()
                 .address(endpoint.ip())

@@ -87,7 +87,7 @@ impl Ruleset {
     fn slotted(
         &self,
         name: &NamespacedName,
-        plan: Option<&ServicePlan>,
+        plan: Option<&Arc<ServicePlan>>,
     ) -> Option<Vec<SlottedPort>> {
         let old = self.services.get(name).map(Vec::as_slice).unwrap_or_default();
         let hint = |port: &PortPlan, policy: Policy| {
@@ -118,7 +118,7 @@ impl Ruleset {
         let mut turns: HashMap<Key, i64> = HashMap::new();
         for (name, plan) in changes {
             let owner = services.len() as u32;
-            let new = self.slotted(name, plan.map(Arc::as_ref));
+            let new = self.slotted(name, plan);
             let old = self.services.get(name).map(Vec::as_slice).unwrap_or_default();
             let now = new.as_deref().unwrap_or_default();
             if old == now {
@@ -231,7 +231,7 @@ impl Ruleset {
 
     /// Takes note of plans without a transaction: the next [`Ruleset::plan_repair`] programs them.
     pub fn adopt(&mut self, name: &NamespacedName, plan: Option<&Arc<ServicePlan>>) {
-        let ports = self.slotted(name, plan.map(Arc::as_ref));
+        let ports = self.slotted(name, plan);
         let mut planned = self.planned(Vec::new());
         planned.services.push((name.clone(), ports));
         self.commit(planned);
