@@ -87,7 +87,7 @@ pub struct NodeFlags {
     /// CRI socket for images, where it is not the runtime's
     #[arg(long, value_name = "unix://PATH")]
     pub image_service_endpoint: Option<String>,
-    /// Folder of manifests [default: /etc/kubernetes/manifests with --standalone]
+    /// Folder of manifests [default: /etc/kubernetes/manifests]
     #[arg(long, alias = "manifests", value_name = "DIR")]
     pub pod_manifest_path: Option<PathBuf>,
     /// Run without a control plane: pods and Services from manifests only

@@ -247,7 +247,11 @@ impl Parts {
         self.watched.errors = Some(parts.errors);
         self.watched.node = Some(parts.node);
         let mut shutdown = self.shutdown.clone();
+        // Held for as long as the loops run: without a folder of manifests nobody else does, and a
+        // loop whose input is closed ends.
+        let static_pods = parts.static_pods.clone();
         self.spawn("the cluster", async move {
+            let _static_pods = static_pods;
             tokio::select! {
                 ended = parts.tasks.join_next() => match ended {
                     Some(Err(error)) => return Err(error.into()),

@@ -160,7 +160,7 @@ pub fn resolve(
         .pod_manifest_path
         .clone()
         .or(kubelet.static_pod_path.filter(|path| !path.is_empty()).map(PathBuf::from))
-        .or(standalone.then(|| PathBuf::from(MANIFESTS)));
+        .or_else(|| Some(PathBuf::from(MANIFESTS)));
     let kubeconfig = flags
         .kubeconfig
         .clone()
