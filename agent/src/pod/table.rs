@@ -93,7 +93,19 @@ impl PodTable {
     }
 
     pub(super) fn set(&self, uid: &PodUid, view: PodView) {
-        self.0.pods.write().unwrap_or_else(PoisonError::into_inner).insert(uid.clone(), view);
+        {
+            let mut pods = self.0.pods.write().unwrap_or_else(PoisonError::into_inner);
+            let same = pods.get(uid).is_some_and(|old| {
+                Arc::ptr_eq(&old.pod, &view.pod)
+                    && old.status == view.status
+                    && old.containers == view.containers
+                    && old.sandbox == view.sandbox
+            });
+            if same {
+                return;
+            }
+            pods.insert(uid.clone(), view);
+        }
         self.0.version.send_modify(|v| *v += 1);
     }
 

@@ -128,6 +128,11 @@ fn gone_is_done<T: Default>(result: Result<T>) -> Result<T> {
     }
 }
 
+/// The wire carries whole seconds: nobody gets less time than was meant.
+fn whole_seconds(time: Duration) -> u64 {
+    time.as_secs() + u64::from(time.subsec_nanos() > 0)
+}
+
 fn uid_selector(pod_uid: &str) -> HashMap<String, String> {
     HashMap::from([("io.kubernetes.pod.uid".to_owned(), pod_uid.to_owned())])
 }
@@ -236,7 +241,7 @@ impl Runtime for CriRuntime {
         let mut client = self.runtime.clone();
         let request = api::StopContainerRequest {
             container_id: id.to_owned(),
-            timeout: i64::try_from(grace.as_secs()).unwrap_or(i64::MAX),
+            timeout: i64::try_from(whole_seconds(grace)).unwrap_or(i64::MAX),
         };
         let timeout = self.timeout + grace;
         let done = self.call("StopContainer", timeout, client.stop_container(request));
@@ -306,7 +311,7 @@ impl Runtime for CriRuntime {
         let request = api::ExecSyncRequest {
             container_id: id.to_owned(),
             cmd: command.to_vec(),
-            timeout: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            timeout: i64::try_from(whole_seconds(timeout)).unwrap_or(i64::MAX),
         };
         // The runtime keeps the time itself; ours is only for a runtime that hangs.
         let limit = if timeout.is_zero() { EXEC_TIMEOUT } else { self.timeout + timeout };

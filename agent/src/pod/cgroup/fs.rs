@@ -20,7 +20,7 @@ use crate::node_context::{CgroupDriver, NodeContext};
 use crate::pod::config::resources::PodLimits;
 
 /// Controllers whose folders a pod has.
-const CONTROLLERS: [Controllers; 12] = [
+const CONTROLLERS: [Controllers; 13] = [
     Controllers::Mem,
     Controllers::Cpu,
     Controllers::CpuAcct,
@@ -33,6 +33,7 @@ const CONTROLLERS: [Controllers; 12] = [
     Controllers::NetPrio,
     Controllers::PerfEvent,
     Controllers::HugeTlb,
+    Controllers::Systemd,
 ];
 
 /// The node's cgroups.
@@ -60,7 +61,9 @@ impl KernelCgroups {
             None => vec![V2::new().root()],
             Some(v1) => {
                 let found = CONTROLLERS.into_iter().filter_map(|c| v1.get_mount_point(c));
-                let unique: BTreeSet<PathBuf> = found.map(|(point, _)| point).collect();
+                // In a hybrid set-up runtimes make folders in the v2 hierarchy, too.
+                let unique: BTreeSet<PathBuf> =
+                    found.map(|(point, _)| point).chain(v2_mounts()).collect();
                 unique.into_iter().collect()
             }
         };
@@ -199,6 +202,13 @@ impl Inner {
         }
         found.into_iter().collect()
     }
+}
+
+/// Mount points of the v2 hierarchy beside v1.
+fn v2_mounts() -> Vec<PathBuf> {
+    let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
+    let all = mounts.into_iter().flat_map(|m| m.0);
+    all.filter(|m| m.fs_type == "cgroup2").map(|m| m.mount_point).collect()
 }
 
 /// An error with its causes.

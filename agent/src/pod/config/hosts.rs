@@ -36,12 +36,9 @@ pub fn host_and_domain(pod: &Pod, node: &NodeContext) -> (String, String) {
     (name, domain)
 }
 
-/// What `uname -n` gives in the pod.
+/// What `uname -n` gives in a pod with a network of its own.
 pub fn kernel_hostname(pod: &Pod, node: &NodeContext) -> Result<String, ConfigError> {
     let spec = spec_of(pod);
-    if host_network(spec) && spec.hostname_override.is_none() {
-        return Ok(node.hostname.clone());
-    }
     let (name, domain) = host_and_domain(pod, node);
     if spec.set_hostname_as_fqdn.unwrap_or(false) && !domain.is_empty() {
         let full = format!("{name}.{domain}");
@@ -106,7 +103,6 @@ mod tests {
                 r#"{"containers":[],"hostname":"h","subdomain":"s","setHostnameAsFQDN":true}"#,
                 "h.s.default.svc.cluster.local",
             ),
-            (r#"{"containers":[],"hostNetwork":true}"#, "n1"),
         ] {
             assert_eq!(kernel_hostname(&pod(spec), &node()).unwrap(), name, "{spec}");
         }

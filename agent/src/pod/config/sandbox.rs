@@ -47,7 +47,8 @@ pub fn sandbox_config(
             namespace: key.namespace.to_string(),
             attempt,
         }),
-        hostname: kernel_hostname(pod, node)?,
+        // On the node's network a pod shares the node's UTS namespace, and its name.
+        hostname: if host_network(spec) { String::new() } else { kernel_hostname(pod, node)? },
         log_directory: node.pod_log_dir(pod).display().to_string(),
         dns_config: Some(dns::pod_dns(pod, node, host_dns)),
         port_mappings: port_mappings(pod),

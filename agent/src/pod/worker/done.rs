@@ -186,6 +186,7 @@ impl Worker {
                 let seconds = super::TEARDOWN_RETRY_SECONDS;
                 let failure = self.failure("FailedKillPod", message, count, seconds, MAX_WAIT);
                 self.teardown = Step::Failed(failure);
+                self.stale.all = true;
             }
         }
     }

@@ -8,7 +8,7 @@ use std::path::Path;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::ContainerStatus;
 
-use super::Worker;
+use super::{State, Worker};
 use crate::pod::facts::ProbeKind;
 use crate::pod::logs::known_restarts;
 use crate::pod::observed::{Container, ContainerId, ContainerState, Sandbox, SandboxId, names};
@@ -25,6 +25,12 @@ const MAX_LOG_LINES: usize = 80;
 impl Worker {
     /// Looks at what is stale. False where the runtime did not answer: then nothing is decided.
     pub(super) async fn refresh(&mut self) -> bool {
+        let over = matches!(self.state, State::TearingDown { .. } | State::Finished);
+        if over && !self.stale.all {
+            // Nothing runs; what is being taken away is looked at only in doubt.
+            self.stale = Default::default();
+            return true;
+        }
         let looked = if self.stale.all {
             self.look_at_all().await
         } else if self.stale.ids.is_empty() {

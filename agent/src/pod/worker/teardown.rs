@@ -9,7 +9,7 @@ use super::{Done, State, Step, Worker};
 use crate::ids::PodUid;
 use crate::pod::deps::Deps;
 use crate::pod::logs::{remove_container_logs, remove_pod_logs};
-use crate::pod::observed::{Container, ContainerId, ContainerState, SandboxId};
+use crate::pod::observed::{Container, ContainerId, ContainerState, SandboxId, names};
 
 impl Worker {
     /// Begins the teardown where it is due.
@@ -87,6 +87,10 @@ impl Worker {
                 match deps.runtime.remove_container(instance.id.as_str()).await {
                     Ok(()) => {
                         remove_container_logs(&deps.node, &pod, &instance).await;
+                        if let Some(words) = instance.annotations.get(names::MESSAGE_FILE) {
+                            // Gone already, or gone with the pod.
+                            let _ = tokio::fs::remove_file(words).await;
+                        }
                         containers.push(instance.id);
                     }
                     Err(error) => {
