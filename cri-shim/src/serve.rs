@@ -28,6 +28,9 @@ use crate::zygote::Zygote;
 /// The longest request or answer, in bytes: 16 MiB of each stream of an ExecSync, and room.
 const MAX_MESSAGE: usize = 40 << 20;
 
+/// How long verbs under way get to answer once the server is told to stop.
+const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// Why the server could not start or had to end.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
@@ -78,11 +81,28 @@ pub async fn serve(
     let images = ImageServiceServer::new(service)
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
-    tonic::transport::Server::builder()
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let asked = async move {
+        shutdown.await;
+        stop.send_replace(true);
+    };
+    let told = |mut stopped: tokio::sync::watch::Receiver<bool>| async move {
+        // A closed channel is as good as the word.
+        let _ = stopped.wait_for(|stopped| *stopped).await;
+    };
+    let server = tonic::transport::Server::builder()
         .add_service(runtime)
         .add_service(images)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown)
-        .await?;
+        .serve_with_incoming_shutdown(
+            UnixListenerStream::new(listener),
+            told(stopped.clone()),
+        );
+    tokio::spawn(asked);
+    tokio::select! {
+        served = server => served?,
+        // Event streams never end by themselves.
+        () = async { told(stopped).await; tokio::time::sleep(LAST_ANSWERS).await } => {}
+    }
     Ok(())
 }
 
@@ -183,6 +203,7 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
     let max_open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard);
     Host {
         cgroup_v2: cgroups.v2,
+        cgroup_v1: cgroups.v1_controllers(),
         swap_accounting,
         hugetlb,
         apparmor,

@@ -18,6 +18,10 @@ pub mod update;
 /// Where cgroup file systems are mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
 
+/// The v1 controllers containers are put under.
+const CONTROLLERS: [&str; 9] =
+    ["blkio", "cpu", "cpuacct", "cpuset", "devices", "freezer", "hugetlb", "memory", "pids"];
+
 /// The hierarchies of this machine.
 #[derive(Clone, Debug)]
 pub struct Hierarchies {
@@ -43,6 +47,19 @@ impl Hierarchies {
         }
         roots.sort();
         Ok(Hierarchies { v2: false, roots })
+    }
+
+    /// The v1 hierarchies in which libcontainer makes a container's cgroups, by directory name.
+    pub fn v1_controllers(&self) -> Vec<String> {
+        if self.v2 {
+            return Vec::new();
+        }
+        let named = |root: &PathBuf| Some(root.file_name()?.to_str()?.to_owned());
+        self.roots
+            .iter()
+            .filter_map(named)
+            .filter(|name| name.split(',').any(|part| CONTROLLERS.contains(&part)))
+            .collect()
     }
 
     /// The directory of `cgroup` in every hierarchy that has it.

@@ -50,13 +50,12 @@ impl Shim {
         let answer = self.ask_monitor(&container.sandbox, request).await;
         match answer {
             Ok(started) => {
-                container.status.send_modify(|s| {
-                    s.started = Some(started);
-                    s.starting = false;
-                });
+                container.status.send_modify(|s| s.started = Some(started));
                 self.durability.sync(self.layout.container(&container.id));
                 let kind = ContainerEventType::ContainerStartedEvent;
                 self.emit(kind, &container.id, &container.sandbox.id);
+                // Only now may its end be told.
+                container.status.send_modify(|s| s.starting = false);
                 Ok(())
             }
             Err(message) => {

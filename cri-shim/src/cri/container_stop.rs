@@ -57,7 +57,7 @@ impl Shim {
     }
 
     /// Lets a start that is under way end, one way or the other.
-    async fn settle(&self, container: &Container) {
+    pub(super) async fn settle(&self, container: &Container) {
         let mut status = container.status.subscribe();
         let _ = tokio::time::timeout(PATIENCE, status.wait_for(|s| !s.starting)).await;
     }

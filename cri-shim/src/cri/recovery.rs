@@ -28,7 +28,16 @@ impl Shim {
         }
         for id in listed(&self.layout.containers()) {
             match ContainerRecord::read(&self.layout.container(&id)) {
-                Ok(Some(record)) => self.recover_container(record),
+                Ok(Some(record)) => {
+                    if !self.layout.sandbox(&record.sandbox).exists() {
+                        // Its sandbox was removed, and the removal interrupted.
+                        self.cgroups.kill(&record.cgroup);
+                        self.cgroups.remove(&record.cgroup);
+                        self.clear_container(&id).await;
+                    } else {
+                        self.recover_container(record);
+                    }
+                }
                 Ok(None) => self.clear_container(&id).await,
                 Err(error) => {
                     tracing::error!(container = id, %error, "unreadable container record")

@@ -28,6 +28,8 @@ impl Shim {
             match conversation.next().await {
                 Ok(Some(Reply::Exited { container, exit })) => {
                     if let Some(container) = self.store.find_container(&container) {
+                        // A short life may end before its start has been told.
+                        self.settle(&container).await;
                         self.exited(&container, exit);
                     }
                     continue;

@@ -120,3 +120,50 @@ fn entry(out: &mut Vec<u8>, source: Source, stamp: &str, full: bool, parts: &[&[
     }
     out.push(b'\n');
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(chunks: &[&[u8]]) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("pod/c.log");
+        let mut log = Log::open(Some(path.clone())).unwrap();
+        let mut lines = Lines::default();
+        for chunk in chunks {
+            lines.push(&mut log, Source::Stdout, "T", chunk);
+        }
+        lines.finish(&mut log, Source::Stdout, "T");
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn lines_are_whole_however_they_come() {
+        assert_eq!(written(&[b"a\nb", b"c\n\n"]), "T stdout F a\nT stdout F bc\nT stdout F \n");
+        assert_eq!(written(&[b"no end"]), "T stdout P no end\n");
+    }
+
+    #[test]
+    fn a_long_line_is_written_in_pieces_and_ends_with_f() {
+        let mut line = vec![b'x'; MAX_PIECE * 2 + 5];
+        line.push(b'\n');
+        let text = written(&[&line]);
+        let tags: Vec<&str> = text.lines().map(|l| &l[9..10]).collect();
+        assert_eq!(tags, ["P", "P", "F"]);
+        let total: usize = text.lines().map(|l| l.len() - 11).sum();
+        assert_eq!(total, MAX_PIECE * 2 + 5);
+    }
+
+    #[test]
+    fn a_reopened_log_goes_on_in_the_new_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.log");
+        let mut log = Log::open(Some(path.clone())).unwrap();
+        let mut lines = Lines::default();
+        lines.push(&mut log, Source::Stderr, "T", b"one\n");
+        std::fs::rename(&path, directory.path().join("c.log.1")).unwrap();
+        log.reopen().unwrap();
+        lines.push(&mut log, Source::Stderr, "T", b"two\n");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "T stderr F two\n");
+    }
+}

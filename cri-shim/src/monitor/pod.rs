@@ -20,6 +20,10 @@ use super::protocol::{Exited, Reply, Request, StartContainer, Started, VERSION};
 use super::{exec, record, sys, tree};
 use crate::cgroup::Hierarchies;
 
+/// A monitor that nobody has ever connected to within this many milliseconds was forked for a shim
+/// that died meanwhile; there is no record of its sandbox.
+const UNGREETED: u16 = 60_000;
+
 /// Exit statuses of children nobody has claimed yet are kept up to this many: a container may end
 /// before the launch that made it has said which process it is.
 const MAX_UNCLAIMED: usize = 64;
@@ -124,35 +128,40 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
 
 impl Pod {
     fn wait(&self, signals: &SignalFd, listener: &UnixListener) -> io::Result<Vec<Source>> {
-        let mut sources = vec![Source::Signal, Source::Listener];
-        let mut fds: Vec<BorrowedFd<'_>> = vec![signals.as_fd(), listener.as_fd()];
-        for (at, connection) in self.connections.iter().enumerate() {
-            sources.push(Source::Connection(at));
-            fds.push(connection.stream.as_fd());
-        }
-        for (at, launch) in self.launches.iter().enumerate() {
-            sources.push(Source::Launch(at));
-            fds.push(launch.progress.as_fd());
-        }
+        // In this order they are dealt with: output before exits, so that a log is whole when the
+        // exit is told, and what removes containers last, so that indices stay right.
+        let mut sources = Vec::new();
+        let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
         for (at, container) in self.containers.iter().enumerate() {
             for (stream, fd) in container.outputs() {
                 sources.push(Source::Output(at, stream));
                 fds.push(fd);
             }
         }
+        for (at, launch) in self.launches.iter().enumerate() {
+            sources.push(Source::Launch(at));
+            fds.push(launch.progress.as_fd());
+        }
+        for (at, connection) in self.connections.iter().enumerate() {
+            sources.push(Source::Connection(at));
+            fds.push(connection.stream.as_fd());
+        }
+        sources.extend([Source::Listener, Source::Signal]);
+        fds.extend([listener.as_fd(), signals.as_fd()]);
         let mut polled: Vec<PollFd<'_>> =
             fds.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        match poll(&mut polled, PollTimeout::NONE) {
+        let timeout = match self.next_connection {
+            0 => PollTimeout::from(UNGREETED),
+            _ => PollTimeout::NONE,
+        };
+        match poll(&mut polled, timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Vec::new()),
             Err(errno) => return Err(errno.into()),
         }
         let ready = polled.iter().map(|p| p.revents().is_some_and(|r| !r.is_empty()));
-        // Output before exits, so that a log is whole when the exit is told.
-        let mut found: Vec<Source> =
-            sources.into_iter().zip(ready).filter(|(_, ready)| *ready).map(|(s, _)| s).collect();
-        found.reverse();
-        Ok(found)
+        Ok(sources.into_iter().zip(ready).filter(|(_, ready)| *ready).map(|(s, _)| s).collect())
     }
 
     fn accept(&mut self, listener: &UnixListener) {

@@ -68,3 +68,29 @@ pub fn rfc3339(nanoseconds: i64) -> String {
     let (hour, minute, second) = (second / 3_600, second / 60 % 60, second % 60);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{fraction:09}Z")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::monitor::protocol::Exited;
+
+    #[test]
+    fn times_are_written_in_rfc_3339() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00.000000000Z");
+        assert_eq!(rfc3339(951_827_696_000_000_007), "2000-02-29T12:34:56.000000007Z");
+        assert_eq!(rfc3339(4_102_444_799_999_999_999), "2099-12-31T23:59:59.999999999Z");
+    }
+
+    #[test]
+    fn a_torn_record_is_set_aside() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(read::<Exited>(directory.path(), EXITED).unwrap().is_none());
+        let exit = Exited { code: 3, ..Exited::default() };
+        write(directory.path(), EXITED, &exit).unwrap();
+        assert_eq!(read::<Exited>(directory.path(), EXITED).unwrap(), Some(exit));
+        std::fs::write(directory.path().join(EXITED), b"{\"code\":").unwrap();
+        assert!(read::<Exited>(directory.path(), EXITED).is_err());
+        assert!(directory.path().join("exited.json.bad").exists());
+        assert!(read::<Exited>(directory.path(), EXITED).unwrap().is_none());
+    }
+}

@@ -31,6 +31,8 @@ pub use process::ImageDefaults;
 pub struct Host {
     /// Only the unified hierarchy (cgroup v2) is in use.
     pub cgroup_v2: bool,
+    /// The v1 hierarchies by the names of their directories; empty on v2.
+    pub cgroup_v1: Vec<String>,
     /// Memory cgroups account swap (`memory.memsw.*` on v1).
     pub swap_accounting: bool,
     /// The hugetlb controller is there.
@@ -124,13 +126,15 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
         .path(inputs.rootfs.clone())
         .readonly(security.is_some_and(|s| s.readonly_rootfs))
         .build()?;
-    let spec = SpecBuilder::default()
+    let mut spec = SpecBuilder::default()
         .version("1.2.0")
         .root(root)
         .process(process::plan(inputs, security, capabilities.build()?)?)
-        .mounts(mounts::plan(inputs.config, inputs.pod, privileged)?)
+        .mounts(mounts::plan(inputs, privileged)?)
         .linux(linux)
         .build()?;
+    // The monitor's UTS namespace has it already.
+    spec.set_hostname(None);
     Ok(spec)
 }
 

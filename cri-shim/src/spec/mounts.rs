@@ -4,18 +4,15 @@ use std::path::Path;
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::{Pod, SpecError};
+use super::{Inputs, SpecError};
 use crate::api::{self, MountPropagation};
 
 const SYS: [&str; 4] = ["nosuid", "noexec", "nodev", "relatime"];
 
 /// All mounts in the order they are to be made: a parent before what is below it. A volume
 /// mounted at the place of a default mount replaces it.
-pub(super) fn plan(
-    config: &api::ContainerConfig,
-    pod: &Pod,
-    privileged: bool,
-) -> Result<Vec<Mount>, SpecError> {
+pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, SpecError> {
+    let (config, pod) = (inputs.config, inputs.pod);
     let access = if privileged { "rw" } else { "ro" };
     let mut kernel = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
@@ -29,9 +26,7 @@ pub(super) fn plan(
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access])?,
     ];
-    let mut options = SYS.to_vec();
-    options.push(access);
-    kernel.push(mount("/sys/fs/cgroup", "cgroup", "cgroup", &options)?);
+    kernel.extend(cgroups(inputs, access)?);
 
     let mut bound = Vec::new();
     for (target, source) in &pod.files {
@@ -51,6 +46,26 @@ pub(super) fn plan(
     bound.sort_by_key(|m| m.destination().components().count());
     kernel.append(&mut bound);
     Ok(kernel)
+}
+
+/// The container's view of its cgroups. On v1 each hierarchy is bound from the container's own
+/// directory: libcontainer would do the same, but writable for everybody.
+fn cgroups(inputs: &Inputs<'_>, access: &str) -> Result<Vec<Mount>, SpecError> {
+    let mut options = SYS.to_vec();
+    if inputs.host.cgroup_v2 {
+        options.push(access);
+        return Ok(vec![mount("/sys/fs/cgroup", "cgroup", "cgroup", &options)?]);
+    }
+    options.extend(["mode=755", "size=64k"]);
+    let mut mounts = vec![mount("/sys/fs/cgroup", "tmpfs", "tmpfs", &options)?];
+    let own = inputs.cgroup.strip_prefix("/").unwrap_or(&inputs.cgroup);
+    for hierarchy in &inputs.host.cgroup_v1 {
+        let target = Path::new("/sys/fs/cgroup").join(hierarchy);
+        let mut options = SYS.to_vec();
+        options.extend(["bind", access]);
+        mounts.push(bind(&target.join(own), &target, &options)?);
+    }
+    Ok(mounts)
 }
 
 fn same_place(a: &Path, b: &Path) -> bool {

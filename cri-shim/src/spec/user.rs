@@ -88,7 +88,8 @@ fn group_entries(text: &str) -> impl Iterator<Item = (&str, u32, &str)> {
 }
 
 /// Resolves a request against the text of the container's passwd and group files (empty where a
-/// file is missing). Names win over numbers, as in `chown`.
+/// file is missing). A number is an id and never looked up as a name: otherwise an image with a
+/// user called `1000` would decide who `runAsUser: 1000` is.
 pub fn resolve(request: &UserRequest, passwd: &str, group: &str) -> Result<Identity, UserError> {
     let (user, group_name) = match request.user.split_once(':') {
         Some((user, group)) => (user, Some(group)),
@@ -96,21 +97,21 @@ pub fn resolve(request: &UserRequest, passwd: &str, group: &str) -> Result<Ident
     };
     let user = if user.is_empty() { "0" } else { user };
     let number = user.parse::<u32>().ok();
-    let entry = passwd_entries(passwd)
-        .find(|e| e.name == user)
-        .or_else(|| number.and_then(|uid| passwd_entries(passwd).find(|e| e.uid == uid)));
+    let entry = match number {
+        Some(uid) => passwd_entries(passwd).find(|e| e.uid == uid),
+        None => passwd_entries(passwd).find(|e| e.name == user),
+    };
     let uid = match (&entry, number) {
-        (Some(entry), _) => entry.uid,
-        (None, Some(uid)) => uid,
+        (_, Some(uid)) => uid,
+        (Some(entry), None) => entry.uid,
         (None, None) => return Err(UserError::NoUser(user.to_owned())),
     };
     let named_group = match group_name.filter(|g| !g.is_empty()) {
         None => None,
         Some(name) => Some(
-            group_entries(group)
-                .find(|(n, ..)| *n == name)
-                .map(|(_, gid, _)| gid)
-                .or_else(|| name.parse().ok())
+            name.parse()
+                .ok()
+                .or_else(|| group_entries(group).find(|(n, ..)| *n == name).map(|(_, gid, _)| gid))
                 .ok_or_else(|| UserError::NoGroup(name.to_owned()))?,
         ),
     };
