@@ -113,8 +113,7 @@ impl Bench {
             ..Default::default()
         };
         let begin = Instant::now();
-        let request =
-            RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
         let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
         times.run.push(begin.elapsed());
         let container = ContainerConfig {

@@ -93,10 +93,7 @@ pub async fn serve(
     let server = tonic::transport::Server::builder()
         .add_service(runtime)
         .add_service(images)
-        .serve_with_incoming_shutdown(
-            UnixListenerStream::new(listener),
-            told(stopped.clone()),
-        );
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), told(stopped.clone()));
     tokio::spawn(asked);
     tokio::select! {
         served = server => served?,
