@@ -3,11 +3,13 @@
 //! Floor 1 is [`object`] and the pure planning; [`Proxy::run`] is the loop; the backends are the effects.
 
 pub mod backend;
+mod choose;
 mod claims;
 pub mod config;
 mod conntrack;
 mod health;
 pub mod iptables;
+mod job;
 mod metrics;
 pub mod model;
 pub mod nftables;

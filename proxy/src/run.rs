@@ -10,15 +10,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::Error;
-use crate::backend::{Backend, BackendError, Environment, Outcome};
+use crate::backend::{Backend, Environment};
+use crate::choose::{choose, sweep_other};
 use crate::config::{Config, Mode};
 use crate::conntrack::Stale;
-use crate::iptables::Iptables;
+use crate::job::{Done, Job, Worked, blocking, foreign, join, work};
 use crate::metrics::Metrics;
 use crate::model::{Model, PlanChange};
-use crate::nftables::backend::Nftables;
 use crate::object::{Change, NamespacedName};
-use crate::plan::ServicePlan;
 use crate::server::{HealthCheckPorts, Shared, serve_health, serve_metrics};
 use crate::status::{ProxyError, ProxyStatus};
 use crate::sysctl;
@@ -44,28 +43,6 @@ enum State {
     Serving,
 }
 
-/// What goes to the kernel together.
-enum Job {
-    Repair(Vec<(NamespacedName, Arc<ServicePlan>)>),
-    Change,
-}
-
-/// What a job came to.
-enum Done {
-    /// A backend was chosen; whether it found rules of an earlier process.
-    Chosen(Result<(Box<dyn Backend>, bool), Error>),
-    /// A backend did its job.
-    Worked(Worked),
-}
-
-struct Worked {
-    backend: Box<dyn Backend>,
-    result: Result<Outcome, BackendError>,
-    changes: Vec<PlanChange>,
-    full: bool,
-    took: Duration,
-}
-
 struct Loop {
     config: Config,
     status: watch::Sender<ProxyStatus>,
@@ -84,8 +61,10 @@ struct Loop {
     recheck: Option<Instant>,
     recheck_wait: Duration,
     last_repair: Instant,
-    /// Changes whose flows are not to be touched: those that a restart finds.
+    /// The first repair finds what an earlier process left: its flows are not touched.
     taken_over: bool,
+    /// Changes whose stale flows are still to be deleted, once the kernel has the changes.
+    unclean: BTreeMap<NamespacedName, PlanChange>,
     ipv6: bool,
     /// The other backend's rules have been looked for, or are being.
     swept: bool,
@@ -154,22 +133,6 @@ pub async fn run(
     Ok(())
 }
 
-async fn join<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
-    match job {
-        Some(handle) => handle.await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn foreign(
-    monitor: &mut Option<(nft::Monitor, &'static str)>,
-) -> Result<nft::Notification, nft::Error> {
-    match monitor {
-        Some((monitor, _)) => monitor.changed().await,
-        None => std::future::pending().await,
-    }
-}
-
 fn seconds(time: Timestamp) -> f64 {
     time.as_millisecond() as f64 / 1000.0
 }
@@ -220,6 +183,7 @@ impl Loop {
             recheck_wait: RETRY_MIN,
             last_repair: Instant::now(),
             taken_over: false,
+            unclean: BTreeMap::new(),
             ipv6: false,
             swept: false,
             sweep: None,
@@ -455,10 +419,15 @@ impl Loop {
                 self.recheck_wait = RETRY_MIN;
             }
         }
+        for change in &done.changes {
+            let kept = self.unclean.entry(change.service.clone());
+            kept.or_insert_with(|| change.clone()).new = change.new.clone();
+        }
         const KERNEL: &str = "kernel rules";
         let now = Timestamp::now();
         match done.result {
             Ok(outcome) => {
+                let again = outcome.repair;
                 if done.full {
                     self.refused.clear();
                     self.last_repair = Instant::now();
@@ -509,7 +478,9 @@ impl Loop {
                     let mode = if iptables { Mode::Iptables } else { Mode::Nftables };
                     self.sweep = Some(tokio::task::spawn_blocking(move || sweep_other(mode)));
                 }
-                self.clean_flows(done.changes, done.full).await;
+                if !again {
+                    self.clean_flows(done.full).await;
+                }
             }
             Err(error) => {
                 tracing::error!(%error, "the kernel's rules could not be changed; trying again");
@@ -532,7 +503,8 @@ impl Loop {
     }
 
     /// Deletes the flows that changes made stale. What a restart finds is left alone.
-    async fn clean_flows(&mut self, changes: Vec<PlanChange>, full: bool) {
+    async fn clean_flows(&mut self, full: bool) {
+        let changes: Vec<PlanChange> = std::mem::take(&mut self.unclean).into_values().collect();
         if full && std::mem::take(&mut self.taken_over) {
             return;
         }
@@ -608,69 +580,5 @@ impl Loop {
             status.errors = errors;
             status.last_turn = Instant::now();
         });
-    }
-}
-
-/// Blocks on the backend: the fixed rules if they changed, then the job.
-fn work(
-    backend: &mut dyn Backend,
-    configure: Option<&Environment>,
-    job: &Job,
-    changes: &[PlanChange],
-) -> Result<Outcome, BackendError> {
-    let mut first = match configure {
-        Some(environment) => backend.configure(environment)?,
-        None => Outcome::default(),
-    };
-    let second = match job {
-        Job::Repair(plans) => {
-            first = Outcome::default();
-            backend.repair(plans)?
-        }
-        Job::Change if first.repair => return Ok(first),
-        Job::Change => backend.change(changes)?,
-    };
-    first.errors.extend(second.errors);
-    Ok(Outcome { errors: first.errors, ..second })
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| Error::Backend(error.to_string()))
-}
-
-/// Chooses the backend.
-fn choose(mode: Mode, environment: &Environment) -> Result<Box<dyn Backend>, Error> {
-    let nftables = match mode {
-        Mode::Iptables => false,
-        Mode::Nftables => true,
-        Mode::Auto => match Nftables::probe() {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::info!(%error, "no nf_tables here, taking iptables");
-                false
-            }
-        },
-    };
-    if nftables {
-        let backend = Nftables::new(environment);
-        Ok(Box::new(backend.map_err(|error| Error::NoBackend(error.to_string()))?))
-    } else {
-        let backend = Iptables::new(environment);
-        Ok(Box::new(backend.map_err(|error| Error::NoBackend(error.to_string()))?))
-    }
-}
-
-/// Removes what the other backend left, once this one serves; tells what could not be removed.
-fn sweep_other(mode: Mode) -> Option<String> {
-    if mode == Mode::Nftables {
-        Iptables::cleanup().err().map(|error| error.to_string())
-    } else {
-        // A kernel without nf_tables has no rules there either.
-        Nftables::cleanup().err().and_then(|error| match error {
-            nft::Error::Refused { .. } => Some(error.to_string()),
-            _ => None,
-        })
     }
 }

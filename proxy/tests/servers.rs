@@ -12,11 +12,16 @@ use proxy::object::{Change, NodeState, TrafficPolicy};
 
 /// Status code, head and body.
 fn get(to: SocketAddr, path: &str) -> (u16, String, String) {
-    let Ok(mut stream) = TcpStream::connect(to) else { return Default::default() };
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(to)?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    // Nobody there, or nobody who answers.
+    let text = ask().unwrap_or_default();
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return Default::default() };
     let code = head.split(' ').nth(1).unwrap().parse().unwrap();
     (code, head.to_lowercase(), body.to_owned())
 }
