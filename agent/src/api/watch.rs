@@ -31,8 +31,8 @@ const WATCH_START_TIMEOUT: Duration = Duration::from_secs(30);
 const WATCH_SECONDS: u32 = 290;
 /// A watch that ended sooner than this and told nothing counts as failed.
 const SHORT_WATCH: Duration = Duration::from_secs(5);
-/// Wait between tries while the server says that we may not.
-const FORBIDDEN_RETRY: Duration = Duration::from_secs(20);
+/// Longest wait between tries while the server says that we may not: a grant is noticed soon.
+const FORBIDDEN_RETRY: Duration = Duration::from_secs(10);
 /// Longest event: etcd's limit of an object (1.5 MiB) with much to spare.
 const MAX_EVENT: usize = 16 << 20;
 /// A watch that cannot be started or understood this often in a row gives way to a new list.
@@ -94,7 +94,6 @@ pub struct Watch<K> {
     state: State<K>,
     backoff: Backoff,
     wait_until: Option<Instant>,
-    refusals_may_pass: bool,
 }
 
 impl<K> Watch<K>
@@ -116,14 +115,7 @@ where
             state: State::Start,
             backoff,
             wait_until: None,
-            refusals_may_pass: false,
         }
-    }
-
-    /// A 403 is tried again as soon as any other failure: it is expected to pass.
-    pub fn refusals_may_pass(mut self) -> Self {
-        self.refusals_may_pass = true;
-        self
     }
 
     /// With a label selector as well.
@@ -286,7 +278,13 @@ where
                 self.backoff.reset();
                 Some(Seen::Deleted(object))
             }
-            // 410, or a server that cannot go on with this watch.
+            // The ordinary end of a watch that was away for long: not worth a word.
+            Ok(WatchEvent::Error(status)) if status.code == 410 => {
+                self.state = State::Start;
+                self.wait_until = Some(Instant::now() + self.backoff.next_delay());
+                None
+            }
+            // A server that cannot go on with this watch.
             Ok(WatchEvent::Error(status)) => {
                 self.state = State::Start;
                 let message = format!("{} ({} {})", status.message, status.code, status.reason);
@@ -306,11 +304,7 @@ where
 
     fn failed(&mut self, failure: Failure) -> Seen<K> {
         let wait = self.backoff.next_delay();
-        let wait = if failure.forbidden && !self.refusals_may_pass {
-            FORBIDDEN_RETRY.mul_f64(0.75 + fastrand::f64() / 2.0)
-        } else {
-            wait
-        };
+        let wait = if failure.forbidden { wait.min(FORBIDDEN_RETRY) } else { wait };
         self.wait_until = Some(Instant::now() + wait);
         Seen::Failed(failure)
     }
@@ -385,3 +379,6 @@ impl From<&kube::Error> for Failure {
         Self { forbidden: status_code(error) == Some(403), message: explain(error) }
     }
 }
+
+#[cfg(test)]
+mod tests;

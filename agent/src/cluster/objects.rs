@@ -266,7 +266,7 @@ where
         // The Node authorizer learns of a new pod a moment after we do: be quick at first.
         let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(30));
         let fields = format!("metadata.name={}", self.key.name);
-        let mut watch = Watch::with_backoff(objects, &fields, backoff).refusals_may_pass();
+        let mut watch = Watch::with_backoff(objects, &fields, backoff);
         let mut listed = None;
         loop {
             match watch.next().await {
