@@ -1,5 +1,7 @@
 //! `longshore run`: the node itself.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::Context;
 use clap::Args;
 use tracing_subscriber::EnvFilter;
@@ -7,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 use super::NodeFlags;
 use crate::compose;
 use crate::config::{self, ConfigError, NodeConfig, Note};
+use crate::join::files::{NodeFile, Paths};
 
 /// Arguments of `longshore run`.
 #[derive(Debug, Args)]
@@ -43,7 +46,36 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
     outcome
 }
 
+/// Flags, and where they say nothing what `longshore join` noted: name, addresses, folders, runtime
+/// and the cluster's KubeletConfiguration.
+fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<NodeFlags> {
+    let mut flags = flags.clone();
+    if flags.standalone {
+        return Ok(flags);
+    }
+    let named = flags.kubeconfig.as_deref().or(flags.bootstrap_kubeconfig.as_deref());
+    let kubernetes_dir = match named.and_then(Path::parent) {
+        Some(dir) => std::path::absolute(dir)?,
+        None => PathBuf::from("/etc/kubernetes"),
+    };
+    let Some(noted) = NodeFile::load(&kubernetes_dir)? else { return Ok(flags) };
+    flags.hostname_override.get_or_insert(noted.node_name);
+    if flags.node_ip.is_empty() {
+        flags.node_ip = noted.node_ips;
+    }
+    if flags.container_runtime_endpoint.is_none() {
+        flags.container_runtime_endpoint = noted.container_runtime_endpoint;
+    }
+    let root_dir = flags.root_dir.get_or_insert(noted.root_dir).clone();
+    let paths = Paths { kubernetes_dir, root_dir };
+    if flags.config.is_none() && paths.kubelet_config().exists() {
+        flags.config = Some(paths.kubelet_config());
+    }
+    Ok(flags)
+}
+
 fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
+    let flags = &with_what_join_noted(flags)?;
     let text = match &flags.config {
         Some(path) => {
             std::fs::read(path).with_context(|| format!("read --config {}", path.display()))?

@@ -37,6 +37,8 @@ struct World {
     seen: BTreeMap<NamespacedName, Arc<Pod>>,
     wanted_known: bool,
     seen_known: bool,
+    /// Nobody tells of static pods any more, or ever did: this node has no folder of them.
+    no_more_statics: bool,
 }
 
 impl World {
@@ -132,7 +134,7 @@ pub struct MirrorLoop {
 }
 
 impl MirrorLoop {
-    /// Runs until both of its sources end.
+    /// Runs until the mirror pods are no longer watched.
     pub async fn run(mut self) {
         let mut world = World::default();
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
@@ -140,9 +142,12 @@ impl MirrorLoop {
         loop {
             let at = retry.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             tokio::select! {
-                change = self.statics.recv() => match change {
+                change = self.statics.recv(), if !world.no_more_statics => match change {
                     Some(change) => world.observe_static(change),
-                    None => return,
+                    None => {
+                        world.no_more_statics = true;
+                        world.wanted_known = true;
+                    }
                 },
                 seen = self.mirrors.recv() => match seen {
                     Some(seen) => self.observe_mirror(&mut world, seen),
