@@ -87,7 +87,7 @@ impl Side {
             let data = match entry.data {
                 Some(Data::Verdict(verdict)) => {
                     let text = format!("{verdict:?}");
-                    (!text.contains("sticky") && !text.contains("slot"))
+                    (!text.contains("sticky") && !text.contains("slot-"))
                         .then_some(Data::Verdict(verdict))
                 }
                 other => other,

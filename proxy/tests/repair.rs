@@ -94,6 +94,7 @@ fn nftables_repairs_only_what_is_wrong() {
             "nft flush map ip longshore-proxy endpoints",
             "nft add element ip longshore-proxy cluster-ips '{ 1.2.3.4 }'",
             "nft delete table ip longshore-proxy; nft add table ip longshore-proxy; nft 'add set ip longshore-proxy services { type ipv4_addr; }'",
+            "nft delete table ip longshore-proxy; nft add table ip longshore-proxy; nft add set ip longshore-proxy affinity-0 '{ type ipv4_addr; }'",
             "nft flush chain ip longshore-proxy pick-3",
             "nft add chain ip longshore-proxy pick-77",
         ],

@@ -333,6 +333,9 @@ impl Expr {
         prefix_len: u8,
         invert: bool,
     ) -> Vec<Expr> {
+        if prefix_len == 0 && !invert {
+            return Vec::new();
+        }
         let (load, bytes) = match network {
             std::net::IpAddr::V4(a) => (Expr::ip4(address, REG), a.octets().to_vec()),
             std::net::IpAddr::V6(a) => (Expr::ip6(address, REG), a.octets().to_vec()),

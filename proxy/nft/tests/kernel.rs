@@ -45,6 +45,11 @@ fn masquerade_and_dnat_are_what_nft_prints() {
     ));
     masquerade.push(Expr::Masquerade { fully_random: true });
     tx.add_rule("postrouting", masquerade);
+    let anybody = Expr::in_network(Address::Source, "0.0.0.0".parse().unwrap(), 0, false);
+    assert!(anybody.is_empty());
+    let mut nobody = Expr::in_network(Address::Source, "0.0.0.0".parse().unwrap(), 0, true);
+    nobody.push(Expr::Verdict(Verdict::Drop));
+    tx.add_rule("postrouting", nobody);
     let mut dnat: Vec<Expr> = Expr::is_local(Address::Destination, false).to_vec();
     dnat.extend(Expr::is_l4proto(6));
     dnat.extend(Expr::is_dport(8080));

@@ -163,6 +163,7 @@ fn repair_family(
 ) -> Result<(), Error> {
     let table = ruleset.table();
     let mut refused: BTreeSet<NamespacedName> = BTreeSet::new();
+    let mut scratch = false;
     for attempt in 0..ATTEMPTS {
         let state = client.read_table(&table)?;
         let observed = match &state {
@@ -173,7 +174,7 @@ fn repair_family(
         if last {
             plans.iter().for_each(|(name, _)| ruleset.forget(name));
         }
-        let planned = ruleset.plan_repair(state.as_ref(), &observed, false);
+        let planned = ruleset.plan_repair(state.as_ref(), &observed, scratch);
         match client.apply(&planned.transaction) {
             Ok(()) => {
                 outcome.written += planned.elements();
@@ -197,6 +198,11 @@ fn repair_family(
             }
             Err(error @ Error::Refused { .. }) if !last => {
                 let bad = offenders(&planned, &error);
+                if bad.is_empty() {
+                    // What is there cannot be changed into what should be: another version made it.
+                    tracing::warn!(%table, %error, "making the table anew");
+                    scratch = true;
+                }
                 for (name, why) in bad {
                     ruleset.forget(&name);
                     if refused.insert(name.clone()) {

@@ -57,10 +57,16 @@ fn dnat(family: Family, address: u32) -> Expr {
 pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
     match behaviour {
         Behaviour::Slot { .. } => Vec::new(),
+        Behaviour::Recall { pool, timeout, slots } => {
+            (0..slots).map(|slot| Behaviour::Slot { pool, timeout, slot }).collect()
+        }
         Behaviour::Pick { pool, choice, masquerade } => match (masquerade, choice) {
             (Masquerade::Never, Choice::Random { .. }) => Vec::new(),
             (Masquerade::Never, Choice::Sticky { timeout, slots, .. }) => {
-                (0..slots).map(|slot| Behaviour::Slot { pool, timeout, slot }).collect()
+                let recall = Behaviour::Recall { pool, timeout, slots };
+                let mut all = needed(recall);
+                all.push(recall);
+                all
             }
             _ => {
                 let inner = Behaviour::Pick { pool, choice, masquerade: Masquerade::Never };
@@ -76,6 +82,7 @@ pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
 pub fn rules(behaviour: Behaviour, family: Family, masquerade_bit: u32) -> Vec<Vec<Expr>> {
     match behaviour {
         Behaviour::Slot { pool, timeout, slot } => slot_rules(family, pool, timeout, slot),
+        Behaviour::Recall { pool, timeout, slots } => recall_rules(family, pool, timeout, slots),
         Behaviour::Pick { pool, choice, masquerade: Masquerade::Never } => match choice {
             Choice::Random { count } => vec![pick_rule(family, pool, count)],
             Choice::Sticky { count, slots, timeout } => {
@@ -116,13 +123,7 @@ fn client(pool: Pool, family: Family, first: u32) -> Vec<Expr> {
     exprs
 }
 
-fn sticky_rules(
-    family: Family,
-    pool: Pool,
-    timeout: u32,
-    count: u32,
-    slots: u32,
-) -> Vec<Vec<Expr>> {
+fn recall_rules(family: Family, pool: Pool, timeout: u32, slots: u32) -> Vec<Vec<Expr>> {
     let mut rules: Vec<Vec<Expr>> = (0..slots)
         .map(|slot| {
             let mut exprs = client(pool, family, REG);
@@ -149,13 +150,23 @@ fn sticky_rules(
         }));
         rules.push(exprs);
     }
+    rules
+}
+
+fn sticky_rules(
+    family: Family,
+    pool: Pool,
+    timeout: u32,
+    count: u32,
+    slots: u32,
+) -> Vec<Vec<Expr>> {
+    let recall = Behaviour::Recall { pool, timeout, slots }.to_string();
     let (mut fresh, index) = key(pool.origin, family, REG);
     fresh.extend([
         Expr::NumgenRandom { modulus: count, offset: 0, dreg: index },
         Expr::LookupVerdict { set: MapId::Picks(pool).to_string(), sreg: REG },
     ]);
-    rules.push(fresh);
-    rules
+    vec![vec![Expr::Verdict(Verdict::Jump(recall))], fresh]
 }
 
 fn slot_rules(family: Family, pool: Pool, timeout: u32, slot: u32) -> Vec<Vec<Expr>> {

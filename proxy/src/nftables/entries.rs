@@ -241,7 +241,10 @@ impl Collected {
         }
         let choice = match port.plan().affinity {
             None => Choice::Random { count },
-            Some(timeout) => Choice::Sticky { timeout, count, slots: slots.0.len() as u32 },
+            Some(timeout) => {
+                let slots = (slots.0.len() as u32).next_power_of_two();
+                Choice::Sticky { timeout, count, slots }
+            }
         };
         let behaviour = Behaviour::Pick { pool, choice, masquerade };
         self.behaviours.push(behaviour);

@@ -213,7 +213,8 @@ pub enum Choice {
         timeout: u32,
         /// Number of endpoints.
         count: u32,
-        /// Slots to look into: the highest in use, plus one.
+        /// Slots to look into: a power of two above the highest in use, so that there are few such
+        /// chains however often endpoints come and go.
         slots: u32,
     },
 }
@@ -229,6 +230,15 @@ pub enum Behaviour {
         timeout: u32,
         /// Slot.
         slot: u32,
+    },
+    /// With affinity: finds the slot that the client has, and forgets what it had in others.
+    Recall {
+        /// Maps.
+        pool: Pool,
+        /// Seconds.
+        timeout: u32,
+        /// Slots to look into.
+        slots: u32,
     },
     /// Picks an endpoint.
     Pick {
@@ -246,6 +256,9 @@ impl fmt::Display for Behaviour {
         match self {
             Behaviour::Slot { pool, timeout, slot } => {
                 write!(f, "{}slot-{timeout}s-{slot}", pool.prefix())
+            }
+            Behaviour::Recall { pool, timeout, slots } => {
+                write!(f, "{}recall-{timeout}s-of-{slots}", pool.prefix())
             }
             Behaviour::Pick { pool, choice, masquerade } => {
                 f.write_str(match masquerade {

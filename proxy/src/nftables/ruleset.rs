@@ -280,13 +280,13 @@ impl Ruleset {
         self.hints = HashMap::new();
     }
 
-    /// The transaction that makes the kernel's table what it should be, whatever it is now. With
-    /// `keep`, elements that no Service is known to have are left alone.
+    /// The transaction that makes the kernel's table what it should be, whatever it is now. From
+    /// `scratch`, it is made anew within the transaction.
     pub fn plan_repair(
         &mut self,
         state: Option<&TableState>,
         observed: &Observed,
-        keep: bool,
+        scratch: bool,
     ) -> Planned {
         let names: Vec<NamespacedName> = self.services.keys().cloned().collect();
         let mut used: BTreeSet<Behaviour> = BTreeSet::new();
@@ -304,7 +304,7 @@ impl Ruleset {
 
         let services = names.into_iter().map(|name| (name, None)).collect();
         let mut planned = self.planned(services);
-        let usable = state.filter(|state| self.fits(state));
+        let usable = state.filter(|state| !scratch && self.fits(state));
         if usable.is_none() && state.is_some() {
             planned.transaction.push(Op::DeleteTable);
         }
@@ -359,12 +359,10 @@ impl Ruleset {
                 }
             }
         }
-        if !keep {
-            for (map, elements) in observed {
-                for (key, found) in elements {
-                    if !seen.contains(&(*map, key)) {
-                        deleted.push((*map, old_element(key, Some(found)), NOBODY));
-                    }
+        for (map, elements) in observed {
+            for (key, found) in elements {
+                if !seen.contains(&(*map, key)) {
+                    deleted.push((*map, old_element(key, Some(found)), NOBODY));
                 }
             }
         }
@@ -440,9 +438,10 @@ impl Ruleset {
             .filter(|name| !names.contains(*name) && !fixed.contains(name.as_str()))
             .collect();
         // Chains that jump come before those that are jumped to: masquerade-, inside-, then the
-        // others, slots last.
+        // others, recall, slots last.
         gone.sort_by_key(|name| {
-            (name.contains("slot-"), !(name.starts_with("masq") || name.starts_with("inside")))
+            let outer = name.starts_with("masq") || name.starts_with("inside");
+            (name.contains("slot-"), name.contains("recall-"), !outer)
         });
         let mut all: Vec<Transaction> = Vec::new();
         for name in gone {
@@ -456,7 +455,7 @@ impl Ruleset {
                 Behaviour::Slot { pool, slot, .. } => {
                     Some(affinity_set(*pool, *slot, self.family()).name)
                 }
-                Behaviour::Pick { .. } => None,
+                Behaviour::Recall { .. } | Behaviour::Pick { .. } => None,
             })
             .collect();
         for name in state.sets.keys().filter(|name| is_affinity(name) && !sets.contains(*name)) {
