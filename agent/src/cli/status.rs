@@ -19,6 +19,12 @@ pub struct StatusArgs {
     /// The node's run directory
     #[arg(long, value_name = "DIR", default_value = "/run/longshore")]
     run_dir: PathBuf,
+    /// Taken as all other commands take it; the node knows its own
+    #[arg(long, value_name = "DIR", hide = true)]
+    root_dir: Option<PathBuf>,
+    /// As above
+    #[arg(long, value_name = "DIR", hide = true)]
+    state_dir: Option<PathBuf>,
 }
 
 /// Longest wait for the node's answer.
@@ -26,7 +32,8 @@ const LIMIT: Duration = Duration::from_secs(15);
 
 /// Prints the status.
 pub(super) fn run(args: StatusArgs, output: Output) -> anyhow::Result<()> {
-    let socket = args.run_dir.join(STATUS_SOCKET);
+    let StatusArgs { run_dir, root_dir: _, state_dir: _ } = args;
+    let socket = run_dir.join(STATUS_SOCKET);
     let answer = command_runtime()?.block_on(async {
         tokio::time::timeout(LIMIT, ask(&socket)).await.context("no answer in time")?
     });

@@ -90,6 +90,11 @@ pub struct ServiceLine {
     pub kind: String,
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
+    /// The first of them.
+    #[serde(rename = "clusterIP")]
+    pub cluster_ip: Option<String>,
+    /// The NodePort of the first port, where there is one.
+    pub node_port: Option<i32>,
     /// `80/TCP` or `80:30080/TCP`.
     pub ports: Vec<String>,
     pub ready_endpoints: usize,
@@ -209,11 +214,14 @@ fn service_line(
             None => format!("{}/{protocol}", port.port),
         }
     };
+    let cluster_ips = spec.cluster_ips.or(spec.cluster_ip.map(|ip| vec![ip])).unwrap_or_default();
     ServiceLine {
+        cluster_ip: cluster_ips.first().cloned(),
+        node_port: spec.ports.iter().flatten().find_map(|port| port.node_port),
+        cluster_ips,
         namespace: key.namespace.to_string(),
         name: key.name.to_string(),
         kind: spec.type_.unwrap_or_else(|| "ClusterIP".into()),
-        cluster_ips: spec.cluster_ips.or(spec.cluster_ip.map(|ip| vec![ip])).unwrap_or_default(),
         ports: spec.ports.iter().flatten().map(port).collect(),
         ready_endpoints: ready,
         endpoints: all,
