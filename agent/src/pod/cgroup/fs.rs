@@ -61,9 +61,9 @@ impl KernelCgroups {
             None => vec![V2::new().root()],
             Some(v1) => {
                 let found = CONTROLLERS.into_iter().filter_map(|c| v1.get_mount_point(c));
-                // In a hybrid set-up runtimes make folders in the v2 hierarchy, too.
+                // Runtimes make folders in hierarchies without a controller, too.
                 let unique: BTreeSet<PathBuf> =
-                    found.map(|(point, _)| point).chain(v2_mounts()).collect();
+                    found.map(|(point, _)| point).chain(all_mounts()).collect();
                 unique.into_iter().collect()
             }
         };
@@ -204,11 +204,11 @@ impl Inner {
     }
 }
 
-/// Mount points of the v2 hierarchy beside v1.
-fn v2_mounts() -> Vec<PathBuf> {
+/// Mount points of all hierarchies, v2 beside v1 and named ones (`name=systemd`) included.
+fn all_mounts() -> Vec<PathBuf> {
     let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo());
     let all = mounts.into_iter().flat_map(|m| m.0);
-    all.filter(|m| m.fs_type == "cgroup2").map(|m| m.mount_point).collect()
+    all.filter(|m| m.fs_type == "cgroup2" || m.fs_type == "cgroup").map(|m| m.mount_point).collect()
 }
 
 /// An error with its causes.
