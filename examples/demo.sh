@@ -84,11 +84,13 @@ fetch http://10.96.0.80/
 fetch http://192.0.2.10:30080/
 
 say "Kill the second pod's process: it comes back"
-pid=$(pgrep -f 'sleep 86400' | head -n 1)
+pid=$(pgrep -o -x -f 'sleep 86400')
 echo "kill -9 $pid"
 kill -9 "$pid"
-until_ok 30 sh -c "new=\$(pgrep -f 'sleep 86400' | head -n 1) && [ -n \"\$new\" ] && [ \"\$new\" != $pid ]"
-echo "running again as $(pgrep -f 'sleep 86400' | head -n 1)"
+came_back() { new=$(pgrep -o -x -f 'sleep 86400') && [ "$new" != "$pid" ]; }
+until_ok 30 came_back
+echo "running again as $new"
+sleep 0.5
 
 say "longshore status"
 status
