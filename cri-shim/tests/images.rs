@@ -385,3 +385,106 @@ fn skopeo_and_the_registry_agree_with_the_store() {
         check_rootfs(folder.path(), &store, "quay.io/team/app:v9");
     }
 }
+
+#[test]
+fn tls_registries_are_trusted_by_system_roots_or_their_own_ca() {
+    own_namespaces();
+    let registry = Registry::start_tls();
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(folder.path());
+    let name = format!("{}/app:v1", registry.address);
+    // No certificate of the system vouches for it.
+    let error = runtime().block_on(store.pull(&name, None)).unwrap_err();
+    assert!(matches!(error, ImageError::Network { .. }), "{error}");
+
+    let hosts = folder.path().join("certs.d").join(registry.address.to_string());
+    fs::create_dir_all(&hosts).unwrap();
+    fs::copy(registry.ca().unwrap(), hosts.join("ca.crt")).unwrap();
+    let pulled = runtime().block_on(store.pull(&name, None));
+    // The certificate is good by now; only the image is missing.
+    assert!(matches!(pulled, Err(ImageError::NotFound { .. })), "{pulled:?}");
+    let url = format!("https://{}", registry.address);
+    fs::write(hosts.join("hosts.toml"), format!("[host.\"{url}\"]\nskip_verify = true")).unwrap();
+    let pulled = runtime().block_on(store.pull(&name, None));
+    assert!(matches!(pulled, Err(ImageError::NotFound { .. })), "{pulled:?}");
+}
+
+#[test]
+fn a_machine_without_certificates_says_what_to_install() {
+    own_namespaces();
+    let registry = Registry::start(None);
+    registry.push("app", "v1", &example());
+    let folder = tempfile::tempdir().unwrap();
+    // An empty folder in place of the system's certificates, in this mount namespace.
+    let empty = folder.path().join("empty");
+    fs::create_dir(&empty).unwrap();
+    for certs in ["/etc/ssl/certs", "/usr/lib/ssl", "/usr/share/ca-certificates"] {
+        if Path::new(certs).is_dir() {
+            nix::mount::mount(
+                Some(&empty),
+                certs,
+                None::<&str>,
+                nix::mount::MsFlags::MS_BIND,
+                None::<&str>,
+            )
+            .unwrap();
+        }
+    }
+    let store = store(folder.path());
+    let error = runtime().block_on(store.pull(&registry.name("app:v1"), None)).unwrap_err();
+    assert!(error.to_string().contains("install the package ca-certificates"), "{error}");
+}
+
+#[test]
+fn a_broken_download_is_taken_up_where_it_ended() {
+    own_namespaces();
+    let registry = Registry::start(None);
+    // Nothing that compresses.
+    let mut state = 1u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(3_000_000)
+    .collect();
+    assert!(zstd::encode_all(&noise[..], 1).unwrap().len() > 2_900_000);
+    let image = ImageSpec::new(vec![Layer::gzip(&[Entry::File("big", noise.leak())])]);
+    registry.push("app", "v1", &image);
+    let proxy = fixture::cutting_proxy(registry.address, 1_000_000);
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(folder.path());
+    let name = format!("{proxy}/app:v1");
+    let id = runtime().block_on(store.pull(&name, None)).unwrap();
+    assert_eq!(id.as_str(), image.config_digest());
+}
+
+#[test]
+fn a_full_disk_is_said_to_be_full() {
+    own_namespaces();
+    let folder = tempfile::tempdir().unwrap();
+    nix::mount::mount(
+        Some("tmpfs"),
+        folder.path(),
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        Some("size=2m"),
+    )
+    .unwrap();
+    let store = store(folder.path());
+    let big = ImageSpec::new(vec![Layer::gzip(&[Entry::File("big", vec![0; 5_000_000].leak())])]);
+    let archive = docker_archive(&example(), &["small:v1"]);
+    let source = ImportSource::Reader(Box::new(std::io::Cursor::new(archive)));
+    runtime().block_on(store.import(source)).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), docker_archive(&big, &["big:v1"])).unwrap();
+    let source = ImportSource::File(file.path().to_owned());
+    let error = runtime().block_on(store.import(source)).unwrap_err();
+    assert!(matches!(error, ImageError::NoSpace { .. }), "{error}");
+    // What was there before is as it was, and the room is free again.
+    assert_eq!(store.list().unwrap().len(), 1);
+    assert!(names(&folder.path().join("images/tmp")).is_empty());
+    check_rootfs(folder.path(), &store, "small:v1");
+    nix::mount::umount2(folder.path(), nix::mount::MntFlags::MNT_DETACH).unwrap();
+}

@@ -136,6 +136,8 @@ fn plan(registry: &str, folder: &Path, text: &str) -> Result<Vec<Host>, String> 
     }
     match &file.server {
         Some(url) => hosts.extend(host(url, &file.own, registry, folder)?),
+        // The file may be about nothing but the registry itself.
+        None if hosts.iter().any(|host| !host.mirror) => {}
         None => hosts.extend(origin(registry)),
     }
     Ok(hosts)

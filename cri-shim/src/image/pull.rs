@@ -110,7 +110,17 @@ impl ImageStore {
                 Ok(resolved) => return Ok(resolved),
                 Err(error) => {
                     tracing::debug!(image = %reference, host = host.authority, %error, "no image");
-                    last = Some(error);
+                    last = Some(match (last, error) {
+                        // Which of the two the registry was meant to speak nobody knows.
+                        (
+                            Some(ImageError::Network { reference, host: name, reason }),
+                            ImageError::Network { reason: plain, .. },
+                        ) if host.only_after_failed_tls => {
+                            let reason = format!("{reason}; over plain http: {plain}");
+                            ImageError::Network { reference, host: name, reason }
+                        }
+                        (_, error) => error,
+                    });
                 }
             }
         }

@@ -47,23 +47,25 @@ impl Remote {
         config: &StoreConfig,
     ) -> Result<Self, ImageError> {
         super::init_tls();
-        let mut settings = ClientConfig {
+        check_roots()?;
+        let mut pem = Vec::new();
+        for path in &host.ca {
+            let data = std::fs::read(path)
+                .map_err(|e| ImageError::Config { path: path.clone(), reason: e.to_string() })?;
+            pem.push(data);
+        }
+        let settings = ClientConfig {
             protocol: if host.plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
             accept_invalid_certificates: host.skip_verify,
             connect_timeout: Some(config.connect_timeout),
             read_timeout: Some(config.read_timeout),
             user_agent: concat!("longshore/", env!("CARGO_PKG_VERSION")),
+            extra_root_certificates: pem
+                .iter()
+                .map(|data| Certificate { encoding: CertificateEncoding::Pem, data: data.clone() })
+                .collect(),
             ..ClientConfig::default()
         };
-        let mut pem = Vec::new();
-        for path in &host.ca {
-            let data = std::fs::read(path)
-                .map_err(|e| ImageError::Config { path: path.clone(), reason: e.to_string() })?;
-            pem.push(data.clone());
-            settings
-                .extra_root_certificates
-                .push(Certificate { encoding: CertificateEncoding::Pem, data });
-        }
         let fail = |reason: String| ImageError::Network {
             reference: wanted.to_string(),
             host: host.authority.clone(),
@@ -324,6 +326,20 @@ impl Remote {
             error => self.network(chain(&error)),
         }
     }
+}
+
+/// Without any root certificate on the machine, making an HTTP client panics deep in a library, even
+/// one that is to trust other certificates or to speak plain http.
+fn check_roots() -> Result<(), ImageError> {
+    if rustls_native_certs::load_native_certs().certs.is_empty() {
+        return Err(ImageError::Config {
+            path: "/etc/ssl/certs".into(),
+            reason: "this machine has no root certificates; install the package ca-certificates, \
+                     or name a file by SSL_CERT_FILE"
+                .to_owned(),
+        });
+    }
+    Ok(())
 }
 
 /// An error with its causes: the outermost alone is often just "error sending request".

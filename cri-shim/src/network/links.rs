@@ -293,9 +293,28 @@ fn sysctls(bridge: &str, cidrs: &[Cidr]) -> Result<(), NetworkError> {
         set(format!("ipv4/conf/{bridge}/send_redirects"), "0")?;
     }
     if cidrs.iter().any(|cidr| !cidr.is_ipv4()) {
+        keep_advertised_routes();
         set("ipv6/conf/all/forwarding".to_owned(), "1")?;
     }
     Ok(())
+}
+
+/// A forwarding host takes no router advertisements unless it is told to (accept_ra 2): one whose
+/// own default route comes from them would lose it.
+fn keep_advertised_routes() {
+    let base = "/proc/sys/net/ipv6/conf";
+    let forwards = fs::read_to_string(format!("{base}/all/forwarding"));
+    if forwards.is_ok_and(|forwards| forwards.trim() != "0") {
+        return;
+    }
+    for link in fs::read_dir(base).into_iter().flatten().flatten() {
+        let path = link.path().join("accept_ra");
+        if fs::read_to_string(&path).is_ok_and(|accept| accept.trim() == "1")
+            && let Err(error) = fs::write(&path, "2")
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot keep advertised routes");
+        }
+    }
 }
 
 /// Whether this host can do IPv6 at all.

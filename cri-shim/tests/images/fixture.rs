@@ -173,6 +173,20 @@ pub struct Registry {
 
 impl Registry {
     pub fn start(user: Option<(&str, &str)>) -> Self {
+        Self::run(user, false)
+    }
+
+    /// With a certificate for 127.0.0.1, signed by a CA of its own.
+    pub fn start_tls() -> Self {
+        Self::run(None, true)
+    }
+
+    /// The certificate of the CA.
+    pub fn ca(&self) -> Option<std::path::PathBuf> {
+        Some(self.folder.path().join("ca.pem")).filter(|path| path.exists())
+    }
+
+    fn run(user: Option<(&str, &str)>, tls: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut config = format!(
@@ -194,6 +208,10 @@ impl Registry {
                 &format!("auth:\n  htpasswd:\n    realm: test\n    path: {}\n", file.display());
             let text = format!("{user}:{password}");
             auth = Some(base64::engine::general_purpose::STANDARD.encode(text));
+        }
+        if tls {
+            let [certificate, key] = make_certificate(folder.path());
+            config += &format!("  tls:\n    certificate: {certificate}\n    key: {key}\n");
         }
         let path = folder.path().join("config.yml");
         fs::write(&path, config).unwrap();
@@ -323,4 +341,79 @@ impl Drop for Registry {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A CA in `folder` and a certificate for 127.0.0.1 by it; the paths of certificate and key.
+fn make_certificate(folder: &std::path::Path) -> [String; 2] {
+    let path = |name: &str| folder.join(name).display().to_string();
+    let openssl = |args: &[&str]| {
+        let output = Command::new("openssl").args(args).output().expect("openssl is needed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let (ca, ca_key) = (path("ca.pem"), path("ca.key"));
+    let (request, certificate, key) = (path("r.csr"), path("c.pem"), path("c.key"));
+    let extensions = path("ext");
+    fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n").unwrap();
+    let new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+    openssl(
+        &[
+            &[
+                "req",
+                "-x509",
+                "-subj",
+                "/CN=test ca",
+                "-days",
+                "2",
+                "-keyout",
+                &ca_key,
+                "-out",
+                &ca,
+            ][..],
+            &new_key,
+        ]
+        .concat(),
+    );
+    openssl(
+        &[&["req", "-subj", "/CN=registry", "-keyout", &key, "-out", &request][..], &new_key]
+            .concat(),
+    );
+    openssl(&[
+        "x509",
+        "-req",
+        "-in",
+        &request,
+        "-CA",
+        &ca,
+        "-CAkey",
+        &ca_key,
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        &extensions,
+        "-out",
+        &certificate,
+    ]);
+    [certificate, key]
+}
+
+/// A proxy before `target` that cuts each connection after `limit` bytes of answers.
+pub fn cutting_proxy(target: SocketAddr, limit: u64) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let server = TcpStream::connect(target).unwrap();
+                let (mut up_from, mut up_to) =
+                    (client.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut up_from, &mut up_to));
+                let (mut down_from, mut down_to) = (&server, &client);
+                let _ = std::io::copy(&mut (&mut down_from).take(limit), &mut down_to);
+                let _ = client.shutdown(std::net::Shutdown::Both);
+                let _ = server.shutdown(std::net::Shutdown::Both);
+            });
+        }
+    });
+    address
 }
