@@ -122,16 +122,20 @@ impl Parts {
             self.agent_and_proxy().await?;
         }
         let watched = Arc::new(std::mem::replace(&mut self.watched, Watched::new(&self.config)));
-        if let Some(address) = self.config.healthz {
+        // The agent's: a proxy or a shim in a process of its own leaves them alone.
+        let agent = self.config.parts.agent;
+        if let Some(address) = self.config.healthz.filter(|_| agent) {
             let listener = tokio::net::TcpListener::bind(address)
                 .await
                 .with_context(|| format!("listen on {address} for /healthz (--healthz-port)"))?;
             let serving = health::serve_healthz(listener, watched.clone(), self.shutdown.clone());
             self.spawn("healthz", serving);
         }
-        let socket = health::bind_status(&self.config.run_dir)?;
-        let serving = health::serve_status(socket, watched.clone(), self.shutdown.clone());
-        self.spawn("the status socket", serving);
+        if agent {
+            let socket = health::bind_status(&self.config.run_dir)?;
+            let serving = health::serve_status(socket, watched.clone(), self.shutdown.clone());
+            self.spawn("the status socket", serving);
+        }
         self.spawn("sd_notify", health::notify::run(watched, self.shutdown.clone()));
         Ok(())
     }

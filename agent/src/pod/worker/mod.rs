@@ -112,6 +112,8 @@ pub(crate) struct Worker {
     backing_off: Vec<BackingOff>,
     shown_backing_off: HashMap<String, u64>,
     previous: Option<PodStatus>,
+    /// Whether this process has told a status: what an earlier one saved may not have arrived.
+    told: bool,
     start_time: Timestamp,
     tasks: JoinSet<Done>,
     /// Image pulls, which an end of the pod does not wait for.
@@ -156,6 +158,7 @@ impl Worker {
             backing_off: Vec::new(),
             shown_backing_off: HashMap::new(),
             previous,
+            told: false,
             start_time,
             tasks: JoinSet::new(),
             pulls: HashMap::new(),
@@ -470,7 +473,8 @@ impl Worker {
             sandbox: self.observed.sandboxes.first().map(|s| s.id.to_string()),
         };
         self.deps.table.set(&self.uid, view);
-        if self.previous.as_ref() != Some(&status) {
+        if !self.told || self.previous.as_ref() != Some(&status) {
+            self.told = true;
             if self.source.is_some() {
                 self.deps.statuses.publish(&self.pod, status.clone());
                 self.deps.store.save(&self.uid, &status);
