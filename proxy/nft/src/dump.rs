@@ -189,7 +189,7 @@ impl Client {
         Ok(Some(state.into_inner()))
     }
 
-    /// Elements of a set; none if it is not there.
+    /// Elements of a set, sorted by key; none if it is not there.
     ///
     /// # Errors
     /// If the kernel cannot be read.
@@ -221,7 +221,11 @@ impl Client {
                 }
             },
         )?;
-        Ok(found.into_inner())
+        // A hash table that is being resized tells some elements twice.
+        let mut found: Vec<ElementEntry> = found.into_inner();
+        found.sort_by(|a, b| (&a.key, &a.key_end).cmp(&(&b.key, &b.key_end)));
+        found.dedup_by(|a, b| a.key == b.key && a.key_end == b.key_end && a.data == b.data);
+        Ok(found)
     }
 }
 
