@@ -193,10 +193,13 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
     };
     let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled")
         .is_ok_and(|enabled| enabled.trim() == "Y");
-    let last_capability = fs::read_to_string("/proc/sys/kernel/cap_last_cap")
+    let capabilities = fs::read_to_string("/proc/self/status")
         .ok()
-        .and_then(|text| text.trim().parse().ok())
-        .unwrap_or(40);
+        .and_then(|status| {
+            let mask = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
+            u64::from_str_radix(mask.trim(), 16).ok()
+        })
+        .unwrap_or(0);
     let max_open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard);
     Host {
         cgroup_v2: cgroups.v2,
@@ -204,7 +207,7 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
         swap_accounting,
         hugetlb,
         apparmor,
-        last_capability,
+        capabilities,
         max_open_files,
     }
 }

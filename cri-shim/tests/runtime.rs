@@ -197,11 +197,28 @@ impl Drop for Node {
         let _ = self.server.wait();
         let _ = self.namespace.kill();
         let _ = self.namespace.wait();
+        for entry in fs::read_dir(self.root.path().join("run/m")).into_iter().flatten().flatten() {
+            end_monitor(&entry.path());
+        }
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let procs = hierarchy.path().join(&self.name);
             kill_and_remove(&procs);
         }
         kill_and_remove(&Path::new("/sys/fs/cgroup").join(&self.name));
+    }
+}
+
+/// Ends the monitor of a sandbox that a test did not remove.
+fn end_monitor(socket: &Path) {
+    use cri_shim::monitor::frame;
+    use cri_shim::monitor::protocol::{Reply, Request, VERSION};
+    let Ok(stream) = std::os::unix::net::UnixStream::connect(socket) else { return };
+    let hello = frame::send(&stream, &Request::Hello { version: VERSION }, &[]);
+    if hello.is_ok()
+        && let Ok(Some(Reply::Hello { pid, .. })) = frame::receive(&stream)
+    {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
     }
 }
 

@@ -41,6 +41,8 @@ impl Shim {
                 .map_err(|e| internal("removing the container's directory", e))?;
             ignore_absent(std::fs::remove_dir_all(layout.bundle(&id)))
                 .map_err(|e| internal("removing the container's bundle", e))?;
+            // An abandoned start may have left a process that is about to die.
+            cgroups.kill(&cgroup);
             cgroups.remove(&cgroup);
             snapshots
                 .remove(&id)

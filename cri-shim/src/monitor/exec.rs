@@ -75,7 +75,10 @@ fn start(
     let Some(pid) = forked else {
         drop((ready, failure));
         let report = OwnedFd::from(report);
-        let _ = go.read(&mut [0u8; 1]);
+        // Without the word the exec was abandoned.
+        if !matches!(go.read(&mut [0u8; 1]), Ok(1)) {
+            sys::exit(1);
+        }
         drop(go);
         let message = become_process(&spec, stdio, &report);
         report_and_exit(&report, &message, 127)

@@ -52,6 +52,9 @@ pub(super) struct Stdio {
 /// The child's whole life. Never returns.
 pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: UnixStream) -> ! {
     sys::reset_signals();
+    // A group that can be killed as one: libcontainer's processes stay in it until they are in the
+    // container's cgroup (see `Pod::end_launch`).
+    let _ = nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0));
     let code = match launch(start, stdio, &progress) {
         Ok(()) => 0,
         Err(message) => {

@@ -55,14 +55,15 @@ fn set_sysctls(spawn: &SpawnMonitor) -> Result<(), String> {
     result
 }
 
-/// Forks the init through an intermediate, as a PID namespace begins with the next child.
+/// Forks the init through an intermediate, as a PID namespace begins with the next child. The init
+/// is a child of the monitor itself (a sibling of the intermediate), and dies with it.
 fn start_init() -> Result<i32, String> {
     let (mut reader, mut writer) = std::io::pipe().map_err(|e| format!("making a pipe: {e}"))?;
     match sys::fork().map_err(|e| format!("fork: {e}"))? {
         None => {
             drop(reader);
             let made = unshare(CloneFlags::CLONE_NEWPID).map_err(std::io::Error::from);
-            match made.and_then(|()| sys::fork()) {
+            match made.and_then(|()| sys::fork_sibling()) {
                 Ok(None) => {
                     drop(writer);
                     reap_forever()

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
@@ -363,18 +363,26 @@ impl Pod {
             }
             Progress::Failed { message } => {
                 launch.done = true;
-                let pid = launch.process.as_ref().map(|p| Pid::from_raw(p.pid));
-                if let Some(pid) = pid {
-                    let _ = kill(pid, Signal::SIGKILL);
-                }
-                if let Kind::Container(container) = &launch.kind {
-                    let cgroup = container.cgroup.clone();
-                    self.cgroups.kill(&cgroup);
-                    let _ = self.cgroups.remove(&cgroup);
-                }
+                self.end_launch(at);
                 let connection = self.launches[at].connection;
                 self.tell(connection, &Reply::Failed { message });
             }
+        }
+    }
+
+    /// Ends everything of a launch that failed or was abandoned. Whatever libcontainer has forked is
+    /// still in the launch's process group, or has left it as the container's first process, which
+    /// is in the container's cgroup by then: so first the group, then the cgroup.
+    fn end_launch(&mut self, at: usize) {
+        let launch = &self.launches[at];
+        let _ = kill(launch.child, Signal::SIGKILL);
+        if let Kind::Container(container) = &launch.kind {
+            let _ = killpg(launch.child, Signal::SIGKILL);
+            self.cgroups.kill(&container.cgroup);
+            let _ = self.cgroups.remove(&container.cgroup);
+        }
+        if let Some(process) = &launch.process {
+            sys::kill(Pid::from_raw(process.pid), libc::SIGKILL);
         }
     }
 
@@ -464,7 +472,6 @@ impl Pod {
     fn abandon(&mut self, connection: u64) {
         for at in 0..self.launches.len() {
             if self.launches[at].connection == connection && !self.launches[at].done {
-                let _ = kill(self.launches[at].child, Signal::SIGKILL);
                 let message = "abandoned".to_owned();
                 self.advance(at, Progress::Failed { message });
             }

@@ -98,15 +98,25 @@ impl Sets {
 
 /// Decides the sets. `ALL` in `add` or `drop` is applied before single names, so that
 /// `drop: [ALL], add: [NET_BIND_SERVICE]` leaves exactly one.
-pub fn plan(security: Option<&api::LinuxContainerSecurityContext>) -> Result<Sets, SpecError> {
+///
+/// `ALL` is all that `available` (a bit mask) has: a node may itself run without some, and a
+/// capability that is asked for by name and not there fails when the container starts.
+pub fn plan(
+    security: Option<&api::LinuxContainerSecurityContext>,
+    available: u64,
+) -> Result<Sets, SpecError> {
+    let all = || {
+        let numbered = ALL.into_iter().enumerate();
+        numbered.filter(|(bit, _)| available >> bit & 1 == 1).map(|(_, capability)| capability)
+    };
     let no_change = api::Capability::default();
     let change = security.and_then(|s| s.capabilities.as_ref()).unwrap_or(&no_change);
     let mut bounding: HashSet<Capability> = DEFAULT.into_iter().collect();
     if security.is_some_and(|s| s.privileged) {
-        bounding = ALL.into_iter().collect();
+        bounding = all().collect();
     } else {
         if change.add_capabilities.iter().any(|c| is_all(c)) {
-            bounding = ALL.into_iter().collect();
+            bounding = all().collect();
         }
         if change.drop_capabilities.iter().any(|c| is_all(c)) {
             bounding.clear();

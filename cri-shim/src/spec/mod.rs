@@ -39,8 +39,8 @@ pub struct Host {
     pub hugetlb: bool,
     /// AppArmor is enabled in the running kernel.
     pub apparmor: bool,
-    /// The highest capability number the kernel knows (`/proc/sys/kernel/cap_last_cap`).
-    pub last_capability: u8,
+    /// The capabilities this process may hand on, as a bit mask (`CapBnd` of `/proc/self/status`).
+    pub capabilities: u64,
     /// The highest `RLIMIT_NOFILE` this process may hand on.
     pub max_open_files: u64,
 }
@@ -80,6 +80,9 @@ pub enum SpecError {
     /// A profile the kernel cannot enforce.
     #[error("{0} is requested but not enabled in this node's kernel; remove it from the pod")]
     NotInKernel(&'static str),
+    /// A group without a user.
+    #[error("runAsGroup is set without runAsUser; set both")]
+    GroupWithoutUser,
     /// A mount with a relative or empty path.
     #[error("mount of {source_path:?} at {target:?}: {reason}")]
     BadMount { source_path: String, target: String, reason: &'static str },
@@ -97,6 +100,14 @@ impl From<oci_spec::OciSpecError> for SpecError {
     }
 }
 
+/// Refuses a config that could never be run, so that such a container is not created at all.
+pub fn check(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecError> {
+    let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    security::check(security, host)?;
+    capabilities::plan(security, host.capabilities)?;
+    mounts::check(&config.mounts)
+}
+
 /// Decides the whole OCI spec of a container. The user is left at root: names can only be resolved
 /// against the mounted root file system (see [`user`]), which the monitor does.
 pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
@@ -104,7 +115,7 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     let privileged = security.is_some_and(|s| s.privileged);
     security::check(security, inputs.host)?;
 
-    let capabilities = capabilities::plan(security)?;
+    let capabilities = capabilities::plan(security, inputs.host.capabilities)?;
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces::plan(inputs.pod, security, inputs.host)?)
         .cgroups_path(inputs.cgroup.clone())

@@ -72,6 +72,11 @@ fn same_place(a: &Path, b: &Path) -> bool {
     a.components().eq(b.components())
 }
 
+/// Refuses volumes that cannot be mounted.
+pub(super) fn check(volumes: &[api::Mount]) -> Result<(), SpecError> {
+    volumes.iter().try_for_each(|volume| plan_volume(volume).map(|_| ()))
+}
+
 fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
     let bad = |reason| SpecError::BadMount {
         source_path: volume.host_path.clone(),
@@ -96,6 +101,9 @@ fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
         MountPropagation::PropagationBidirectional => "rshared",
     };
     let access = match (volume.readonly, volume.recursive_read_only) {
+        (true, true) if propagation != "rprivate" => {
+            return Err(bad("recursiveReadOnly needs private propagation"));
+        }
         (true, true) => "rro",
         (true, false) => "ro",
         (false, true) => return Err(bad("recursiveReadOnly needs readOnly")),

@@ -28,6 +28,12 @@ type Security<'a> = Option<&'a api::LinuxContainerSecurityContext>;
 /// Refuses what the kernel or this runtime cannot enforce, rather than run without it.
 pub(super) fn check(security: Security<'_>, host: &Host) -> Result<(), SpecError> {
     let Some(security) = security else { return Ok(()) };
+    if security.run_as_group.is_some()
+        && security.run_as_user.is_none()
+        && security.run_as_username.is_empty()
+    {
+        return Err(SpecError::GroupWithoutUser);
+    }
     if let Some(selinux) = &security.selinux_options
         && [&selinux.user, &selinux.role, &selinux.r#type, &selinux.level]
             .iter()

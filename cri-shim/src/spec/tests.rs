@@ -12,7 +12,7 @@ use crate::api::{self, MountPropagation};
 use crate::config::CgroupDriver;
 
 fn host() -> Host {
-    Host { max_open_files: 1 << 20, last_capability: 40, ..Host::default() }
+    Host { max_open_files: 1 << 20, capabilities: u64::MAX, ..Host::default() }
 }
 
 fn spec_of(config: &api::ContainerConfig, pod: &Pod, host: &Host) -> Result<Spec, SpecError> {
@@ -49,7 +49,7 @@ fn capabilities(add: &[&str], drop: &[&str]) -> HashSet<Capability> {
         }),
         ..Default::default()
     };
-    capabilities::plan(Some(&security)).unwrap().bounding().clone()
+    capabilities::plan(Some(&security), u64::MAX).unwrap().bounding().clone()
 }
 
 #[test]
@@ -110,7 +110,7 @@ fn capability_sets() {
         }),
         ..Default::default()
     };
-    let refused = capabilities::plan(Some(&bad)).unwrap_err();
+    let refused = capabilities::plan(Some(&bad), u64::MAX).unwrap_err();
     assert_eq!(refused, SpecError::UnknownCapability("NO_SUCH".into()));
 }
 
@@ -250,6 +250,40 @@ fn a_memory_limit_leaves_no_swap() {
     assert_eq!(swap(0, true), Some(100));
     assert_eq!(swap(150, true), Some(150));
     assert_eq!(swap(0, false), None);
+}
+
+#[test]
+fn configs_that_can_never_run_are_refused_at_creation() {
+    let group = secured(api::LinuxContainerSecurityContext {
+        run_as_group: Some(api::Int64Value { value: 1 }),
+        ..Default::default()
+    });
+    assert_eq!(check(&group, &host()), Err(SpecError::GroupWithoutUser));
+    let recursive = |readonly, propagation: MountPropagation| api::ContainerConfig {
+        mounts: vec![api::Mount {
+            container_path: "/x".into(),
+            host_path: "/x".into(),
+            readonly,
+            recursive_read_only: true,
+            propagation: propagation as i32,
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    use MountPropagation::*;
+    assert!(check(&recursive(true, PropagationPrivate), &host()).is_ok());
+    assert!(check(&recursive(false, PropagationPrivate), &host()).is_err());
+    assert!(check(&recursive(true, PropagationHostToContainer), &host()).is_err());
+    assert!(check(&recursive(true, PropagationBidirectional), &host()).is_err());
+}
+
+#[test]
+fn all_capabilities_are_those_the_node_has() {
+    let privileged = api::LinuxContainerSecurityContext { privileged: true, ..Default::default() };
+    let without_resource = u64::MAX & !(1 << 24);
+    let sets = capabilities::plan(Some(&privileged), without_resource).unwrap();
+    assert_eq!(sets.bounding().len(), capabilities::ALL.len() - 1);
+    assert!(!sets.bounding().contains(&Capability::SysResource));
 }
 
 #[test]
