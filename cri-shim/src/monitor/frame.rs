@@ -57,7 +57,7 @@ impl Inbox {
     }
 
     /// The next whole frame.
-    pub fn next<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+    pub fn take_frame<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         let Some(length) = self.bytes.first_chunk::<4>() else { return Ok(None) };
         let length = u32::from_le_bytes(*length) as usize;
         if length > MAX_FRAME {

@@ -192,7 +192,7 @@ impl Pod {
         }
         loop {
             let connection = &mut self.connections[at];
-            match connection.inbox.next::<Request>() {
+            match connection.inbox.take_frame::<Request>() {
                 Ok(Some(request)) => self.answer(at, request),
                 Ok(None) => return,
                 Err(e) => {
@@ -329,7 +329,7 @@ impl Pod {
             Err(_) => false,
         };
         while !self.launches[at].done {
-            match self.launches[at].inbox.next::<Progress>() {
+            match self.launches[at].inbox.take_frame::<Progress>() {
                 Ok(Some(progress)) => self.advance(at, progress),
                 Ok(None) if open => return,
                 Ok(None) | Err(_) => {
