@@ -45,7 +45,7 @@ impl Node {
         }
         let server = serve(root.path(), &namespace)?;
         let runtime = RuntimeServiceClient::new(connect(root.path()).await?);
-        let name = root.path().file_name().unwrap().to_string_lossy().into_owned();
+        let name = root.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Node { root, name, server, runtime, namespace })
     }
 
