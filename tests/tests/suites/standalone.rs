@@ -85,7 +85,8 @@ async fn the_demo_of_the_readme_runs() {
     says(&lab.outside().path(), "10.99.0.2:30080", "Hello from web").await;
     eventually("status shows pods and services", async || {
         let status = status(&node)?;
-        let (web, service) = (entry(&status, "pods", "web"), entry(&status, "services", "web"));
+        let (web, service) =
+            (entry(&status, "pods", "web-node"), entry(&status, "services", "web"));
         if web.is_object() && service["clusterIP"] == "10.96.0.80" {
             Ok(())
         } else {
@@ -108,20 +109,20 @@ async fn manifests_are_followed() {
         &(pod("one", 8080, "") + "---" + &service("svc", "one", ", clusterIP: 10.96.0.50")),
     )
     .unwrap();
-    says(&inside, "10.96.0.50:80", "one ").await;
+    says(&inside, "10.96.0.50:80", "one-node ").await;
     // Changed: another pod behind the same Service.
     node.put_manifest(
         "one.yaml",
         &(pod("two", 8081, "") + "---" + &service("svc", "two", ", clusterIP: 10.96.0.50")),
     )
     .unwrap();
-    says(&inside, "10.96.0.50:80", "two ").await;
+    says(&inside, "10.96.0.50:80", "two-node ").await;
     // JSON is YAML, and a second file stands for itself.
     let json = serde_json::json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "three", "labels": {"app": "two"}},
         "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": tests::harness::image::IMAGE,
             "command": ["workload", "http", "8081"], "ports": [{"name": "web", "containerPort": 8081}]}]}});
     node.put_manifest("three.json", &json.to_string()).unwrap();
-    says(&inside, "10.96.0.50:80", "three ").await;
+    says(&inside, "10.96.0.50:80", "three-node ").await;
     node.remove_manifest("one.yaml").unwrap();
     eventually("the Service is gone", async || {
         match net::http_get(&inside, ([10, 96, 0, 50], 80).into(), "/") {
@@ -155,7 +156,7 @@ async fn bad_manifests_stop_nobody_else() {
     ] {
         node.put_manifest(name, &text).unwrap();
     }
-    says(&inside, "10.96.0.52:80", "fine ").await;
+    says(&inside, "10.96.0.52:80", "fine-node ").await;
     node.check_alive().unwrap();
     let log = node.log_tail(10_000);
     for name in
@@ -171,7 +172,7 @@ async fn bad_manifests_stop_nobody_else() {
             + &service("mended", "mended", ", clusterIP: 10.96.0.53")),
     )
     .unwrap();
-    says(&inside, "10.96.0.53:80", "mended ").await;
+    says(&inside, "10.96.0.53:80", "mended-node ").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -192,7 +193,7 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     };
     let (ip, port) = eventually("the Service has addresses", async || addresses(&node)).await;
     let inside = node.netns().path();
-    says(&inside, &format!("{ip}:80"), "web ").await;
+    says(&inside, &format!("{ip}:80"), "web-node ").await;
     let servers = |node: &Node| -> Vec<u32> {
         descendants(node.init_pid())
             .into_iter()
@@ -204,14 +205,14 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     for _ in 0..3 {
         node.end(nix::sys::signal::Signal::SIGKILL).await;
         // Served on without longshore.
-        says(&lab.outside().path(), &format!("10.99.0.2:{port}"), "web ").await;
+        says(&lab.outside().path(), &format!("10.99.0.2:{port}"), "web-node ").await;
         node.restart().await.unwrap();
         node.ready().await;
         assert_eq!(
             eventually("addresses are known again", async || addresses(&node)).await,
             (ip.clone(), port)
         );
-        says(&inside, &format!("{ip}:80"), "web ").await;
+        says(&inside, &format!("{ip}:80"), "web-node ").await;
         assert_eq!(servers(&node), before, "the container was restarted");
     }
     // Its process killed, it comes back.
@@ -225,7 +226,7 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
         if now.len() == 1 && now != before { Ok(()) } else { Err(format!("{now:?}")) }
     })
     .await;
-    says(&inside, &format!("{ip}:80"), "web ").await;
+    says(&inside, &format!("{ip}:80"), "web-node ").await;
     node.remove_manifest("web.yaml").unwrap();
     node.nothing_of_pods_left().await;
 }
