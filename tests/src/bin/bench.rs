@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tests::harness::cluster::{condition, fill_image, pod_ip};
-use tests::harness::command::descendants;
+use tests::harness::command::processes_of;
 use tests::harness::node::Runtime;
 use tests::harness::peers::Peers;
 use tests::harness::{Cluster, Lab, Node, NodeOptions, eventually, net};
@@ -269,7 +269,7 @@ fn p50(mut times: Vec<Duration>) -> f64 {
 
 /// The processes of the stack: those of these names, whatever they belong to.
 fn stack_pids(node: &Node, stack: &[&str]) -> Vec<u32> {
-    descendants(node.init_pid())
+    processes_of(node.init_pid())
         .into_iter()
         .filter(|pid| {
             let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();

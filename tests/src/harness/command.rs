@@ -42,17 +42,33 @@ pub fn checked(what: &str, output: &Output) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Every process in the PID namespace of `init` or in one below it, whoever started it; not `init`
+/// itself.
+pub fn processes_of(init: u32) -> Vec<u32> {
+    let namespace = |pid: u32| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let Some(own) = namespace(init) else { return Vec::new() };
+    let mut found: std::collections::BTreeSet<u32> =
+        all_processes().into_iter().filter(|pid| namespace(*pid).as_ref() == Some(&own)).collect();
+    for pid in found.clone() {
+        found.extend(descendants(pid));
+    }
+    found.remove(&init);
+    found.into_iter().collect()
+}
+
+fn all_processes() -> Vec<u32> {
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
 /// Every process below `root` (not itself), by the parent links of /proc.
 pub fn descendants(root: u32) -> Vec<u32> {
-    let mut parents = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
-            continue;
-        };
-        if let Some(parent) = parent_of(pid) {
-            parents.push((pid, parent));
-        }
-    }
+    let parents: Vec<(u32, u32)> =
+        all_processes().into_iter().filter_map(|pid| Some((pid, parent_of(pid)?))).collect();
     let mut found = vec![root];
     let mut at = 0;
     while let Some(parent) = found.get(at).copied() {
@@ -63,7 +79,8 @@ pub fn descendants(root: u32) -> Vec<u32> {
     found
 }
 
-fn parent_of(pid: u32) -> Option<u32> {
+/// The parent of a process.
+pub fn parent_of(pid: u32) -> Option<u32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command, in parentheses, may hold anything.
     let (_, rest) = stat.rsplit_once(')')?;

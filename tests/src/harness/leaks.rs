@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::command::{command_line, descendants, run};
+use super::command::{command_line, parent_of, processes_of, run};
 
 /// The cgroup hierarchies of this machine: one for v2, one for each v1 controller.
 pub fn hierarchies() -> Vec<PathBuf> {
@@ -84,11 +84,18 @@ impl Snapshot {
         for hierarchy in hierarchies() {
             walk_cgroups(&hierarchy.join(cgroup), "", &mut things);
         }
-        for pid in descendants(init) {
+        for pid in processes_of(init) {
             let line = command_line(pid);
-            let noise =
-                line.is_empty() || line.starts_with("sleep ") || line.contains("longshore run");
-            if !noise {
+            let parent = parent_of(pid).map(command_line).unwrap_or_default();
+            // The node's own: longshore with the process that it starts monitors from, or others'
+            // daemons, and what the harness runs.
+            let own = |line: &str| {
+                line.contains(" run --hostname-override")
+                    || line == "containerd"
+                    || ["/kubelet ", "/kube-proxy "].iter().any(|p| line.contains(p))
+            };
+            let zygote = line == "longshore monitor" && own(&parent);
+            if !(line.is_empty() || line == "sleep 100000" || own(&line) || zygote) {
                 things.insert(format!("process {line}"));
             }
         }

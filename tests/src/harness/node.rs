@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::command::{checked, descendants};
+use super::command::{checked, descendants, processes_of};
 use super::containerd::Containerd;
 use super::lab::{Lab, NetNs, within};
 use super::leaks::{self, Snapshot};
@@ -387,7 +387,7 @@ impl Node {
     /// # Errors
     /// When no process has it.
     pub fn pod_netns(&self, ip: IpAddr) -> Result<PathBuf> {
-        for pid in descendants(self.init_pid) {
+        for pid in processes_of(self.init_pid) {
             let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
             let Ok(addresses) = within(&path, || {
                 Ok(nix::ifaddrs::getifaddrs()?

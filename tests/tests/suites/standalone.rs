@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use serde_json::Value;
-use tests::harness::command::{command_line, descendants};
+use tests::harness::command::{command_line, processes_of};
 use tests::harness::{Lab, Node, NodeOptions, eventually, net};
 
 async fn standalone(name: &str) -> (Node, Lab) {
@@ -195,7 +195,7 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     let inside = node.netns().path();
     says(&inside, &format!("{ip}:80"), "web-node ").await;
     let servers = |node: &Node| -> Vec<u32> {
-        descendants(node.init_pid())
+        processes_of(node.init_pid())
             .into_iter()
             .filter(|pid| command_line(*pid).starts_with("workload http"))
             .collect()
