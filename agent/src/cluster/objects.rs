@@ -29,6 +29,8 @@ use crate::objects::{ObjectError, ObjectRef, Objects};
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
 /// A token is asked anew when this share of its life is left.
 const TOKEN_RENEW_SHARE: f64 = 0.2;
+/// A refused token request is tried again this often before the refusal counts.
+const TOKEN_REFUSALS: u32 = 5;
 /// Tokens kept beyond those of running pods.
 const MAX_TOKENS: usize = 4096;
 
@@ -130,6 +132,7 @@ impl ClusterObjects {
         let tokens = token_store
             .load::<(String, TokenRequestStatus)>()
             .into_iter()
+            .flatten()
             .collect::<HashMap<_, _>>();
         Arc::new(Self {
             api,
@@ -148,8 +151,8 @@ impl ClusterObjects {
     /// Objects of an earlier run; read from disk when first needed.
     fn earlier(&self) -> &Earlier {
         self.earlier.get_or_init(|| Earlier {
-            maps: self.maps.load::<ConfigMap>().into_iter().map(keyed).collect(),
-            secrets: self.secrets.load::<Secret>().into_iter().map(keyed).collect(),
+            maps: self.maps.load::<ConfigMap>().into_iter().flatten().map(keyed).collect(),
+            secrets: self.secrets.load::<Secret>().into_iter().flatten().map(keyed).collect(),
         })
     }
 
@@ -500,11 +503,22 @@ async fn request_token(
 ) -> Result<TokenRequestStatus, ApiError> {
     let accounts: kube::Api<ServiceAccount> = kube::Api::namespaced(client, &account.namespace);
     let request = TokenRequest { spec: Some(spec), ..TokenRequest::default() };
-    let params = PostParams::default();
-    let answer = accounts.create_token_request(&account.name, &params, &request);
-    let what = format!("request a token of service account {account}");
-    let answer: TokenRequest = api::timed(what, REQUEST_TIMEOUT, answer).await?;
-    Ok(answer.status.unwrap_or_default())
+    let (params, what) =
+        (PostParams::default(), format!("request a token of service account {account}"));
+    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
+    let mut refusals = 0;
+    loop {
+        let answer = accounts.create_token_request(&account.name, &params, &request);
+        match api::timed(&what, REQUEST_TIMEOUT, answer).await {
+            Ok(answer) => return Ok(answer.status.unwrap_or_default()),
+            // The Node authorizer learns of a new pod a moment after we do.
+            Err(error) if error.code() == Some(403) && refusals < TOKEN_REFUSALS => {
+                refusals += 1;
+                tokio::time::sleep(backoff.next_delay()).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]

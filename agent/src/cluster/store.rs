@@ -51,29 +51,29 @@ impl Store {
         self.inner.objects.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// What the file holds; it also becomes what the store holds. A file that cannot be read is
-    /// renamed to `*.unreadable` and the error is logged.
-    pub fn load<K: DeserializeOwned>(&self) -> Vec<K> {
+    /// What the file holds; it also becomes what the store holds. `None` if there is no file, or one
+    /// that cannot be read: it is renamed to `*.unreadable` and the error is logged.
+    pub fn load<K: DeserializeOwned>(&self) -> Option<Vec<K>> {
         let path = &self.inner.path;
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return None,
             Err(error) => {
                 tracing::error!(path = %path.display(), %error, "cannot read the last known objects");
-                return Vec::new();
+                return None;
             }
         };
         match parse(&text) {
             Ok((held, objects)) => {
                 *self.objects() = held;
-                objects
+                Some(objects)
             }
             Err(cause) => {
                 let aside = path.with_extension("jsonl.unreadable");
                 let _ = std::fs::rename(path, &aside);
                 tracing::error!(path = %path.display(), aside = %aside.display(), %cause,
                     "the last known objects cannot be read; set aside");
-                Vec::new()
+                None
             }
         }
     }
@@ -181,22 +181,22 @@ mod tests {
     fn what_was_written_is_read_and_what_is_damaged_is_set_aside() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path(), "maps");
-        assert!(store.load::<ConfigMap>().is_empty());
+        assert!(store.load::<ConfigMap>().is_none());
         for name in ["a", "b", "c"] {
             store.put(&format!("n/{name}"), &map(name));
         }
         store.remove("n/b");
         store.write();
         let again = Store::new(dir.path(), "maps");
-        assert_eq!(again.load::<ConfigMap>(), [map("a"), map("c")]);
+        assert_eq!(again.load::<ConfigMap>().unwrap(), [map("a"), map("c")]);
         again.keep(|key| key == "n/c");
         again.write();
-        assert_eq!(Store::new(dir.path(), "maps").load::<ConfigMap>(), [map("c")]);
+        assert_eq!(Store::new(dir.path(), "maps").load::<ConfigMap>().unwrap(), [map("c")]);
 
         let path = dir.path().join("maps.jsonl");
         for damaged in ["", "{}\n", "{\"longshore\":1}\n[\"a\",{\"metadata\":{\"name\""] {
             std::fs::write(&path, damaged).unwrap();
-            assert!(Store::new(dir.path(), "maps").load::<ConfigMap>().is_empty());
+            assert!(Store::new(dir.path(), "maps").load::<ConfigMap>().is_none());
             assert!(!path.exists());
         }
     }

@@ -122,14 +122,14 @@ impl PodLoop {
         let mut watch = Watch::<Pod>::new(kube::Api::all(client), &fields);
         let mut known: HashMap<PodUid, KnownPod> = HashMap::new();
         let mut listed: HashSet<PodUid> = HashSet::new();
-        let mut synced = false;
+        let (mut synced, mut told) = (false, false);
         let away = tokio::time::sleep(AWAY_AFTER);
         tokio::pin!(away);
         loop {
             let seen = tokio::select! {
                 seen = watch.next() => seen,
-                () = &mut away, if !synced => {
-                    synced = true;
+                () = &mut away, if !told => {
+                    told = true;
                     self.tell_last_known(&mut known).await;
                     continue;
                 }
@@ -150,6 +150,7 @@ impl PodLoop {
                     self.store.keep(|uid| listed.contains(&PodUid::from(uid)));
                     listed.clear();
                     let _ = self.mirrors.send(MirrorSeen::Synced);
+                    told = true;
                     if !synced {
                         synced = true;
                         let _ = self.pods.send(PodChange::Synced(PodSource::Cluster)).await;
@@ -162,8 +163,8 @@ impl PodLoop {
                 Seen::Deleted(pod) => self.removed(&mut known, &PodUid::of(&pod)).await,
                 Seen::Failed(failure) => {
                     self.errors.set("pods", failure.message);
-                    if !synced {
-                        synced = true;
+                    if !told {
+                        told = true;
                         self.tell_last_known(&mut known).await;
                     }
                 }
@@ -208,15 +209,16 @@ impl PodLoop {
         let _ = self.pods.send(PodChange::Removed(PodSource::Cluster, uid.clone())).await;
     }
 
+    /// Tells the pods of the last run. `Synced` is not told: what the API server has besides is not
+    /// known, so nothing may be taken for orphaned.
     async fn tell_last_known(&self, known: &mut HashMap<PodUid, KnownPod>) {
-        let pods = self.store.load::<Pod>();
+        let pods = self.store.load::<Pod>().unwrap_or_default();
         tracing::warn!(pods = pods.len(), "the API server is away: running the last known pods");
         for mut pod in pods {
             // Whatever the API says later is news, even at the same version.
             pod.metadata.managed_fields = None;
             self.set(known, pod).await;
         }
-        let _ = self.pods.send(PodChange::Synced(PodSource::Cluster)).await;
     }
 }
 
@@ -330,7 +332,9 @@ impl ServiceLoops {
 
     async fn last_known_services(&self, list: &mut List, store: &Store) {
         list.told = true;
-        for service in store.load::<Service>() {
+        // With nothing on disk an earlier run's rules are the best there is.
+        let Some(services) = store.load::<Service>() else { return };
+        for service in services {
             list.recall(&service);
             self.service(service, store).await;
         }
@@ -400,7 +404,8 @@ impl ServiceLoops {
 
     async fn last_known_slices(&self, list: &mut List, store: &Store) {
         list.told = true;
-        for slice in store.load::<EndpointSlice>() {
+        let Some(slices) = store.load::<EndpointSlice>() else { return };
+        for slice in slices {
             list.recall(&slice);
             self.slice(slice, store).await;
         }
@@ -532,6 +537,7 @@ pub async fn run_node(
                 }
                 store
                     .load::<Node>()
+                    .unwrap_or_default()
                     .into_iter()
                     .find(|n| n.metadata.name.as_ref() == Some(&node_name))
             }
