@@ -235,7 +235,13 @@ fn kill_and_remove(cgroup: &Path) {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
     }
-    let _ = fs::remove_dir(cgroup);
+    // The dying are in it for a moment more.
+    for _ in 0..10_000 {
+        match fs::remove_dir(cgroup) {
+            Err(e) if e.raw_os_error() == Some(nix::libc::EBUSY) => std::thread::yield_now(),
+            _ => break,
+        }
+    }
 }
 
 fn serve(root: &Path, namespace: &Child) -> anyhow::Result<Child> {
