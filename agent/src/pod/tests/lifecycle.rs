@@ -345,3 +345,37 @@ async fn hooks_run_and_a_failed_one_restarts() {
     rig.until("restarts", |r| r.status("b").is_some() && r.container("b", "c").restart_count > 0)
         .await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_sandbox_that_hangs_does_not_keep_a_deleted_pod() {
+    let rig = Rig::new().await;
+    rig.runtime.delay("RunPodSandbox", Duration::from_secs(10_000));
+    let pod = named("a", ONE);
+    rig.set(&pod).await;
+    rig.until_phase("a", "Pending").await;
+    rig.set(&deleted(&pod, 30)).await;
+    let begun = tokio::time::Instant::now();
+    rig.until("gone", |r| r.gone("a")).await;
+    assert!(begun.elapsed() < Duration::from_secs(10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn resources_change_in_place_or_by_a_restart() {
+    let rig = Rig::new().await;
+    let spec = |cpu: &str, memory: &str| {
+        format!(
+            r#"{{"containers":[{{"name":"c","image":"img:1","imagePullPolicy":"Never","resizePolicy":[{{"resourceName":"memory","restartPolicy":"RestartContainer"}}],"resources":{{"limits":{{"cpu":"{cpu}","memory":"{memory}"}}}}}}]}}"#
+        )
+    };
+    rig.set(&named("a", &spec("1", "64Mi"))).await;
+    rig.until_ready("a").await;
+    rig.set(&named("a", &spec("2", "64Mi"))).await;
+    rig.until("resized", |r| {
+        r.runtime.calls().iter().any(|c| c.starts_with("UpdateContainerResources"))
+    })
+    .await;
+    rig.sleep(60).await;
+    assert_eq!(rig.container("a", "c").restart_count, 0);
+    rig.set(&named("a", &spec("2", "128Mi"))).await;
+    rig.until("restarted", |r| r.container("a", "c").restart_count == 1).await;
+}

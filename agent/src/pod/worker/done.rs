@@ -34,8 +34,8 @@ pub(super) enum Done {
     Started(Start, Option<Box<api::ContainerStatus>>, Result<(), StartFailure>),
     /// An instance was ended, or not.
     Killed(ContainerId, Result<(), String>),
-    /// A kill was hastened.
-    Hastened,
+    /// Work that the pod does not wait for.
+    Nothing,
     /// Dead instances and old sandboxes were removed.
     Collected(Vec<ContainerId>, Vec<SandboxId>),
     /// What is left of the pod was taken away, or not.
@@ -50,7 +50,7 @@ impl Worker {
             Done::Image(name, count, result) => self.image_done(name, count, result),
             Done::Started(start, status, result) => self.started(start, status, result),
             Done::Killed(id, result) => self.killed(id, result),
-            Done::Hastened => {}
+            Done::Nothing => {}
             Done::Collected(containers, sandboxes) => {
                 self.observed.containers.retain(|c| !containers.contains(&c.id));
                 self.observed.sandboxes.retain(|s| !sandboxes.contains(&s.id));

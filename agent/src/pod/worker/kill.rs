@@ -61,7 +61,7 @@ impl Worker {
             if let Err(error) = deps.runtime.stop_container(id.as_str(), left).await {
                 tracing::warn!(container = %id, %error, "cannot hasten the end of a container");
             }
-            Done::Hastened
+            Done::Nothing
         });
     }
 

@@ -18,7 +18,9 @@ use super::facts::{Facts, Failure, ProbeKind, Step};
 use super::observed::{ContainerId, Observed};
 use super::plan::{Action, BackingOff, KillCause, deadline, plan, plan_end};
 use super::spec::{find_container, grace_seconds, spec_of};
-use super::status::{Ending, StatusInput, Verdict, is_terminal, pod_status};
+use super::status::{
+    Ending, PULL_ERROR_SHOWN_SECONDS, StatusInput, Verdict, is_terminal, pod_status,
+};
 use super::table::PodView;
 use crate::ids::{NamespacedName, PodUid};
 use crate::objects::ObjectRef;
@@ -29,6 +31,7 @@ mod done;
 mod kill;
 mod observe;
 mod probes;
+mod resize;
 mod sandbox;
 mod start;
 mod teardown;
@@ -37,6 +40,9 @@ use done::Done;
 
 /// How long a pod whose teardown failed waits before it is tried again, in seconds.
 const TEARDOWN_RETRY_SECONDS: i64 = 5;
+
+/// How long the end of a pod waits for a sandbox that is being made.
+const SANDBOX_PATIENCE: SignedDuration = SignedDuration::from_secs(5);
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -119,6 +125,10 @@ pub(crate) struct Worker {
     /// Image pulls, which an end of the pod does not wait for.
     pulls: HashMap<String, AbortHandle>,
     ending: watch::Sender<bool>,
+    /// The sandbox being made.
+    making: Option<AbortHandle>,
+    /// Since when the pod ends.
+    ends_since: Option<Timestamp>,
     /// When SIGKILL is due for a pod that ends.
     kill_at: Option<Timestamp>,
     teardown: Step,
@@ -128,6 +138,8 @@ pub(crate) struct Worker {
     over: Option<mpsc::UnboundedSender<PodUid>>,
     probes: HashMap<(ContainerId, ProbeKind), AbortHandle>,
     objects: Option<broadcast::Receiver<ObjectRef>>,
+    /// Resources that running instances have.
+    resources: HashMap<ContainerId, cri_shim::api::LinuxContainerResources>,
 }
 
 impl Worker {
@@ -163,12 +175,15 @@ impl Worker {
             tasks: JoinSet::new(),
             pulls: HashMap::new(),
             ending: watch::Sender::new(false),
+            making: None,
+            ends_since: None,
             kill_at: None,
             teardown: Step::Wanted,
             sandbox_config: None,
             over: Some(begin.over),
             probes: HashMap::new(),
             objects: None,
+            resources: HashMap::new(),
         }
     }
 
@@ -303,7 +318,7 @@ impl Worker {
             wake_at = self.keep(now);
         }
         if self.state == State::Terminating {
-            self.end(now);
+            wake_at = self.end(now);
         }
         if let State::TearingDown { everything } = self.state {
             if !everything && self.deleted() && self.teardown != Step::Busy {
@@ -353,9 +368,11 @@ impl Worker {
         let plan = plan(&self.pod, &self.observed, &self.facts, now, max_backoff);
         self.backing_off = plan.backing_off;
         self.tell_backing_off();
+        self.tell_pulls_backing_off(now);
         for action in plan.actions {
             self.begin(action);
         }
+        self.reconcile_resources();
         self.reconcile_probes();
         let status = self.publish(now, Ending::Not);
         if is_terminal(status.phase.as_deref()) {
@@ -392,13 +409,7 @@ impl Worker {
         let Some((container, kind)) = find_container(spec_of(&self.pod), name) else { return };
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
         let count = match self.facts.images.get(name) {
-            Some((Step::Failed(failure), _)) => {
-                let image = container.image.clone().unwrap_or_default();
-                let message = format!("Back-off pulling image \"{image}\"");
-                let whom = (kind, name);
-                deps.container_event(&pod, whom, EventType::Normal, "BackOff", message);
-                failure.count
-            }
+            Some((Step::Failed(failure), _)) => failure.count,
             _ => 0,
         };
         self.facts.images.insert(name.to_owned(), (Step::Busy, None));
@@ -415,6 +426,7 @@ impl Worker {
         self.state = State::Terminating;
         let grace = SignedDuration::from_secs(grace_seconds(&self.pod));
         self.kill_at = now.checked_add(grace).ok();
+        self.ends_since = Some(now);
         self.ending.send_replace(true);
         for (_, pull) in self.pulls.drain() {
             pull.abort();
@@ -424,10 +436,21 @@ impl Worker {
     }
 
     /// One step of the end: kills what is next, and goes on once nothing runs.
-    fn end(&mut self, now: Timestamp) {
+    fn end(&mut self, now: Timestamp) -> Option<Timestamp> {
         for id in plan_end(&self.pod, &self.observed, &self.facts) {
             let name = self.observed.container(&id).map(|c| c.name.to_string());
             self.kill(id, &name.unwrap_or_default(), KillCause::PodEnds);
+        }
+        let patience = self.ends_since.and_then(|t| t.checked_add(SANDBOX_PATIENCE).ok());
+        if self.facts.sandbox == Step::Busy
+            && patience.is_some_and(|until| until <= now)
+            && let Some(making) = self.making.take()
+        {
+            // A network plugin that hangs does not keep the pod; what it left is looked for.
+            making.abort();
+            self.facts.sandbox = Step::Wanted;
+            self.stale.all = true;
+            return Some(now);
         }
         let busy = !self.facts.killing.is_empty()
             || !self.facts.starting.is_empty()
@@ -436,12 +459,13 @@ impl Worker {
             || self.observed.any_alive();
         if busy {
             self.publish(now, Ending::Terminating);
-            return;
+            return patience.filter(|_| self.facts.sandbox == Step::Busy);
         }
         self.stop_probes(|_| true);
         self.publish(now, Ending::Terminated);
         self.state = State::TearingDown { everything: self.deleted() };
         self.teardown = Step::Wanted;
+        None
     }
 
     /// Computes the status and tells it where it is news.
@@ -502,6 +526,33 @@ impl Worker {
             );
             let whom = (kind, waiting.name.as_str());
             self.deps.container_event(&self.pod, whom, EventType::Warning, "BackOff", message);
+        }
+    }
+
+    /// The same for images, once the status has turned from the error to the wait.
+    fn tell_pulls_backing_off(&mut self, now: Timestamp) {
+        for (name, (step, _)) in &self.facts.images {
+            let Step::Failed(failure) = step else { continue };
+            let shown = now.duration_since(failure.since).as_secs();
+            if failure.reason != "ErrImagePull" || shown < PULL_ERROR_SHOWN_SECONDS {
+                continue;
+            }
+            let count = u64::from(failure.count);
+            let key = format!("pull of {name}");
+            if self.shown_backing_off.insert(key, count) == Some(count) {
+                continue;
+            }
+            let Some((container, kind)) = find_container(spec_of(&self.pod), name) else {
+                continue;
+            };
+            let image = container.image.unwrap_or_default();
+            let whom = (kind, name.as_str());
+            for (event, reason, message) in [
+                (EventType::Normal, "BackOff", format!("Back-off pulling image \"{image}\"")),
+                (EventType::Warning, "Failed", "Error: ImagePullBackOff".to_owned()),
+            ] {
+                self.deps.container_event(&self.pod, whom, event, reason, message);
+            }
         }
     }
 

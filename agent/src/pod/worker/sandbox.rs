@@ -32,9 +32,10 @@ impl Worker {
         }
         self.facts.sandbox = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             Done::Sandbox(failed, make(&deps, &pod, attempt, &stop).await.map(Box::new))
         });
+        self.making = Some(task);
     }
 }
 
