@@ -2,6 +2,8 @@
 //! with: the same code path as over our shim. Needs root. containerd keeps its state in a folder of
 //! the test's own; pods are on the host network, so that no network is configured.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test: a failed step is a failed test")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
