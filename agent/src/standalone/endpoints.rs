@@ -67,6 +67,9 @@ impl NodePod {
     }
 }
 
+/// Endpoints of one slice share the family (IPv4 or not) and the ports.
+type Group = (bool, Vec<(String, Protocol, u16)>);
+
 /// The slices of `service` by name; pods that resolve named ports differently, and families, have
 /// slices of their own.
 pub fn plan_slices(service: &Service, pods: &[NodePod]) -> BTreeMap<NamespacedName, EndpointSlice> {
@@ -80,7 +83,7 @@ pub fn plan_slices(service: &Service, pods: &[NodePod]) -> BTreeMap<NamespacedNa
     }
     let key = crate::source::proxy_object::key(&service.metadata);
     let publish_all = spec.publish_not_ready_addresses.unwrap_or(false);
-    let mut groups: BTreeMap<(bool, Vec<(String, Protocol, u16)>), Vec<Endpoint>> = BTreeMap::new();
+    let mut groups: BTreeMap<Group, Vec<Endpoint>> = BTreeMap::new();
     for pod in pods.iter().filter(|pod| pod.matches(selector) && !pod.has_ended()) {
         let ports: Vec<(String, Protocol, u16)> = spec
             .ports
