@@ -128,7 +128,7 @@ impl ImageStore {
             let layers = self.ensure_layers(&work, &plans, unpack).await?;
             let names =
                 if image.names.is_empty() { vec![Names::default()] } else { image.names.clone() };
-            if let Some(id) = self.commit(image.config.clone(), layers, names).await? {
+            if let Some(id) = self.commit(image.config.clone(), layers, names, true).await? {
                 return Ok(id);
             }
         }

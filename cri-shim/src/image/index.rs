@@ -27,6 +27,10 @@ pub(crate) struct Record {
     pub(crate) repo_digests: Vec<String>,
     /// Bottom first.
     pub(crate) layers: Vec<LayerRecord>,
+    /// The boot in which the image was pulled, until its layers have reached the disk: after
+    /// another boot they may not be whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) unsynced: Option<String>,
 }
 
 /// One layer of an image.
@@ -106,6 +110,15 @@ impl Index {
             (Some(id), None) => Some(id),
             _ => None,
         }
+    }
+
+    /// Forgets the images that were not on the disk when an earlier boot ended; returns their ids.
+    pub(crate) fn drop_unsynced(&mut self, boot: &str) -> Vec<String> {
+        let lost = |record: &Record| record.unsynced.as_deref().is_some_and(|was| was != boot);
+        let ids: Vec<_> =
+            self.images.iter().filter(|(_, r)| lost(r)).map(|(id, _)| id.clone()).collect();
+        self.images.retain(|_, record| !lost(record));
+        ids
     }
 
     /// The chain ids that some image needs.
@@ -192,6 +205,16 @@ mod tests {
             assert_eq!(index.resolve(text), want.map(String::as_str), "{text}");
         }
         assert_eq!(index.resolve("aa0"), None);
+    }
+
+    #[test]
+    fn images_not_on_disk_last_as_long_as_their_boot() {
+        let (mut index, a, b) = two();
+        for (id, boot) in [(&a, "one"), (&b, "two")] {
+            index.images.get_mut(id).unwrap().unsynced = Some(boot.to_owned());
+        }
+        assert_eq!(index.drop_unsynced("two"), [a]);
+        assert_eq!(index.images.keys().collect::<Vec<_>>(), [&b]);
     }
 
     #[test]

@@ -158,16 +158,21 @@ impl ImageStore {
         .await
     }
 
-    /// Makes an image visible, once everything it needs has reached the disk. False if a layer was
-    /// removed meanwhile by another process: the caller starts over.
+    /// Makes an image visible. Nothing if a layer was removed meanwhile by another process: the
+    /// caller starts over.
+    ///
+    /// With `wait`, everything has reached the disk before. Else that happens behind the caller's
+    /// back, as it may take long where others write a lot; should the machine stop before, the
+    /// next start forgets the image.
     pub(crate) async fn commit(
         &self,
         config: Vec<u8>,
         layers: Vec<LayerRecord>,
         names: Vec<Names>,
+        wait: bool,
     ) -> Result<Option<ImageId>, ImageError> {
         let store = self.clone();
-        blocking(move || {
+        let (id, synced) = blocking(move || {
             let layout = &store.shared.layout;
             let id = digest_of(&config);
             let known = store.read_index()?.images.contains_key(&id);
@@ -175,27 +180,64 @@ impl ImageStore {
                 let path = layout.config(&id);
                 write_whole(&path, &config, 0o600)
                     .map_err(ImageError::io("write image config", &path))?;
-                fs::File::open(layout.images())
-                    .and_then(|folder| Ok(nix::unistd::syncfs(&folder)?))
-                    .map_err(ImageError::io("sync", layout.images()))?;
+                if wait {
+                    store.sync()?;
+                }
             }
             let _lock = store.lock(true)?;
             let whole = layers.iter().all(|l| layout.layer_meta(&l.chain_id).is_some());
             if !whole || !layout.config(&id).exists() {
-                return Ok(None);
+                return Ok((None, true));
             }
             let mut index = (*store.read_index()?).clone();
             let before = index.clone();
             for name in &names {
                 index.add(&id, layers.clone(), name);
             }
+            let synced = known || wait;
+            if let Some(record) = index.images.get_mut(&id).filter(|_| !synced) {
+                record.unsynced = boot_id();
+            }
             if index != before {
                 store.write_index(&index)?;
             }
-            Ok(Some(ImageId(id)))
+            Ok((Some(ImageId(id)), synced))
         })
-        .await
+        .await?;
+        if let Some(id) = id.clone().filter(|_| !synced) {
+            let store = self.clone();
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = store.settle(&id) {
+                    tracing::warn!(image = %id, %error, "image is not known to be on disk");
+                }
+            });
+        }
+        Ok(id)
     }
+
+    /// Waits until an image is on disk, and notes it.
+    fn settle(&self, id: &ImageId) -> Result<(), ImageError> {
+        self.sync()?;
+        let _lock = self.lock(true)?;
+        let mut index = (*self.read_index()?).clone();
+        match index.images.get_mut(id.as_str()).map(|record| record.unsynced.take()) {
+            Some(Some(_)) => self.write_index(&index),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync(&self) -> Result<(), ImageError> {
+        let folder = self.shared.layout.images();
+        fs::File::open(&folder)
+            .and_then(|open| Ok(nix::unistd::syncfs(&open)?))
+            .map_err(ImageError::io("sync", folder))
+    }
+}
+
+/// What tells this boot of the machine from others.
+pub(crate) fn boot_id() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
 }
 
 /// Names an unpacking failure of `reference`'s layer `object`.

@@ -77,7 +77,8 @@ impl ImageStore {
                 }
             };
             let layers = self.ensure_layers(&work, &plans, fetch).await?;
-            let committed = self.commit(resolved.config.clone(), layers, names.clone()).await?;
+            let committed =
+                self.commit(resolved.config.clone(), layers, names.clone(), false).await?;
             if let Some(id) = committed {
                 tracing::debug!(image = %reference, %id, host = resolved.remote.host(), "pulled");
                 return Ok(id);

@@ -270,7 +270,13 @@ impl ImageStore {
     fn sweep(&self) -> Result<(), ImageError> {
         let layout = &self.shared.layout;
         let _lock = self.lock(true)?;
-        let index = self.read_index()?;
+        let mut index = (*self.read_index()?).clone();
+        let lost = index.drop_unsynced(&super::layers::boot_id().unwrap_or_default());
+        if !lost.is_empty() {
+            tracing::warn!(images = ?lost, "the machine stopped before these were on disk; they \
+                must be pulled again");
+            self.write_index(&index)?;
+        }
         for entry in read_dir(&layout.tmp())? {
             if !super::work::is_live(&entry) {
                 remove_all(&entry)?;
