@@ -43,7 +43,11 @@ async fn answer(AxumState(script): AxumState<Arc<Script>>, request: HttpRequest)
         Some(Answer::Status(code, text)) => (code, AnswerBody::from(text)),
         Some(Answer::Ends(p)) => (200, AnswerBody::from_stream(pieces(p))),
         Some(Answer::Breaks(p)) => {
-            let broken = futures::stream::once(async { Err(std::io::Error::other("cut")) });
+            // The server drops what it has not flushed yet when the body fails.
+            let broken = futures::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                Err(std::io::Error::other("cut"))
+            });
             (200, AnswerBody::from_stream(pieces(p).chain(broken)))
         }
         Some(Answer::Hangs(p)) => {
