@@ -133,7 +133,8 @@ impl Shim {
             localhost_seccomp: self.localhost_seccomp(security)?,
             devices: devices::look_up(&config.devices, security.is_some_and(|s| s.privileged))?,
         };
-        let spec = plan_spec(&inputs).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let mut spec = plan_spec(&inputs).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        restrict_oom_score(&mut spec);
         let user = user::request(security, &defaults.user)
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
 
@@ -224,4 +225,24 @@ fn make_mount_sources(mounts: &[api::Mount]) -> Result<(), Status> {
         }
     }
     Ok(())
+}
+
+/// Raises an OOM score that this process may not give to what it allows: without CAP_SYS_RESOURCE
+/// (a node inside a container) the kernel refuses lower scores than one's own, and a Guaranteed pod
+/// would not start at all for a hint about who dies first.
+fn restrict_oom_score(spec: &mut oci_spec::runtime::Spec) {
+    const CAP_SYS_RESOURCE: u64 = 1 << 24;
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let status = read("/proc/self/status");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).map(str::trim);
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex, 16).ok());
+    if effective.is_none_or(|set| set & CAP_SYS_RESOURCE != 0) {
+        return;
+    }
+    let own = read("/proc/self/oom_score_adj").trim().parse().unwrap_or(0);
+    if let Some(process) = spec.process_mut()
+        && process.oom_score_adj().is_some_and(|asked| asked < own)
+    {
+        process.set_oom_score_adj(Some(own));
+    }
 }
