@@ -101,7 +101,8 @@ impl NodeVolumes {
         self.bring_about(&slot, &pod, true).await
     }
 
-    /// Gathers and applies all volumes, or only those made of files.
+    /// Gathers and applies all volumes, or only those made of files. In a mounted pod one volume that
+    /// cannot be renewed does not hold the others back; it keeps what it has, and its error is told.
     async fn bring_about(
         &self,
         slot: &Slot,
@@ -113,13 +114,21 @@ impl NodeVolumes {
             Gather { pod, objects: &self.objects, node: &self.node, now: Timestamp::now() };
         let mut wanted = Vec::new();
         let (mut all_uses, mut earliest) = (Vec::new(), None);
+        let mut failure = None;
         for volume in volumes_of(pod) {
             let is_files = plugin_of(volume).is_some_and(|plugin| plugin != Plugin::EmptyDir);
             if files_only && !is_files {
                 continue;
             }
             let path = self.layout.volume(&uid, Plugin::Projected, &volume.name);
-            let want = gather.volume(volume, &OnDisk(path)).await?;
+            let want = match gather.volume(volume, &OnDisk(path)).await {
+                Ok(want) => want,
+                Err(error) if files_only => {
+                    failure.get_or_insert(error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             if let Wanted::Files { uses, due, .. } = &want {
                 all_uses.extend(uses.iter().cloned());
                 earliest = [earliest, *due].into_iter().flatten().min();
@@ -129,11 +138,17 @@ impl NodeVolumes {
         let (layout, group) = (self.layout.clone(), fs_group(pod));
         let target = uid.clone();
         blocking(move || apply_all(&layout, &target, &wanted, group)).await?;
-        *lock(&slot.mounted) = Some(Mounted { pod: pod.clone(), uses: all_uses, due: earliest });
+        let mut mounted = lock(&slot.mounted);
+        if let (Some(_), Some(before)) = (&failure, mounted.as_ref()) {
+            // The volume that failed goes on waiting for its objects.
+            all_uses.extend(before.uses.iter().cloned());
+        }
+        *mounted = Some(Mounted { pod: pod.clone(), uses: all_uses, due: earliest });
+        drop(mounted);
         if earliest.is_some() {
             self.rescheduled.notify_one();
         }
-        Ok(())
+        failure.map_or(Ok(()), Err)
     }
 
     /// `subPath` of a mount, with `subPathExpr` expanded.
