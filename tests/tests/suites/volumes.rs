@@ -83,6 +83,7 @@ async fn objects_become_files_and_follow_their_changes() {
     );
     let pod = world.ready_pod("files", json!({"containers": [web], "volumes": volumes})).await;
     let ip = tests::harness::cluster::pod_ip(&pod).unwrap();
+    eventually("the server listens", async || world.node.get((ip, 80).into(), "/cm/a")).await;
     let read = |path: &str| -> String {
         let answer = world.node.get((ip, 80).into(), path).unwrap();
         format!("{} {}", answer.code, answer.body)
