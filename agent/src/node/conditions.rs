@@ -134,6 +134,18 @@ pub fn conditions(
     conditions
 }
 
+/// Gives conditions that are as they were `before` the time since when they are so.
+pub fn keep_transitions(conditions: &mut [NodeCondition], before: &[NodeCondition]) {
+    for condition in conditions {
+        let same = before
+            .iter()
+            .find(|old| old.type_ == condition.type_ && old.status == condition.status);
+        if let Some(since) = same.and_then(|old| old.last_transition_time.clone()) {
+            condition.last_transition_time = Some(since);
+        }
+    }
+}
+
 fn condition(
     kind: &str,
     on: bool,
@@ -210,6 +222,19 @@ mod tests {
         assert_eq!(last.note(on, at(10)), on);
         assert_eq!(last.note(off, at(309)), on);
         assert_eq!(last.note(off, at(310)), off);
+    }
+
+    #[test]
+    fn a_restart_is_no_transition() {
+        let at = |s| Timestamp::from_second(s).unwrap();
+        let before = conditions(Pressure::default(), &[], &[], at(1));
+        let full = Pressure { disk: true, ..Pressure::default() };
+        let mut after = conditions(full, &[], &[], at(9));
+        keep_transitions(&mut after, &before);
+        for condition in &after {
+            let since = if condition.type_ == "DiskPressure" { at(9) } else { at(1) };
+            assert_eq!(condition.last_transition_time, Some(Time(since)), "{}", condition.type_);
+        }
     }
 
     #[test]

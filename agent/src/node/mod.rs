@@ -277,6 +277,14 @@ impl NodeLoop {
         let name = self.config.node_name.clone();
         let what = format!("get node {name}");
         let existing = api::timed(what, REQUEST_TIMEOUT, self.nodes.get_opt(&name)).await?;
+        let mut status = status;
+        if let Some(before) = existing.as_ref().and_then(|node| node.status.as_ref()) {
+            // A restart is no transition: what was so before stays so since then.
+            conditions::keep_transitions(
+                status.conditions.as_deref_mut().unwrap_or_default(),
+                before.conditions.as_deref().unwrap_or_default(),
+            );
+        }
         let node = match existing {
             Some(node) => {
                 let patch = object::plan_metadata_patch(&node, &self.config, &self.machine);
