@@ -34,6 +34,8 @@ impl Worker {
         let looked = if self.stale.all {
             self.look_at_all().await
         } else if self.stale.ids.is_empty() {
+            // A start may come back with a container that has ended already.
+            self.last_words().await;
             return true;
         } else {
             self.look_at_some().await
