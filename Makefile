@@ -5,10 +5,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 # The demo and the tests make namespaces, mounts and cgroups: root, by sudo if need be.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,CARGO_TARGET_DIR,RUSTUP_HOME,CI)
 
-.PHONY: help build release demo test lint fmt deny deb bench doc clean setup
+.PHONY: help build release demo test lint fmt deny deb bench doc clean setup test-vm
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
 
 setup: ## install what building needs
 	@tests/setup.sh build
@@ -26,6 +26,11 @@ test: ## all tests, as root, in namespaces of their own
 	@tests/setup.sh test
 	cargo build --workspace --all-targets
 	$(SUDO) env "PATH=$$PATH" cargo nextest run --workspace --no-fail-fast
+
+test-vm: ## the suite under a real systemd, cgroup v2 and a reboot, in an emulated machine
+	@tests/setup.sh test
+	cargo build --workspace --all-targets
+	$(SUDO) env "PATH=$$PATH" cargo nextest run -p tests --test systemd --run-ignored all
 
 lint: ## formatting and clippy, as CI runs them
 	cargo fmt --all --check
