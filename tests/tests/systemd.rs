@@ -71,7 +71,10 @@ fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
         .arg(cache.join("vmlinuz"))
         .arg("-initrd")
         .arg(cache.join("initrd.img"))
-        .args(["-append", "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service"])
+        .args([
+            "-append",
+            "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service",
+        ])
         .arg("-drive")
         .arg(format!("file={},format=qcow2,if=virtio,cache=unsafe", disk.display()))
         .arg("-drive")
