@@ -209,17 +209,21 @@ async fn gone(mut events: Events, name: &str) -> Instant {
     panic!("the watch ended");
 }
 
+/// Where the many Services are: every one in a pod's own namespace becomes variables of its
+/// environment, which is another figure.
+const OTHERS: &str = "others";
+
 async fn new_services(cluster: &Cluster, node: &Node, others: usize) -> Result<f64> {
     let pod = cluster.read_pod("single-0").await?;
     let address = pod_ip(&pod)?;
     let make = async |name: &str| -> Result<SocketAddr> {
         let service = json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80, "targetPort": 8080}]}});
-        let made = cluster.admin.create(&cluster.path("services"), service).await?;
+        let made =
+            cluster.admin.create(&format!("/api/v1/namespaces/{OTHERS}/services"), service).await?;
         let slice = json!({"metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}},
             "addressType": "IPv4", "ports": [{"name": "", "protocol": "TCP", "port": 8080}],
             "endpoints": [{"addresses": [address], "conditions": {"ready": true}, "nodeName": node.name()}]});
-        let slices =
-            format!("/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices", cluster.namespace());
+        let slices = format!("/apis/discovery.k8s.io/v1/namespaces/{OTHERS}/endpointslices");
         cluster.admin.create(&slices, slice).await?;
         Ok((
             made["spec"]["clusterIP"]
@@ -230,6 +234,7 @@ async fn new_services(cluster: &Cluster, node: &Node, others: usize) -> Result<f
         )
             .into())
     };
+    cluster.admin.create("/api/v1/namespaces", json!({"metadata": {"name": OTHERS}})).await?;
     let mut last = None;
     for i in 0..others {
         last = Some(make(&format!("other-{i}")).await?);
