@@ -18,18 +18,21 @@ use crate::ids::PodUid;
 const VERSION: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
-struct Saved {
+struct Saved<S> {
     version: u32,
-    status: PodStatus,
+    status: S,
 }
 
 #[derive(Default)]
 struct Queue {
     /// What to write; `None` removes.
-    pending: HashMap<PodUid, Option<PodStatus>>,
+    pending: Batch,
+    /// What is being written: until that is done, the disk says something older.
+    writing: Batch,
     closed: bool,
-    busy: bool,
 }
+
+type Batch = HashMap<PodUid, Option<Arc<PodStatus>>>;
 
 struct Shared {
     dir: PathBuf,
@@ -57,6 +60,9 @@ impl StatusStore {
 
     /// The status of the pod as last saved. A file that cannot be read is set aside.
     pub(crate) fn load(&self, uid: &PodUid) -> Option<PodStatus> {
+        if let Some(newer) = self.0.unwritten(uid) {
+            return newer.as_deref().cloned();
+        }
         let path = self.0.path(uid)?;
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
@@ -66,7 +72,7 @@ impl StatusStore {
                 return None;
             }
         };
-        match serde_json::from_slice::<Saved>(&bytes) {
+        match serde_json::from_slice::<Saved<PodStatus>>(&bytes) {
             Ok(saved) if saved.version == VERSION => Some(saved.status),
             other => {
                 let why = match other {
@@ -82,12 +88,15 @@ impl StatusStore {
 
     /// Whether there is a saved status of the pod.
     pub(crate) fn exists(&self, uid: &PodUid) -> bool {
+        if let Some(newer) = self.0.unwritten(uid) {
+            return newer.is_some();
+        }
         self.0.path(uid).is_some_and(|path| path.exists())
     }
 
     /// Saves the status, soon.
     pub(crate) fn save(&self, uid: &PodUid, status: &PodStatus) {
-        self.0.push(uid, Some(status.clone()));
+        self.0.push(uid, Some(Arc::new(status.clone())));
     }
 
     /// Forgets the pod.
@@ -123,7 +132,13 @@ impl Shared {
         plain.then(|| self.dir.join(format!("{name}.json")))
     }
 
-    fn push(&self, uid: &PodUid, status: Option<PodStatus>) {
+    /// What was said of the pod that the disk does not say yet; `Some(None)` is to forget it.
+    fn unwritten(&self, uid: &PodUid) -> Option<Option<Arc<PodStatus>>> {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.pending.get(uid).or_else(|| queue.writing.get(uid)).cloned()
+    }
+
+    fn push(&self, uid: &PodUid, status: Option<Arc<PodStatus>>) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.pending.insert(uid.clone(), status);
         self.wake.notify_all();
@@ -132,20 +147,20 @@ impl Shared {
     fn write_all(&self) {
         loop {
             let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.writing.clear();
             while queue.pending.is_empty() {
-                queue.busy = false;
                 if queue.closed {
                     return;
                 }
                 queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
             }
-            queue.busy = true;
             let batch = std::mem::take(&mut queue.pending);
+            queue.writing.clone_from(&batch);
             drop(queue);
             for (uid, status) in batch {
                 let Some(path) = self.path(&uid) else { continue };
                 let done = match status {
-                    Some(status) => write(&self.dir, &path, status),
+                    Some(status) => write(&self.dir, &path, &status),
                     None => match std::fs::remove_file(&path) {
                         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
                         _ => Ok(()),
@@ -159,7 +174,7 @@ impl Shared {
     }
 }
 
-fn write(dir: &Path, path: &Path, status: PodStatus) -> std::io::Result<()> {
+fn write(dir: &Path, path: &Path, status: &PodStatus) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
     serde_json::to_writer(&mut file, &Saved { version: VERSION, status })?;
@@ -176,7 +191,7 @@ mod tests {
     fn settle(store: &StatusStore) {
         loop {
             let queue = store.0.queue.lock().unwrap();
-            if queue.pending.is_empty() && !queue.busy {
+            if queue.pending.is_empty() && queue.writing.is_empty() {
                 return;
             }
             drop(queue);
@@ -195,6 +210,11 @@ mod tests {
         settle(&store);
         assert_eq!(store.load(&uid), Some(status));
         assert_eq!(store.saved(), std::slice::from_ref(&uid));
+        store.remove(&uid);
+        // At once, whatever the disk says meanwhile.
+        assert!(!store.exists(&uid));
+        assert_eq!(store.load(&uid), None);
+        settle(&store);
         std::fs::write(dir.path().join("s/u-1.json"), b"{").unwrap();
         assert_eq!(store.load(&uid), None);
         assert_eq!(store.saved(), []);

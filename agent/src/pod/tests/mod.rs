@@ -201,9 +201,10 @@ impl Rig {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // A guard that lives on in the arguments would be in the way of the next one.
+        let status = self.world.recorded.lock().unwrap().statuses.last().cloned();
         panic!(
-            "never: {what}\nstatuses: {:#?}\nevents: {:#?}\ncalls: {:#?}",
-            self.world.recorded.lock().unwrap().statuses.last(),
+            "never: {what}\nstatus: {status:#?}\nevents: {:#?}\ncalls: {:#?}",
             self.events(),
             self.runtime.calls()
         );
