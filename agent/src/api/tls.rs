@@ -92,9 +92,10 @@ fn roots(server: &str, pem: &[u8]) -> Result<RootCertStore, TlsError> {
 }
 
 /// Takes any certificate, and still checks that the server holds its key. Only for the first read
-/// of `cluster-info`, which is checked by token and pin, and where a kubeconfig asks for it.
+/// of `cluster-info`, which is checked by token and pin, where a kubeconfig asks for it, and for
+/// probes, which ask whether a server answers and not who it is.
 #[derive(Debug)]
-struct AnyServer(Arc<CryptoProvider>);
+pub(crate) struct AnyServer(pub(crate) Arc<CryptoProvider>);
 
 impl ServerCertVerifier for AnyServer {
     fn verify_server_cert(

@@ -63,6 +63,12 @@ fn rounded(value: i128, unit: i128) -> Option<i64> {
     i64::try_from(up).ok()
 }
 
+/// Whole units of the quantity that `text` is, rounded up. `None` if it is none, or negative.
+pub fn parse_bytes(text: &str) -> Option<u64> {
+    let value = nanos(text)?;
+    u64::try_from(if value > 0 { (value + NANO - 1) / NANO } else { value }).ok()
+}
+
 /// Whole units (bytes, counts), rounded up.
 pub fn value(quantity: &Quantity) -> Option<i64> {
     rounded(nanos(&quantity.0)?, NANO)
@@ -115,6 +121,24 @@ mod tests {
         assert_eq!(value(&Quantity("1Gi".into())), Some(1 << 30));
         assert_eq!(value(&Quantity("1500m".into())), Some(2));
         assert_eq!(value(&Quantity("1E".into())), Some(1_000_000_000_000_000_000));
+    }
+
+    #[test]
+    fn bytes_are_whole_and_not_negative() {
+        for (text, expected) in [
+            ("0", Some(0)),
+            ("10Mi", Some(10 << 20)),
+            ("1.5Gi", Some(3 << 29)),
+            ("64M", Some(64_000_000)),
+            ("100m", Some(1)),
+            (".5Ki", Some(512)),
+            ("15Ei", Some(15 << 60)),
+            ("-1", None),
+            ("1 Mi", None),
+            ("99999Ei", None),
+        ] {
+            assert_eq!(parse_bytes(text), expected, "{text:?}");
+        }
     }
 
     #[test]
