@@ -11,6 +11,7 @@ use std::time::Duration;
 use common::{endpoint, pod_ip, service, slice};
 use nft::{Data, Fake, Family, Key};
 use proptest::prelude::*;
+use proxy::backend::Environment;
 use proxy::config::LocalTraffic;
 use proxy::model::{Model, PlanChange};
 use proxy::nftables::base::Structure;
@@ -20,8 +21,7 @@ use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, Service, TrafficPolicy};
 
 fn structure(family: Family) -> Structure {
-    Structure {
-        family,
+    let environment = Environment {
         masquerade_bit: 0x4000,
         masquerade_all: false,
         local: LocalTraffic::Cidrs(vec![
@@ -31,7 +31,8 @@ fn structure(family: Family) -> Structure {
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap()],
         node_ports: None,
         localhost: true,
-    }
+    };
+    Structure { family, environment }
 }
 
 /// A family's ruleset with its fake kernel.

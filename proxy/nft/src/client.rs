@@ -158,6 +158,24 @@ impl Client {
         while self.socket.receive(&mut self.buffer, false).is_ok() {}
     }
 
+    /// Sends one message outside of a batch; tells the number that its answers carry.
+    fn send(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        family: u8,
+        body: impl Fn(&mut Writer),
+    ) -> io::Result<u32> {
+        self.seq = self.seq.wrapping_add(1);
+        let mut out = Writer::new();
+        out.begin(kind, NLM_F_REQUEST | flags, self.seq, family, 0);
+        body(&mut out);
+        out.end();
+        self.drain();
+        self.socket.send(&out.into_bytes())?;
+        Ok(self.seq)
+    }
+
     /// Lists objects; `each` is called per message, `begin` before each attempt. An object that is
     /// not there lists as nothing.
     pub(crate) fn dump(
@@ -179,15 +197,8 @@ impl Client {
         family: Family,
         body: impl Fn(&mut Writer),
     ) -> Result<Option<Errno>, Error> {
-        self.seq = self.seq.wrapping_add(1);
-        let seq = self.seq;
-        let mut out = Writer::new();
-        out.begin(kind, NLM_F_REQUEST | NLM_F_ACK, seq, family as u8, 0);
-        body(&mut out);
-        out.end();
-        self.drain();
         let failed = |source| Error::Socket { operation: "send a request", source };
-        self.socket.send(&out.into_bytes()).map_err(failed)?;
+        let seq = self.send(kind, NLM_F_ACK, family as u8, body).map_err(failed)?;
         loop {
             let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;
             for message in Messages(&self.buffer[..len]) {
@@ -201,14 +212,8 @@ impl Client {
     /// Sends a request without attributes that is answered by one message.
     pub(crate) fn ask(&mut self, kind: u16, each: impl FnMut(&Message<'_>)) -> Result<(), Error> {
         let mut each = each;
-        self.seq = self.seq.wrapping_add(1);
-        let seq = self.seq;
-        let mut out = Writer::new();
-        out.begin(kind, NLM_F_REQUEST, seq, 0, 0);
-        out.end();
-        self.drain();
         let failed = |source| Error::Socket { operation: "send a request", source };
-        self.socket.send(&out.into_bytes()).map_err(failed)?;
+        let seq = self.send(kind, 0, 0, |_| {}).map_err(failed)?;
         loop {
             let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;
             let mut messages = Messages(&self.buffer[..len]);
@@ -235,15 +240,8 @@ impl Client {
     ) -> Result<(), Error> {
         for _ in 0..DUMP_ATTEMPTS {
             begin();
-            self.seq = self.seq.wrapping_add(1);
-            let seq = self.seq;
-            let mut out = Writer::new();
-            out.begin(kind, NLM_F_REQUEST | NLM_F_DUMP, seq, family as u8, 0);
-            body(&mut out);
-            out.end();
-            self.drain();
             let failed = |source| Error::Socket { operation: "list objects", source };
-            self.socket.send(&out.into_bytes()).map_err(failed)?;
+            let seq = self.send(kind, NLM_F_DUMP, family as u8, &body).map_err(failed)?;
             let mut interrupted = false;
             'dump: loop {
                 let len = self.socket.receive(&mut self.buffer, true).map_err(failed)?;

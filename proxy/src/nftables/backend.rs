@@ -28,18 +28,6 @@ pub struct Nftables {
     repaired_at: Option<(u32, u32)>,
 }
 
-fn structure(family: Family, environment: &Environment) -> Structure {
-    Structure {
-        family,
-        masquerade_bit: environment.masquerade_bit,
-        masquerade_all: environment.masquerade_all,
-        local: environment.local.clone(),
-        service_cidrs: environment.service_cidrs.clone(),
-        node_ports: environment.node_ports.clone(),
-        localhost: environment.localhost,
-    }
-}
-
 impl Nftables {
     /// Connects to nf_tables in the network namespace of the calling thread.
     ///
@@ -48,7 +36,7 @@ impl Nftables {
     pub fn new(environment: &Environment) -> Result<Self, Error> {
         let mut client = Client::new()?;
         client.tables()?;
-        let ruleset = |family| Ruleset::new(structure(family, environment));
+        let ruleset = |family| Ruleset::new(Structure { family, environment: environment.clone() });
         let families = vec![ruleset(Family::Ip), ruleset(Family::Ip6)];
         Ok(Nftables { client, families, programmed: false, repaired_at: None })
     }
@@ -248,10 +236,11 @@ impl Backend for Nftables {
     fn configure(&mut self, environment: &Environment) -> Result<Outcome, BackendError> {
         let mut outcome = Outcome::default();
         for ruleset in &mut self.families {
-            let new = structure(ruleset.structure.family, environment);
-            if new == ruleset.structure {
+            if *environment == ruleset.structure.environment {
                 continue;
             }
+            let family = ruleset.structure.family;
+            let new = Structure { family, environment: environment.clone() };
             if !self.programmed {
                 ruleset.structure = new;
                 continue;

@@ -10,6 +10,7 @@ use nft::{
 use super::chains::{key, load, mark, words};
 use super::entries::REJECT;
 use super::names::{MapId, Origin};
+use crate::backend::Environment;
 use crate::config::LocalTraffic;
 use crate::object::Cidr;
 
@@ -18,18 +19,8 @@ use crate::object::Cidr;
 pub struct Structure {
     /// Family of the table.
     pub family: Family,
-    /// The packet mark's bit that asks for masquerading.
-    pub masquerade_bit: u32,
-    /// Masquerade all traffic to cluster IPs.
-    pub masquerade_all: bool,
-    /// What comes from this node's pods (or the cluster's).
-    pub local: LocalTraffic,
-    /// CIDRs of cluster IPs.
-    pub service_cidrs: Vec<Cidr>,
-    /// Where NodePorts are served: local addresses within these; `None` is all.
-    pub node_ports: Option<Vec<Cidr>>,
-    /// NodePorts at 127.0.0.1 too.
-    pub localhost: bool,
+    /// What the node is configured with.
+    pub environment: Environment,
 }
 
 /// A fixed chain: name, hook, rules with what each is for.
@@ -64,7 +55,7 @@ impl Structure {
     /// One list of conditions for each kind of traffic from this node or its pods.
     fn inside(&self) -> Vec<Vec<Expr>> {
         let mut all = vec![Expr::is_local(Address::Source, false).to_vec()];
-        match &self.local {
+        match &self.environment.local {
             LocalTraffic::Unknown => {}
             LocalTraffic::Cidrs(cidrs) => {
                 all.extend(self.of_family(cidrs).map(|cidr| {
@@ -81,7 +72,7 @@ impl Structure {
 
     /// Conditions of traffic from elsewhere; `None` if that cannot be told.
     fn outside(&self) -> Option<Vec<Expr>> {
-        match &self.local {
+        match &self.environment.local {
             LocalTraffic::Unknown => None,
             LocalTraffic::Cidrs(cidrs) => {
                 let exprs: Vec<Expr> = self
@@ -105,8 +96,8 @@ impl Structure {
             };
             Expr::in_network(Address::Destination, address, len, true)
         };
-        let loopback_served = self.localhost && self.family == Family::Ip;
-        match &self.node_ports {
+        let loopback_served = self.environment.localhost && self.family == Family::Ip;
+        match &self.environment.node_ports {
             None if loopback_served => vec![local()],
             None => vec![[local(), not_loopback()].concat()],
             Some(cidrs) => self
@@ -133,8 +124,8 @@ impl Structure {
         let family = self.family;
         let mut services = Vec::new();
         let to_cluster_ip = self.daddr_in(MapId::ClusterIps);
-        let masquerade = mark(self.masquerade_bit).to_vec();
-        if self.masquerade_all {
+        let masquerade = mark(self.environment.masquerade_bit).to_vec();
+        if self.environment.masquerade_all {
             services.push(("masquerade all to cluster IPs", [to_cluster_ip, masquerade].concat()));
         } else if let Some(outside) = self.outside() {
             services.push((
@@ -170,7 +161,7 @@ impl Structure {
             [self.daddr_in(MapId::ClusterIps), vec![Expr::Reject(RejectKind::PortUnreachable)]]
                 .concat(),
         )];
-        for cidr in self.of_family(&self.service_cidrs) {
+        for cidr in self.of_family(&self.environment.service_cidrs) {
             let mut exprs =
                 Expr::in_network(Address::Destination, cidr.address, cidr.prefix_len, false);
             exprs.push(Expr::Verdict(Verdict::Drop));
@@ -179,7 +170,7 @@ impl Structure {
 
         let no_endpoints = self.lookup(Origin::Vip, MapId::NoEndpoints(Origin::Vip));
         let mut pre_dnat = Vec::new();
-        if self.localhost && family == Family::Ip {
+        if self.environment.localhost && family == Family::Ip {
             // The kernel lets 127.0.0.0/8 in from other interfaces once NodePorts are served
             // there (route_localnet): nobody else may use that.
             let mut exprs = Expr::is_interface(MetaKey::Iifname, "lo", true).to_vec();
@@ -249,7 +240,7 @@ impl Structure {
     }
 
     fn masquerading(&self) -> Vec<(&'static str, Vec<Expr>)> {
-        let bit = self.masquerade_bit;
+        let bit = self.environment.masquerade_bit;
         let masked = |mask: u32, xor: u32| Expr::Bitwise {
             sreg: REG,
             dreg: REG,

@@ -187,7 +187,7 @@ impl Ruleset {
     }
 
     fn behaviour_rules(&self, behaviour: Behaviour) -> Vec<(&'static str, Vec<nft::Expr>)> {
-        chains::rules(behaviour, self.family(), self.structure.masquerade_bit)
+        chains::rules(behaviour, self.family(), self.structure.environment.masquerade_bit)
             .into_iter()
             .map(|exprs| ("", exprs))
             .collect()
