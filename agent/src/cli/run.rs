@@ -46,19 +46,20 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
     outcome
 }
 
-/// Flags, and where they say nothing what `longshore join` noted: name, addresses, folders, runtime
-/// and the cluster's KubeletConfiguration.
-fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<NodeFlags> {
+/// Flags and configuration files, and where they say nothing what `longshore join` noted: name,
+/// addresses, folders, runtime, the cluster's KubeletConfiguration and KubeProxyConfiguration.
+fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<(NodeFlags, Vec<PathBuf>)> {
     let mut flags = flags.clone();
+    let given: Vec<PathBuf> = flags.config.iter().cloned().collect();
     if flags.standalone {
-        return Ok(flags);
+        return Ok((flags, given));
     }
     let named = flags.kubeconfig.as_deref().or(flags.bootstrap_kubeconfig.as_deref());
     let kubernetes_dir = match named.and_then(Path::parent) {
         Some(dir) => std::path::absolute(dir)?,
         None => PathBuf::from("/etc/kubernetes"),
     };
-    let Some(noted) = NodeFile::load(&kubernetes_dir)? else { return Ok(flags) };
+    let Some(noted) = NodeFile::load(&kubernetes_dir)? else { return Ok((flags, given)) };
     flags.hostname_override.get_or_insert(noted.node_name);
     if flags.node_ip.is_empty() {
         flags.node_ip = noted.node_ips;
@@ -68,32 +69,35 @@ fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<NodeFlags> {
     }
     let root_dir = flags.root_dir.get_or_insert(noted.root_dir).clone();
     let paths = Paths { kubernetes_dir, root_dir };
-    if flags.config.is_none() && paths.kubelet_config().exists() {
-        flags.config = Some(paths.kubelet_config());
+    if !given.is_empty() {
+        return Ok((flags, given));
     }
-    Ok(flags)
+    let noted = [paths.kubelet_config(), paths.proxy_config()];
+    Ok((flags, noted.into_iter().filter(|path| path.exists()).collect()))
 }
 
 fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
-    let flags = &with_what_join_noted(flags)?;
-    let text = match &flags.config {
-        Some(path) => {
-            std::fs::read(path).with_context(|| format!("read --config {}", path.display()))?
-        }
-        None => Vec::new(),
-    };
+    let (flags, files) = &with_what_join_noted(flags)?;
+    let mut text = Vec::new();
+    for path in files {
+        let read =
+            std::fs::read(path).with_context(|| format!("read --config {}", path.display()))?;
+        text.extend_from_slice(&read);
+        text.extend_from_slice(b"\n---\n");
+    }
     let host = compose::host()?;
     let resolved =
         config::parse(&text).and_then(|documents| config::resolve(flags, documents, &host));
-    resolved.map_err(|error| match (&flags.config, &error) {
+    resolved.map_err(|error| match &error {
         // What a flag says wrongly is bad usage; what a file says wrongly is a failure.
-        (_, ConfigError::Invalid { field, .. }) if field.starts_with("--") => {
+        ConfigError::Invalid { field, .. } if field.starts_with("--") => {
             super::UsageError(error.to_string()).into()
         }
-        (Some(path), _) => {
-            anyhow::Error::new(error).context(format!("--config {}", path.display()))
+        _ if files.is_empty() => error.into(),
+        _ => {
+            let names: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+            anyhow::Error::new(error).context(format!("--config {}", names.join(" and ")))
         }
-        (None, _) => error.into(),
     })
 }
 

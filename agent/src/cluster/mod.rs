@@ -159,6 +159,9 @@ pub struct ClusterParts {
     pub static_pods: mpsc::UnboundedSender<PodChange>,
     /// The node's own object as last seen.
     pub node: watch::Receiver<Option<Arc<Node>>>,
+    /// Whether the runtime knows the node's pod CIDRs, or was given up on: pods that start before
+    /// get addresses that the rest of the cluster has no route to.
+    pub network: watch::Receiver<bool>,
     /// Last errors by what they concern (`pods`, `services`, `endpointslices`, `node`, `lease`);
     /// empty while all is well.
     pub errors: watch::Receiver<BTreeMap<&'static str, String>>,
@@ -185,6 +188,7 @@ pub async fn start(
     let (mirror_tx, mirrors) = mpsc::unbounded_channel();
     let (deletion_tx, deletions) = mpsc::unbounded_channel();
     let (node_tx, node) = watch::channel(None);
+    let (network_tx, network) = watch::channel(false);
     let (services, deleting) = (Arc::new(Services::default()), Arc::new(Deleting::default()));
     let store = |kind: &str| Store::new(&config.state_dir, kind);
     let kinds = ["pods", "services", "endpointslices", "node", "configmaps", "secrets", "tokens"];
@@ -259,6 +263,7 @@ pub async fn start(
             events.clone(),
             errors.clone(),
             node.clone(),
+            network_tx,
         );
         tasks.spawn(node_loop.run());
         tasks.spawn(rotate::run(api, config, errors));
@@ -271,6 +276,7 @@ pub async fn start(
         proxy,
         static_pods,
         node,
+        network,
         errors: error_rx,
         tasks,
     })

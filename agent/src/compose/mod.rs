@@ -48,6 +48,8 @@ struct World {
     pods: mpsc::Receiver<PodChange>,
     proxy: mpsc::Receiver<Change>,
     sources: Vec<PodSource>,
+    /// Whether pods may have addresses by now.
+    network: watch::Receiver<bool>,
 }
 
 /// A part that ended, with why it could not go on.
@@ -180,7 +182,8 @@ impl Parts {
         });
         let sync =
             SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, world.events)
-                .with_sources(world.sources);
+                .with_sources(world.sources)
+                .with_network(world.network);
         self.watched.sync = Some(sync.handle());
         let (pods, shutdown) = (world.pods, self.shutdown.clone());
         self.spawn("the sync loop", async move {
@@ -225,6 +228,7 @@ impl Parts {
             pods,
             proxy,
             sources: vec![PodSource::File],
+            network: watch::channel(true).1,
         })
     }
 
@@ -289,6 +293,7 @@ impl Parts {
             pods,
             proxy: parts.proxy,
             sources,
+            network: parts.network,
         })
     }
 }

@@ -59,6 +59,11 @@ impl Paths {
     pub fn kubelet_config(&self) -> PathBuf {
         self.root_dir.join("config.yaml")
     }
+
+    /// What holds here of the cluster's KubeProxyConfiguration.
+    pub fn proxy_config(&self) -> PathBuf {
+        self.root_dir.join("kube-proxy-config.yaml")
+    }
 }
 
 /// Link to the client certificate in use, in the certificate folder.

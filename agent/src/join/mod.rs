@@ -7,6 +7,7 @@
 pub mod csr;
 pub mod discover;
 pub mod files;
+pub mod proxy_config;
 pub mod request;
 pub mod systemd;
 pub mod token;
@@ -224,7 +225,8 @@ pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joine
         }
         outcome?
     };
-    let config = kubelet_config(&client).await;
+    let config = system_config(&client, "kubelet-config", "kubelet").await;
+    let proxy_config = system_config(&client, "kube-proxy", "config.conf").await;
     write(request, &found, &chain, &node_request.key_pem)?;
     match config {
         Ok(Some(text)) => {
@@ -238,6 +240,21 @@ pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joine
         Err(error) => warnings.push(format!(
             "{error}: defaults are used; pods get no clusterDNS unless --config says so"
         )),
+    }
+    // A cluster without kube-proxy has none, and the token may not be let to read it.
+    let proxy_config = match proxy_config {
+        Ok(Some(text)) => Some(proxy_config::plan_proxy_config(&text)),
+        Ok(None) | Err(_) => None,
+    };
+    match proxy_config {
+        Some(Ok(text)) => {
+            files::write_atomic(&request.paths.proxy_config(), 0o644, text.as_bytes())?;
+        }
+        Some(Err(why)) => warnings.push(format!(
+            "config.conf of kube-system/kube-proxy is not used: {why}; say --cluster-cidr to \
+             `longshore run` if Services are to tell pods' traffic from other traffic"
+        )),
+        None => {}
     }
     let (node_name, server) = (request.node_name.clone(), found.server);
     Ok(Joined { node_name, server, already: false, warnings })
@@ -311,11 +328,12 @@ async fn same_name(client: &Client, name: &str) -> Option<String> {
     })
 }
 
-async fn kubelet_config(client: &Client) -> Result<Option<String>, ApiError> {
+/// One key of a ConfigMap that kubeadm keeps for the cluster's nodes.
+async fn system_config(client: &Client, name: &str, key: &str) -> Result<Option<String>, ApiError> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-system");
-    let what = "read kube-system/kubelet-config";
-    let map = api::timed(what, REQUEST_TIMEOUT, maps.get_opt("kubelet-config")).await?;
-    Ok(map.and_then(|m| m.data).and_then(|mut d| d.remove("kubelet")))
+    let what = format!("read kube-system/{name}");
+    let map = api::timed(what, REQUEST_TIMEOUT, maps.get_opt(name)).await?;
+    Ok(map.and_then(|m| m.data).and_then(|mut d| d.remove(key)))
 }
 
 /// Writes everything; kubelet.conf last, as its being there means that the node has joined.

@@ -30,6 +30,11 @@ use crate::source::cluster::Errors;
 const SOON: Duration = Duration::from_millis(200);
 /// For how long after the start, and after each change, it looks so often.
 const SOON_FOR: Duration = Duration::from_secs(30);
+/// How long pods wait for pod CIDRs once the node is registered: a cluster that assigns any does so
+/// at once, one that never does has pods on its nodes all the same.
+const CIDRS_ONCE_REGISTERED: Duration = Duration::from_secs(5);
+/// How long pods wait for pod CIDRs where no control plane answers.
+const CIDRS_WHILE_AWAY: Duration = Duration::from_secs(10);
 /// Images change rarely; they are listed this often.
 const IMAGES_EVERY: Duration = Duration::from_secs(60);
 
@@ -58,10 +63,15 @@ pub struct NodeLoop {
     told_cidrs: String,
     runtime_down: bool,
     state: State,
+    /// Turned true once pods may have addresses.
+    network: watch::Sender<bool>,
+    /// When that is at the latest.
+    network_by: Instant,
 }
 
 impl NodeLoop {
-    /// For the node of `config`; `watch` shows its object as the API has it.
+    /// For the node of `config`; `watch` shows its object as the API has it, `network` is told once
+    /// pods may have addresses.
     pub fn new(
         config: ClusterConfig,
         client: Client,
@@ -69,6 +79,7 @@ impl NodeLoop {
         events: Arc<dyn EventSink>,
         errors: Errors,
         watch: watch::Receiver<Option<Arc<Node>>>,
+        network: watch::Sender<bool>,
     ) -> Self {
         Self {
             config,
@@ -85,6 +96,8 @@ impl NodeLoop {
             told_cidrs: String::new(),
             runtime_down: false,
             state: State::Unregistered,
+            network,
+            network_by: Instant::now() + CIDRS_WHILE_AWAY,
         }
     }
 
@@ -117,8 +130,11 @@ impl NodeLoop {
             };
             let until = Instant::now() + wait;
             loop {
+                self.settle_network();
+                let settled = *self.network.borrow();
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => break,
+                    () = tokio::time::sleep_until(self.network_by), if !settled => {}
                     changed = self.watch.changed() => {
                         if changed.is_err() {
                             return;
@@ -199,6 +215,28 @@ impl NodeLoop {
             }
             Err(error) => tracing::warn!(%error, cidrs, "the runtime does not take the pod CIDRs"),
         }
+    }
+
+    /// Lets pods have addresses once the runtime knows the pod CIDRs, or waiting makes no sense.
+    fn settle_network(&mut self) {
+        if *self.network.borrow() {
+            return;
+        }
+        // An earlier run registered this node, and it has none.
+        let without = matches!(self.state, State::Unregistered)
+            && self.watch.borrow().as_ref().is_some_and(|node| pod_cidrs(node).is_empty());
+        let late = Instant::now() >= self.network_by;
+        if self.told_cidrs.is_empty() && !without && !late {
+            return;
+        }
+        if self.told_cidrs.is_empty() {
+            tracing::warn!(
+                "the node has no pod CIDR: without a CNI configuration its pods get addresses of \
+                 the runtime's own range; kube-controller-manager assigns one with \
+                 --allocate-node-cidrs"
+            );
+        }
+        self.network.send_replace(true);
     }
 
     /// Why pods cannot run; empty if they can.
@@ -308,6 +346,7 @@ impl NodeLoop {
             node: Arc::new(node),
             since: Instant::now() - self.config.status_report_frequency,
         };
+        self.network_by = self.network_by.min(Instant::now() + CIDRS_ONCE_REGISTERED);
         self.hand_on_cidrs().await;
         self.patch_status(status).await
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use tokio::sync::watch;
 
 use super::cgroup::PodCgroups;
 use super::clock::Clock;
@@ -31,11 +32,19 @@ pub(crate) struct Deps {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) table: PodTable,
     pub(crate) store: StatusStore,
+    /// Whether sandboxes may have addresses of the pod network by now.
+    pub(crate) network: watch::Receiver<bool>,
     /// When this agent began: what ran before is adopted.
     pub(crate) began: Timestamp,
 }
 
 impl Deps {
+    /// Waits until sandboxes may have addresses of the pod network.
+    pub(crate) async fn network_ready(&self) {
+        // Without anybody who could say so any more there is nothing to wait for.
+        let _ = self.network.clone().wait_for(|ready| *ready).await;
+    }
+
     /// Records an Event on the pod.
     pub(crate) fn pod_event(&self, pod: &Pod, kind: EventType, reason: &str, message: String) {
         self.events.record(pod_reference(pod, None), kind, reason, message);

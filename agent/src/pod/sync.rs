@@ -74,6 +74,7 @@ pub struct SyncLoop {
     cgroups: Arc<dyn PodCgroups>,
     clock: Arc<dyn Clock>,
     sources: HashSet<PodSource>,
+    network: watch::Receiver<bool>,
     table: PodTable,
     pings: (mpsc::Sender<oneshot::Sender<()>>, mpsc::Receiver<oneshot::Sender<()>>),
 }
@@ -108,6 +109,7 @@ impl SyncLoop {
             cgroups,
             clock: Arc::new(SystemClock),
             sources,
+            network: watch::channel(true).1,
             table: PodTable::default(),
             pings: mpsc::channel(8),
         }
@@ -131,6 +133,12 @@ impl SyncLoop {
         self
     }
 
+    /// Makes no sandbox of the pod network before `ready` is true.
+    pub fn with_network(mut self, ready: watch::Receiver<bool>) -> Self {
+        self.network = ready;
+        self
+    }
+
     /// Read access, for health, `longshore status` and the node's status.
     pub fn handle(&self) -> SyncHandle {
         SyncHandle { table: self.table.clone(), pings: self.pings.0.clone() }
@@ -151,6 +159,7 @@ impl SyncLoop {
         let (runtime_name, snapshot) = reached;
         let deps = Arc::new(Deps {
             images: Images::new(&node, runtime.clone(), objects.clone(), events.clone()),
+            network: self.network,
             store: StatusStore::new(node.root_dir.join("longshore").join("pod-status")),
             began: self.clock.now(),
             clock: self.clock,

@@ -47,6 +47,24 @@ async fn a_removed_manifest_ends_its_pod() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn no_pod_has_an_address_before_the_node_has_a_range_of_them() {
+    let rig = Rig::new().await;
+    rig.network.send_replace(false);
+    rig.set(&named("a", ONE)).await;
+    rig.set(&named("h", &ONE.replacen('{', r#"{"hostNetwork":true,"#, 1))).await;
+    rig.set(&named("b", ONE)).await;
+    rig.until_ready("h").await;
+    rig.sleep(3).await;
+    assert_eq!(rig.runtime.held(), (1, 1));
+    // One that waits can go.
+    rig.send(PodChange::Removed(PodSource::File, PodUid::from("b"))).await;
+    rig.until("gone", |r| r.gone("b")).await;
+    rig.network.send_replace(true);
+    rig.until_ready("a").await;
+    assert_eq!(rig.runtime.held(), (2, 2));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_crash_loop_backs_off_and_survives_an_agent_restart() {
     let mut rig = Rig::new().await;
     rig.runtime.behave(

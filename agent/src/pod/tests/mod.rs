@@ -124,6 +124,7 @@ struct Rig {
     clock: TokioClock,
     changes: mpsc::Sender<PodChange>,
     shutdown: watch::Sender<bool>,
+    network: watch::Sender<bool>,
     task: tokio::task::JoinHandle<()>,
     handle: SyncHandle,
 }
@@ -140,8 +141,10 @@ impl Rig {
         let world =
             Arc::new(World { recorded: Mutex::default(), objects: broadcast::Sender::new(16) });
         let dir = tempfile::tempdir().unwrap();
-        let (changes, shutdown, task, handle) = begin(&dir, &runtime, &world, clock).await;
-        let rig = Self { dir, runtime, world, clock, changes, shutdown, task, handle };
+        let network = watch::Sender::new(true);
+        let ready = network.subscribe();
+        let (changes, shutdown, task, handle) = begin(&dir, &runtime, &world, clock, ready).await;
+        let rig = Self { dir, runtime, world, clock, changes, shutdown, network, task, handle };
         rig.send(PodChange::Synced(PodSource::File)).await;
         rig
     }
@@ -151,7 +154,8 @@ impl Rig {
         self.task.abort();
         let _ = (&mut self.task).await;
         let (changes, shutdown, task, handle) =
-            begin(&self.dir, &self.runtime, &self.world, self.clock).await;
+            begin(&self.dir, &self.runtime, &self.world, self.clock, self.network.subscribe())
+                .await;
         self.changes = changes;
         self.shutdown = shutdown;
         self.task = task;
@@ -231,6 +235,7 @@ async fn begin(
     runtime: &FakeRuntime,
     world: &Arc<World>,
     clock: TokioClock,
+    network: watch::Receiver<bool>,
 ) -> (mpsc::Sender<PodChange>, watch::Sender<bool>, tokio::task::JoinHandle<()>, SyncHandle) {
     let node = Arc::new(NodeContext {
         root_dir: dir.path().join("kubelet"),
@@ -247,6 +252,7 @@ async fn begin(
         world.clone(),
         world.clone(),
     )
+    .with_network(network)
     .with_cgroups(Arc::new(NoCgroups))
     .with_clock(Arc::new(clock));
     let handle = sync.handle();

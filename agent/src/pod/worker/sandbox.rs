@@ -55,6 +55,9 @@ async fn make(
     for id in stop {
         deps.runtime.stop_pod_sandbox(id.as_str()).await.map_err(|e| e.to_string())?;
     }
+    if !spec_of(pod).host_network.unwrap_or(false) {
+        deps.network_ready().await;
+    }
     let config = config(deps, pod, attempt).await?;
     let logs = config.log_directory.clone();
     tokio::fs::create_dir_all(&logs)
