@@ -5,12 +5,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 
-use serde::de::DeserializeOwned;
-use tokio::io::AsyncReadExt;
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::monitor::frame;
-use crate::monitor::protocol::{MAX_FRAME, Reply, Request};
+use crate::monitor::frame::{self, Inbox};
+use crate::monitor::protocol::{Reply, Request};
 
 /// A sandbox's monitor, by its socket.
 #[derive(Clone, Debug)]
@@ -19,12 +18,32 @@ pub struct MonitorClient {
 }
 
 /// An open exchange.
-pub struct Conversation(UnixStream);
+pub struct Conversation {
+    stream: UnixStream,
+    inbox: Inbox,
+}
 
 impl Conversation {
-    /// The next reply; `None` when the monitor is gone.
+    /// The next reply; `None` when the monitor is gone. Nothing is lost when the wait is given up.
     pub async fn next(&mut self) -> io::Result<Option<Reply>> {
-        receive(&mut self.0).await
+        loop {
+            if let Some(reply) = self.inbox.take_frame()? {
+                return Ok(Some(reply));
+            }
+            self.stream.readable().await?;
+            let Conversation { stream, inbox } = self;
+            match stream.try_io(Interest::READABLE, || inbox.fill(stream)) {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// The descriptor that came with the replies so far, if any.
+    pub fn take_fd(&mut self) -> Option<OwnedFd> {
+        self.inbox.fds.pop()
     }
 }
 
@@ -44,7 +63,7 @@ impl MonitorClient {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         frame::send(&stream, request, &raw)?;
         stream.set_nonblocking(true)?;
-        Ok(Conversation(UnixStream::from_std(stream)?))
+        Ok(Conversation { stream: UnixStream::from_std(stream)?, inbox: Inbox::default() })
     }
 
     /// A request with one reply. A refusal is an error.
@@ -56,18 +75,4 @@ impl MonitorClient {
             None => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the monitor is gone")),
         }
     }
-}
-
-async fn receive<T: DeserializeOwned>(stream: &mut UnixStream) -> io::Result<Option<T>> {
-    let length = match stream.read_u32_le().await {
-        Ok(length) => length as usize,
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        Err(e) => return Err(e),
-    };
-    if length > MAX_FRAME {
-        return Err(io::Error::other("frame too long"));
-    }
-    let mut body = vec![0u8; length];
-    stream.read_exact(&mut body).await?;
-    Ok(Some(serde_json::from_slice(&body)?))
 }

@@ -3,6 +3,8 @@
 
 use std::path::PathBuf;
 
+use crate::streaming::StreamConfig;
+
 /// The shim's configuration. [`Config::default`] is the layout of a node; several nodes on one
 /// machine each take their own `state_dir` and `run_dir`.
 #[derive(Clone, Debug)]
@@ -31,6 +33,8 @@ pub struct Config {
     pub cni_bin_dirs: Vec<PathBuf>,
     /// Registry configuration in containerd's `hosts.toml` layout, first existing directory wins.
     pub registry_config_dirs: Vec<PathBuf>,
+    /// Where Exec, Attach and PortForward are served.
+    pub streaming: StreamConfig,
 }
 
 /// How cgroup parents are named (KubeletConfiguration `cgroupDriver`).
@@ -67,6 +71,7 @@ impl Config {
                 PathBuf::from("/etc/longshore/certs.d"),
                 PathBuf::from("/etc/containerd/certs.d"),
             ],
+            streaming: StreamConfig::default(),
         }
     }
 }

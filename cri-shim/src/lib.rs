@@ -21,6 +21,7 @@ mod serve;
 pub mod snapshot;
 pub mod spec;
 pub mod state;
+pub mod streaming;
 pub mod zygote;
 
 pub use config::Config;

@@ -23,6 +23,7 @@ use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::durability::Durability;
 use crate::state::{Layout, boot_id};
+use crate::streaming::{StreamError, Streaming, Urls};
 use crate::zygote::Zygote;
 
 /// The longest request or answer, in bytes: 16 MiB of each stream of an ExecSync, and room.
@@ -60,6 +61,9 @@ pub enum ServeError {
     /// The CRI socket could not be bound.
     #[error("binding the CRI socket {path} failed: {source}; is another shim running?")]
     Bind { path: PathBuf, source: io::Error },
+    /// The streaming server could not be started.
+    #[error(transparent)]
+    Streaming(#[from] StreamError),
     /// The gRPC server ended with an error.
     #[error("serving the CRI failed: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -72,9 +76,10 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
     let listener = bind(&config.socket)?;
-    let shim = Arc::new(open(config).await?);
+    let streaming = Streaming::bind(config.streaming.clone()).await?;
+    let shim = Arc::new(open(config, streaming.urls()).await?);
     shim.recover().await;
-    let service = Service(shim);
+    let service = Service(shim.clone());
     let runtime = RuntimeServiceServer::new(service.clone())
         .max_decoding_message_size(MAX_MESSAGE)
         .max_encoding_message_size(MAX_MESSAGE);
@@ -95,6 +100,7 @@ pub async fn serve(
         .add_service(images)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), told(stopped.clone()));
     tokio::spawn(asked);
+    tokio::spawn(streaming.serve(shim, told(stopped.clone())));
     tokio::select! {
         served = server => served?,
         // Event streams never end by themselves.
@@ -118,7 +124,7 @@ fn bind(path: &Path) -> Result<UnixListener, ServeError> {
     Ok(listener)
 }
 
-async fn open(config: Config) -> Result<Shim, ServeError> {
+async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
     let layout = Layout { state: config.state_dir.clone(), run: config.run_dir.clone() };
     layout.create().map_err(|(path, source)| ServeError::Directory { path, source })?;
     let mounts = layout.mounts();
@@ -145,6 +151,7 @@ async fn open(config: Config) -> Result<Shim, ServeError> {
         store: Store::default(),
         events: Events::default(),
         durability,
+        urls,
         config,
     })
 }

@@ -41,7 +41,8 @@ impl Shim {
             Ok(([input, out.into(), err.into()], receivers))
         };
         let (given, (stdout, stderr)) = pipes().map_err(|e| internal("making pipes", e))?;
-        let exec = Request::Exec { container: container.id.clone(), arguments: request.cmd };
+        let exec =
+            Request::Exec { container: container.id.clone(), arguments: request.cmd, tty: false };
         let conversation = container.sandbox.monitor.open(&exec, &given).await;
         drop(given);
         let mut conversation = conversation.map_err(|e| internal("asking the monitor", e))?;
@@ -86,7 +87,8 @@ impl Shim {
     }
 }
 
-async fn end(conversation: &mut Conversation) -> Result<i32, Status> {
+/// The exit code of a process, at its end.
+pub(super) async fn end(conversation: &mut Conversation) -> Result<i32, Status> {
     loop {
         match conversation.next().await {
             Ok(Some(Reply::ExecExited { code })) => return Ok(code),

@@ -21,6 +21,7 @@ use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::Layout;
 use crate::state::durability::Durability;
+use crate::streaming::Urls;
 use crate::zygote::Zygote;
 
 mod container_create;
@@ -43,6 +44,7 @@ mod service;
 mod stats;
 mod status;
 pub mod store;
+mod stream;
 mod watch;
 
 pub use events::Events;
@@ -65,6 +67,7 @@ pub struct Shim {
     pub store: Store,
     pub events: Events,
     pub durability: Durability,
+    pub urls: Arc<Urls>,
 }
 
 /// The services, over one shared [`Shim`].

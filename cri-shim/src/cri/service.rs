@@ -11,11 +11,6 @@ use crate::api::*;
 
 type Answer<T> = Result<Response<T>, Status>;
 
-/// What waits for the streaming server.
-fn streaming(verb: &str) -> Status {
-    Status::unimplemented(format!("{verb} is not implemented yet; use a command with ExecSync"))
-}
-
 /// Splits a listing into messages that stay below gRPC's 4 MiB.
 fn chunks<I: Send + 'static, M: Send + 'static>(
     items: Vec<I>,
@@ -181,19 +176,19 @@ impl RuntimeService for Service {
         self.0.exec_sync(request.into_inner()).await.map(Response::new)
     }
 
-    async fn exec(&self, _request: Request<ExecRequest>) -> Answer<ExecResponse> {
-        Err(streaming("Exec"))
+    async fn exec(&self, request: Request<ExecRequest>) -> Answer<ExecResponse> {
+        self.0.exec_url(request.into_inner()).map(Response::new)
     }
 
-    async fn attach(&self, _request: Request<AttachRequest>) -> Answer<AttachResponse> {
-        Err(streaming("Attach"))
+    async fn attach(&self, request: Request<AttachRequest>) -> Answer<AttachResponse> {
+        self.0.attach_url(request.into_inner()).map(Response::new)
     }
 
     async fn port_forward(
         &self,
-        _request: Request<PortForwardRequest>,
+        request: Request<PortForwardRequest>,
     ) -> Answer<PortForwardResponse> {
-        Err(streaming("PortForward"))
+        self.0.port_forward_url(request.into_inner()).map(Response::new)
     }
 
     async fn container_stats(

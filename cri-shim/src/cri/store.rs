@@ -99,6 +99,8 @@ pub struct Container {
     config: RwLock<Arc<api::ContainerConfig>>,
     record: Mutex<ContainerRecord>,
     pub status: watch::Sender<ContainerStatus>,
+    /// Its standard input has been ended for all its clients.
+    pub stdin_ended: watch::Sender<bool>,
     /// Held by verbs that change the container.
     pub changing: tokio::sync::Mutex<()>,
 }
@@ -116,6 +118,7 @@ impl Container {
             config: RwLock::new(Arc::new(config)),
             record: Mutex::new(record),
             status: watch::Sender::new(status),
+            stdin_ended: watch::Sender::new(false),
             changing: tokio::sync::Mutex::new(()),
         }
     }

@@ -1,4 +1,4 @@
-//! A container as its monitor sees it: a process, its output, its log.
+//! A container as its monitor sees it: a process, its output, its log, who follows it.
 
 use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::Pid;
 
+use super::follower::Follower;
 use super::launch::Stdio;
 use super::log::{Lines, Log, MAX_PIECE, Source};
 use super::protocol::StartContainer;
@@ -28,9 +29,12 @@ pub(super) struct Container {
     pub(super) records: PathBuf,
     log: Log,
     outputs: [Option<Output>; 2],
+    /// Attached clients.
+    pub(super) followers: Vec<Follower>,
     /// The other end of its standard input, or its terminal: held so that reads wait instead of
     /// ending.
-    _input: Option<OwnedFd>,
+    input: Option<OwnedFd>,
+    tty: bool,
 }
 
 impl Container {
@@ -48,14 +52,16 @@ impl Container {
             records: start.records.clone(),
             log,
             outputs: [None, None],
-            _input: None,
+            followers: Vec::new(),
+            input: None,
+            tty: start.tty,
         };
         let mut stdio = Stdio { stdin: None, stdout: None, stderr: None };
         if !start.tty {
             if start.stdin {
                 let (reader, writer) = io::pipe()?;
                 stdio.stdin = Some(reader.into());
-                container._input = Some(writer.into());
+                container.input = Some(writer.into());
             } else {
                 stdio.stdin = Some(std::fs::File::open("/dev/null")?.into());
             }
@@ -79,14 +85,52 @@ impl Container {
                 lines: Lines::default(),
             });
         }
-        self._input = Some(terminal);
+        self.input = Some(terminal);
     }
 
+    /// The streams to wait for: not those with a follower that has not taken the last piece yet.
     pub(super) fn outputs(&self) -> impl Iterator<Item = (usize, BorrowedFd<'_>)> {
+        let waits = |at| self.followers.iter().any(|f| f.stream == at && f.is_behind());
         self.outputs
             .iter()
             .enumerate()
+            .filter(move |(at, _)| !waits(*at))
             .filter_map(|(at, output)| output.as_ref().map(|o| (at, o.reader.as_fd())))
+    }
+
+    /// Copies output to a client's pipes from now on: standard output first, then error, as asked.
+    pub(super) fn attach(
+        &mut self,
+        connection: u64,
+        stdout: bool,
+        stderr: bool,
+        pipes: Vec<OwnedFd>,
+    ) -> io::Result<()> {
+        let asked = [stdout, stderr];
+        let streams: Vec<usize> = (0..asked.len()).filter(|at| asked[*at]).collect();
+        if streams.len() != pipes.len() {
+            return Err(io::Error::other("a pipe for each stream is needed"));
+        }
+        for (stream, pipe) in streams.into_iter().zip(pipes) {
+            nonblocking(&pipe)?;
+            // A stream that has ended already is told by the pipe's end.
+            if self.outputs[stream].is_some() {
+                self.followers.push(Follower::new(connection, stream, pipe));
+            }
+        }
+        Ok(())
+    }
+
+    /// The terminal, or the other end of the standard input while that is open.
+    pub(super) fn input(&self) -> Option<&OwnedFd> {
+        self.input.as_ref()
+    }
+
+    /// Ends the standard input. A terminal has no end.
+    pub(super) fn close_stdin(&mut self) {
+        if !self.tty {
+            self.input = None;
+        }
     }
 
     /// Copies what a stream has into the log.
@@ -102,6 +146,7 @@ impl Container {
         match output.reader.read(&mut buffer) {
             Ok(read) if read > 0 => {
                 output.lines.push(&mut self.log, output.source, &stamp(), &buffer[..read]);
+                self.followers.retain_mut(|f| f.stream != at || f.give(&buffer[..read]));
                 true
             }
             Err(e)
@@ -113,6 +158,7 @@ impl Container {
             _ => {
                 output.lines.finish(&mut self.log, output.source, &stamp());
                 self.outputs[at] = None;
+                self.followers.retain(|f| f.stream != at || f.is_behind());
                 false
             }
         }

@@ -6,16 +6,19 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use libcontainer::syscall::syscall::create_syscall;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::fcntl::{AT_FDCWD, FcntlArg, FdFlag, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
+use nix::sys::stat::{fstat, major, minor};
+use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{
-    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, setgroups, setresgid, setresuid, setsid,
+    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fchown, setgroups, setresgid, setresuid,
+    setsid,
 };
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
@@ -23,6 +26,17 @@ use super::launch::{Progress, report_and_exit};
 use super::{frame, payload, sys};
 use crate::cgroup::Hierarchies;
 use crate::spec::user::Identity;
+
+/// The environment of a process with a terminal says what the terminal is like.
+const TERM: &str = "TERM=xterm";
+
+/// What a process reads and writes.
+pub(super) enum Streams {
+    /// Standard input, output and error.
+    Given(Vec<OwnedFd>),
+    /// A terminal of the container's, whose other end is passed back.
+    Terminal,
+}
 
 /// What to join.
 pub(super) struct Target<'a> {
@@ -37,11 +51,11 @@ pub(super) struct Target<'a> {
 pub(super) fn run(
     target: &Target<'_>,
     arguments: &[String],
-    stdio: Vec<OwnedFd>,
+    streams: Streams,
     progress: UnixStream,
 ) -> ! {
     sys::reset_signals();
-    let code = match start(target, arguments, stdio, &progress) {
+    let code = match start(target, arguments, streams, &progress) {
         Ok(()) => 0,
         Err(message) => {
             let _ = frame::send(&progress, &Progress::Failed { message }, &[]);
@@ -54,14 +68,20 @@ pub(super) fn run(
 fn start(
     target: &Target<'_>,
     arguments: &[String],
-    stdio: Vec<OwnedFd>,
+    streams: Streams,
     progress: &UnixStream,
 ) -> Result<(), String> {
     let config = target.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|e| format!("reading {}: {e}", config.display()))?;
     if let Some(process) = spec.process_mut() {
         process.set_args(Some(arguments.to_vec()));
-        process.set_terminal(Some(false));
+        process.set_terminal(Some(matches!(streams, Streams::Terminal)));
+        if matches!(streams, Streams::Terminal)
+            && let Some(env) = process.env_mut()
+            && !env.iter().any(|e| e.starts_with("TERM="))
+        {
+            env.push(TERM.to_owned());
+        }
     }
     join_cgroup(target)?;
     let namespaces = open_namespaces(target.init, &spec)?;
@@ -71,6 +91,13 @@ fn start(
     for (name, fd, flag) in &namespaces {
         setns(fd, *flag).map_err(|e| format!("entering the container's {name} namespace: {e}"))?;
     }
+    let (stdio, master) = match streams {
+        Streams::Given(stdio) => (stdio, None),
+        Streams::Terminal => {
+            let (master, peer) = open_terminal().map_err(|e| format!("opening a terminal: {e}"))?;
+            (vec![peer], Some(master))
+        }
+    };
     let forked = sys::fork_sibling().map_err(|e| format!("fork: {e}"))?;
     let Some(pid) = forked else {
         drop((ready, failure));
@@ -84,8 +111,9 @@ fn start(
         report_and_exit(&report, &message, 127)
     };
     drop((report, stdio, go));
-    frame::send(progress, &Progress::Created { pid: pid.as_raw(), user: Identity::default() }, &[])
-        .map_err(|e| format!("reporting to the monitor: {e}"))?;
+    let created = Progress::Created { pid: pid.as_raw(), user: Identity::default() };
+    let fds: Vec<_> = master.iter().map(AsRawFd::as_raw_fd).collect();
+    frame::send(progress, &created, &fds).map_err(|e| format!("reporting to the monitor: {e}"))?;
     ready.write_all(b"1").map_err(|e| format!("starting the process: {e}"))?;
     let mut message = String::new();
     failure.read_to_string(&mut message).map_err(|e| format!("reading the exec status: {e}"))?;
@@ -93,6 +121,23 @@ fn start(
         return Err(message);
     }
     frame::send(progress, &Progress::Running, &[]).map_err(|e| format!("reporting: {e}"))
+}
+
+/// A terminal of the container's own `/dev/pts`, both ends. The container may have put anything at
+/// that path, so what is opened has to be the real thing.
+fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let master = openat2(AT_FDCWD, "/dev/pts/ptmx", how)?;
+    let device = fstat(&master)?.st_rdev;
+    let genuine = fstatfs(&master)?.filesystem_type() == DEVPTS_SUPER_MAGIC
+        && (major(device), minor(device)) == (5, 2);
+    if !genuine {
+        return Err(std::io::Error::other("/dev/pts/ptmx of the container is not a terminal's"));
+    }
+    let peer = sys::open_peer(&master)?;
+    Ok((master, peer))
 }
 
 fn join_cgroup(target: &Target<'_>) -> Result<(), String> {
@@ -146,12 +191,23 @@ fn apply(
 ) -> Result<(), String> {
     let said = |what: &'static str| move |e: nix::Error| format!("{what}: {e}");
     setsid().map_err(said("making a session"))?;
-    let mut stdio = stdio.into_iter();
-    if let (Some(input), Some(output), Some(error)) = (stdio.next(), stdio.next(), stdio.next()) {
-        dup2_stdin(&input).map_err(said("setting standard input"))?;
-        dup2_stdout(&output).map_err(said("setting standard output"))?;
-        dup2_stderr(&error).map_err(said("setting standard error"))?;
+    let streams = match stdio.as_slice() {
+        [terminal] => {
+            sys::control_terminal(terminal).map_err(|e| format!("taking the terminal: {e}"))?;
+            Some((terminal, terminal, terminal))
+        }
+        [input, output, error] => Some((input, output, error)),
+        _ => None,
+    };
+    if let Some((input, output, error)) = streams {
+        dup2_stdin(input).map_err(said("setting standard input"))?;
+        dup2_stdout(output).map_err(said("setting standard output"))?;
+        dup2_stderr(error).map_err(said("setting standard error"))?;
+        for stream in [input, output, error] {
+            give_stream(stream, process.user().uid());
+        }
     }
+    drop(stdio);
     let syscall = create_syscall();
     let adjustment = process.oom_score_adj().unwrap_or(0).to_string();
     let _ = fs::write("/proc/self/oom_score_adj", adjustment);
@@ -191,6 +247,16 @@ fn apply(
         load(filter)?;
     }
     Ok(())
+}
+
+/// Lets the process open its own `/dev/stdout` by path. Not everything can be given away, which is
+/// no reason to refuse it.
+fn give_stream(stream: &OwnedFd, uid: u32) {
+    let null = (1, 3);
+    let device = fstat(stream.as_fd()).map(|s| (major(s.st_rdev), minor(s.st_rdev)));
+    if device.is_ok_and(|device| device != null) {
+        let _ = fchown(stream, Some(Uid::from_raw(uid)), None);
+    }
 }
 
 fn load(filter: &oci_spec::runtime::LinuxSeccomp) -> Result<(), String> {

@@ -49,7 +49,7 @@ pub struct Inbox {
 
 impl Inbox {
     /// Takes what the socket has. `Ok(false)` at the end of the stream.
-    pub fn fill(&mut self, stream: &UnixStream) -> io::Result<bool> {
+    pub fn fill(&mut self, stream: &impl AsRawFd) -> io::Result<bool> {
         let mut buffer = [0u8; 4096];
         let read = sys::receive_with_fds(stream.as_raw_fd(), &mut buffer, &mut self.fds)?;
         self.bytes.extend_from_slice(&buffer[..read]);

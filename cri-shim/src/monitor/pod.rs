@@ -2,7 +2,7 @@
 //! the SIGCHLD descriptor. Nothing has a timer, so an idle pod costs nothing.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
@@ -14,6 +14,8 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::container::Container;
+use super::exec::Streams;
+use super::follower::Follower;
 use super::frame::{self, Inbox};
 use super::launch::{self, Progress};
 use super::protocol::{Exited, Reply, Request, StartContainer, Started, VERSION};
@@ -44,6 +46,8 @@ struct Launch {
     connection: u64,
     kind: Kind,
     process: Option<Started>,
+    /// The terminal of an exec that asked for one.
+    terminal: Option<OwnedFd>,
     done: bool,
 }
 
@@ -65,6 +69,8 @@ struct Pod {
     next_connection: u64,
     launches: Vec<Launch>,
     containers: Vec<Container>,
+    /// Clients of containers that have ended, who have not taken the last words yet.
+    followers: Vec<Follower>,
     execs: Vec<Exec>,
     unclaimed: Vec<(Pid, i32, i32)>,
     ending: bool,
@@ -78,6 +84,10 @@ enum Source {
     Connection(usize),
     Launch(usize),
     Output(usize, usize),
+    /// A client of a container.
+    Follower(usize, usize),
+    /// A client of a container that has ended.
+    LastWords(usize),
 }
 
 /// Runs until told to exit.
@@ -101,6 +111,7 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
         next_connection: 0,
         launches: Vec::new(),
         containers: Vec::new(),
+        followers: Vec::new(),
         execs: Vec::new(),
         unclaimed: Vec::new(),
         ending: false,
@@ -116,6 +127,14 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
                 Source::Connection(at) => pod.serve_connection(at),
                 Source::Launch(at) => pod.serve_launch(at),
                 Source::Output(container, stream) => pod.containers[container].copy_output(stream),
+                Source::Follower(container, at) => pod.catch_up(container, at),
+                Source::LastWords(at) => {
+                    if let Some(follower) = pod.followers.get_mut(at)
+                        && !follower.catch_up()
+                    {
+                        pod.followers.swap_remove(at);
+                    }
+                }
             }
         }
         pod.sweep();
@@ -132,6 +151,20 @@ impl Pod {
         // exit is told, and what removes containers last, so that indices stay right.
         let mut sources = Vec::new();
         let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
+        // Clients first, from the last to the first, as one that is gone is removed at once.
+        for (at, container) in self.containers.iter().enumerate() {
+            for (client, follower) in container.followers.iter().enumerate().rev() {
+                if follower.is_behind() {
+                    sources.push(Source::Follower(at, client));
+                    fds.push(follower.pipe());
+                }
+            }
+        }
+        for (at, follower) in self.followers.iter().enumerate().rev() {
+            sources.push(Source::LastWords(at));
+            fds.push(follower.pipe());
+        }
+        let writers = fds.len();
         for (at, container) in self.containers.iter().enumerate() {
             for (stream, fd) in container.outputs() {
                 sources.push(Source::Output(at, stream));
@@ -148,8 +181,9 @@ impl Pod {
         }
         sources.extend([Source::Listener, Source::Signal]);
         fds.extend([listener.as_fd(), signals.as_fd()]);
+        let wanted = |at| if at < writers { PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let mut polled: Vec<PollFd<'_>> =
-            fds.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+            fds.into_iter().enumerate().map(|(at, fd)| PollFd::new(fd, wanted(at))).collect();
         let timeout = match self.next_connection {
             0 => PollTimeout::from(UNGREETED),
             _ => PollTimeout::NONE,
@@ -221,7 +255,18 @@ impl Pod {
                 self.kill(&container, signal, all);
                 reply(&mut self.connections[at], &Reply::Done);
             }
-            Request::Exec { container, arguments } => self.exec(at, container, &arguments),
+            Request::Exec { container, arguments, tty } => {
+                self.exec(at, container, &arguments, tty);
+            }
+            Request::Attach { container, stdout, stderr } => {
+                self.attach(at, &container, stdout, stderr);
+            }
+            Request::CloseStdin { container } => {
+                if let Some(found) = self.containers.iter_mut().find(|c| c.id == container) {
+                    found.close_stdin();
+                }
+                reply(&mut self.connections[at], &Reply::Done);
+            }
             Request::ReopenLog { container } => {
                 let found = self.containers.iter_mut().find(|c| c.id == container);
                 let answer = match found.map(|c| c.reopen_log()) {
@@ -276,18 +321,50 @@ impl Pod {
             connection,
             kind: Kind::Container(Box::new(container)),
             process: None,
+            terminal: None,
             done: false,
         });
         Ok(())
     }
 
-    fn exec(&mut self, at: usize, container: String, arguments: &[String]) {
+    fn attach(&mut self, at: usize, container: &str, stdout: bool, stderr: bool) {
+        let pipes = std::mem::take(&mut self.connections[at].inbox.fds);
+        let connection = self.connections[at].id;
+        let attached = match self.containers.iter_mut().find(|c| c.id == container) {
+            None => Err(io::Error::other("the container is not running")),
+            Some(found) => found.attach(connection, stdout, stderr, pipes).map(|()| found.input()),
+        };
+        match attached {
+            Ok(input) => {
+                let fds: Vec<_> = input.iter().map(|fd| fd.as_raw_fd()).collect();
+                reply_with(&mut self.connections[at], &Reply::Done, &fds);
+            }
+            Err(error) => {
+                let message = format!("attaching to the container: {error}");
+                reply(&mut self.connections[at], &Reply::Failed { message });
+            }
+        }
+    }
+
+    fn catch_up(&mut self, container: usize, at: usize) {
+        let Some(container) = self.containers.get_mut(container) else { return };
+        if let Some(follower) = container.followers.get_mut(at)
+            && !follower.catch_up()
+        {
+            container.followers.swap_remove(at);
+        }
+    }
+
+    fn exec(&mut self, at: usize, container: String, arguments: &[String], tty: bool) {
         let stdio = std::mem::take(&mut self.connections[at].inbox.fds);
         let connection = self.connections[at].id;
         let forked = match self.containers.iter().find(|c| c.id == container) {
-            _ if !exec::complete(&stdio) => Err(io::Error::other("three descriptors are needed")),
             None => Err(io::Error::other("the container is not running")),
-            Some(found) => fork_exec(found, arguments, stdio),
+            Some(found) if tty => fork_exec(found, arguments, Streams::Terminal),
+            Some(_) if !exec::complete(&stdio) => {
+                Err(io::Error::other("three descriptors are needed"))
+            }
+            Some(found) => fork_exec(found, arguments, Streams::Given(stdio)),
         };
         match forked {
             Ok((child, progress)) => self.launches.push(Launch {
@@ -297,6 +374,7 @@ impl Pod {
                 connection,
                 kind: Kind::Exec { container },
                 process: None,
+                terminal: None,
                 done: false,
             }),
             Err(error) => {
@@ -345,11 +423,15 @@ impl Pod {
         match progress {
             Progress::Created { pid, user } => {
                 launch.process = Some(Started { pid, at: 0, user });
-                if let Kind::Container(container) = &mut launch.kind {
-                    container.pid = Pid::from_raw(pid);
-                    if let Some(terminal) = launch.inbox.fds.pop() {
-                        container.take_terminal(terminal);
+                let terminal = launch.inbox.fds.pop();
+                match &mut launch.kind {
+                    Kind::Container(container) => {
+                        container.pid = Pid::from_raw(pid);
+                        if let Some(terminal) = terminal {
+                            container.take_terminal(terminal);
+                        }
                     }
+                    Kind::Exec { .. } => launch.terminal = terminal,
                 }
             }
             Progress::Running => {
@@ -357,9 +439,10 @@ impl Pod {
                 let Some(mut started) = launch.process.take() else { return };
                 started.at = record::now();
                 let connection = launch.connection;
+                let terminal = launch.terminal.take();
                 let kind =
                     std::mem::replace(&mut launch.kind, Kind::Exec { container: String::new() });
-                self.running(connection, kind, started);
+                self.running(connection, kind, started, terminal);
             }
             Progress::Failed { message } => {
                 launch.done = true;
@@ -386,7 +469,13 @@ impl Pod {
         }
     }
 
-    fn running(&mut self, connection: u64, kind: Kind, started: Started) {
+    fn running(
+        &mut self,
+        connection: u64,
+        kind: Kind,
+        started: Started,
+        terminal: Option<OwnedFd>,
+    ) {
         let pid = Pid::from_raw(started.pid);
         match kind {
             Kind::Container(container) => {
@@ -396,7 +485,10 @@ impl Pod {
             }
             Kind::Exec { container } => {
                 self.execs.push(Exec { connection, pid, container });
-                self.tell(connection, &Reply::Done);
+                if let Some(found) = self.connections.iter_mut().find(|c| c.id == connection) {
+                    let fds: Vec<_> = terminal.iter().map(|fd| fd.as_raw_fd()).collect();
+                    reply_with(found, &Reply::Done, &fds);
+                }
             }
         }
         if let Some(at) = self.unclaimed.iter().position(|(p, ..)| *p == pid) {
@@ -432,6 +524,8 @@ impl Pod {
             let exit = Exited { code, signal, at: record::now(), oom_killed, ..Exited::default() };
             let _ = record::write(&container.records, record::EXITED, &exit);
             let _ = self.cgroups.remove(&container.cgroup);
+            container.followers.retain(Follower::is_behind);
+            self.followers.append(&mut container.followers);
             let event = Reply::Exited { container: container.id, exit };
             for connection in self.connections.iter_mut().filter(|c| c.subscribed) {
                 reply(connection, &event);
@@ -462,6 +556,7 @@ impl Pod {
         }
         self.connections.retain(|c| !c.broken);
         self.launches.retain(|l| !l.done);
+        self.followers.retain(Follower::is_behind);
         if self.launches.is_empty() {
             self.unclaimed = Vec::new();
         } else if self.unclaimed.len() > MAX_UNCLAIMED {
@@ -476,6 +571,10 @@ impl Pod {
                 self.advance(at, Progress::Failed { message });
             }
         }
+        self.followers.retain(|f| f.connection != connection);
+        for container in &mut self.containers {
+            container.followers.retain(|f| f.connection != connection);
+        }
         for exec in self.execs.iter().filter(|e| e.connection == connection) {
             let container = self.containers.iter().find(|c| c.id == exec.container);
             let candidates = container.map(|c| self.cgroups.processes(&c.cgroup));
@@ -487,22 +586,26 @@ impl Pod {
 fn fork_exec(
     container: &Container,
     arguments: &[String],
-    stdio: Vec<OwnedFd>,
+    streams: Streams,
 ) -> io::Result<(Pid, UnixStream)> {
     let (progress, theirs) = UnixStream::pair()?;
     let bundle: &PathBuf = &container.bundle;
     let target = exec::Target { init: container.pid.as_raw(), bundle, cgroup: &container.cgroup };
     let Some(child) = sys::fork()? else {
-        exec::run(&target, arguments, stdio, theirs);
+        exec::run(&target, arguments, streams, theirs);
     };
-    drop(theirs);
+    drop((theirs, streams));
     progress.set_nonblocking(true)?;
     Ok((child, progress))
 }
 
 /// A connection that does not take its frames is dropped: the shim finds what it missed on disk.
 fn reply(connection: &mut Connection, message: &Reply) {
-    if frame::send(&connection.stream, message, &[]).is_err() {
+    reply_with(connection, message, &[]);
+}
+
+fn reply_with(connection: &mut Connection, message: &Reply, fds: &[RawFd]) {
+    if frame::send(&connection.stream, message, fds).is_err() {
         connection.broken = true;
     }
 }

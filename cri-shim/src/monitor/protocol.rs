@@ -12,8 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::user::{Identity, UserRequest};
 
-/// The protocol this program speaks.
-pub const VERSION: u32 = 1;
+/// The protocol this program speaks. 2 added terminals of execs, [`Request::Attach`] and
+/// [`Request::CloseStdin`].
+pub const VERSION: u32 = 2;
+
+/// The first version that knows terminals of execs and attached clients.
+pub const STREAMING: u32 = 2;
 
 /// The longest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 1 << 20;
@@ -32,10 +36,22 @@ pub enum Request {
     /// Sends a signal to a container's first process, or to all of its processes. Answered by
     /// [`Reply::Done`], also when it is gone already.
     Kill { container: String, signal: i32, all: bool },
-    /// Runs a process in a container; standard input, output and error come with the frame.
-    /// Answered by [`Reply::Done`] once it runs and [`Reply::ExecExited`] at its end; closing the
-    /// connection kills it and what it started.
-    Exec { container: String, arguments: Vec<String> },
+    /// Runs a process in a container; standard input, output and error come with the frame, or
+    /// none of them when it gets a terminal. Answered by [`Reply::Done`] once it runs (with the
+    /// terminal) and [`Reply::ExecExited`] at its end; closing the connection kills it and what it
+    /// started.
+    Exec {
+        container: String,
+        arguments: Vec<String>,
+        #[serde(default)]
+        tty: bool,
+    },
+    /// From now on copies the container's output to the pipes that come with the frame, standard
+    /// output first, until the connection is closed. Answered by [`Reply::Done`], with the
+    /// container's terminal or the other end of its standard input if it has one.
+    Attach { container: String, stdout: bool, stderr: bool },
+    /// Ends the container's standard input. Answered by [`Reply::Done`].
+    CloseStdin { container: String },
     /// Closes and opens the log again, after it was renamed.
     ReopenLog { container: String },
     /// Ends the monitor. Refused while a container runs.
