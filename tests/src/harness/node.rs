@@ -48,6 +48,7 @@ impl Default for NodeOptions {
 
 /// A node under test.
 pub struct Node {
+    name: String,
     options: NodeOptions,
     netns: NetNs,
     dir: PathBuf,
@@ -115,6 +116,8 @@ impl Node {
             std::fs::create_dir_all(dir.join(folder))?;
         }
         let cgroup = format!("{}-{}", lab.id(), options.name);
+        // A real control plane sees the nodes of many tests.
+        let name = format!("{}-{}", options.name, lab.id());
         leaks::create_cgroups(&cgroup).context("make the node's cgroups")?;
         let log = File::create(dir.join("init.log"))?;
         let mut init = Command::new("setpriv")
@@ -124,7 +127,7 @@ impl Node {
             .args(["--kill-child=KILL", "--mount-proc", "--propagation", "private", "--"])
             .args(["sh", "-c", INIT])
             .env("WORK", &dir)
-            .env("NAME", options.name)
+            .env("NAME", &name)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -145,6 +148,7 @@ impl Node {
         let mut node = Self {
             before: Snapshot::take(init_pid, netns.name(), &cgroup),
             options,
+            name,
             netns,
             dir,
             cgroup,
@@ -162,7 +166,7 @@ impl Node {
 
     /// Its name.
     pub fn name(&self) -> &str {
-        self.options.name
+        &self.name
     }
 
     /// Its address on the lab's network.
@@ -248,7 +252,7 @@ impl Node {
         let log = File::options().create(true).append(true).open(self.dir.join("longshore.log"))?;
         let mut command = self.command(self.binary()?);
         command
-            .args(["run", "--hostname-override", self.options.name])
+            .args(["run", "--hostname-override", &self.name])
             .arg(format!("--node-ip={}", self.address()))
             .arg(format!("--cgroup-root=/{}", self.cgroup));
         if let Some(containerd) = &self.containerd {
@@ -405,7 +409,7 @@ impl Node {
                 return Ok(path);
             }
         }
-        bail!("no process of {} has the address {ip}", self.options.name)
+        bail!("no process of {} has the address {ip}", self.name)
     }
 
     /// What exists now in the node's namespaces.
@@ -431,11 +435,7 @@ impl Node {
 impl Drop for Node {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!(
-                "--- log of node {} (last lines) ---\n{}",
-                self.options.name,
-                self.log_tail(150)
-            );
+            eprintln!("--- log of node {} (last lines) ---\n{}", self.name, self.log_tail(150));
             eprintln!("--- end of log; what is on the node ---");
             for thing in self.left_behind() {
                 eprintln!("{thing}");

@@ -27,9 +27,10 @@ spec:
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_node_tells_what_it_is() {
     let world = World::new("cluster-node").await;
-    let node = world.cluster.admin.read("/api/v1/nodes/node").await.unwrap();
+    let name = world.node.name();
+    let node = world.cluster.admin.read(&format!("/api/v1/nodes/{name}")).await.unwrap();
     let labels = &node["metadata"]["labels"];
-    assert_eq!(labels["kubernetes.io/hostname"], "node");
+    assert_eq!(labels["kubernetes.io/hostname"], name);
     assert_eq!(labels["kubernetes.io/os"], "linux");
     assert!(["amd64", "arm64"].contains(&labels["kubernetes.io/arch"].as_str().unwrap()));
     let status = &node["status"];
@@ -47,7 +48,7 @@ async fn the_node_tells_what_it_is() {
     let address =
         |kind: &str| addresses.iter().find(|a| a["type"] == kind).map(|a| a["address"].clone());
     assert_eq!(address("InternalIP"), Some(world.node.address().to_string().into()));
-    assert_eq!(address("Hostname"), Some("node".into()));
+    assert_eq!(address("Hostname"), Some(name.into()));
     let info = &status["nodeInfo"];
     for field in [
         "kernelVersion",
@@ -61,9 +62,9 @@ async fn the_node_tells_what_it_is() {
         assert!(info[field].is_string(), "{field}: {info}");
     }
     assert!(info["kubeletVersion"].as_str().unwrap().starts_with("v1.36."), "{info}");
-    let lease = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/node";
+    let lease = &format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}");
     let first = world.cluster.admin.read(lease).await.unwrap();
-    assert_eq!(first["spec"]["holderIdentity"], "node");
+    assert_eq!(first["spec"]["holderIdentity"], name);
     assert_eq!(first["spec"]["leaseDurationSeconds"], 40);
     eventually("the lease is renewed", async || {
         let now = world.cluster.admin.read(lease).await?;
@@ -80,7 +81,7 @@ async fn the_node_tells_what_it_is() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn static_pods_have_mirrors() {
     let world = World::new("cluster-mirror").await;
-    let path = "/api/v1/namespaces/default/pods/static-node";
+    let path = &format!("/api/v1/namespaces/default/pods/static-{}", world.node.name());
     world.node.put_manifest("static.yaml", IDLE_MANIFEST).unwrap();
     let mirror = eventually("the mirror pod is Ready", async || {
         let pod = world.cluster.admin.read(path).await?;
@@ -281,5 +282,5 @@ async fn reset_takes_everything_away() {
         "a second reset has nothing to do: {}",
         String::from_utf8_lossy(&again.stderr)
     );
-    world.cluster.end(&["node"]).await;
+    world.cluster.end(&[world.node.name()]).await;
 }

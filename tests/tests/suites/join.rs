@@ -18,7 +18,7 @@ async fn setup(name: &str) -> (Lab, Cluster, Node) {
 fn join(node: &Node, arguments: &[&str]) -> (Option<i32>, String) {
     let mut all = vec!["join"];
     all.extend(arguments);
-    all.extend(["--no-start", "--node-name", "node"]);
+    all.extend(["--no-start", "--node-name", node.name()]);
     let output = node.longshore(&all).unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
@@ -65,7 +65,7 @@ async fn a_good_token_writes_credentials_that_only_root_reads() {
     // Again, and with a token that is no more: it has joined already.
     let (code, said) = join(&node, &arguments);
     assert_eq!(code, Some(0), "{said}");
-    cluster.end(&["node"]).await;
+    cluster.end(&[node.name()]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

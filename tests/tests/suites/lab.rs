@@ -26,7 +26,7 @@ async fn a_node_reaches_the_lan_and_goes_away_completely() {
         let answer = net::http_get(&node.netns().path(), to, "/").unwrap();
         assert_eq!((answer.code, answer.body.as_str()), (200, "hello"));
         assert_eq!(server.join().unwrap(), node.address());
-        assert_eq!(node.run("hostname", &[]).unwrap().trim(), "node");
+        assert_eq!(node.run("hostname", &[]).unwrap().trim(), node.name());
         assert!(node.left_behind().is_empty(), "{:?}", node.left_behind());
         node.run("sh", &["-c", "sleep 1000 >/dev/null 2>&1 &"]).unwrap();
     }

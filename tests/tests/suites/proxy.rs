@@ -135,7 +135,7 @@ async fn connections_spread_and_affinity_keeps_them() {
     let world = World::new("proxy-spread").await;
     for name in ["x", "y", "z"] {
         let mut spec = server(8080);
-        spec["nodeName"] = "node".into();
+        spec["nodeName"] = world.node.name().into();
         tests::harness::cluster::fill_image(&mut spec);
         let pod = json!({"metadata": {"name": name, "labels": {"app": "many"}}, "spec": spec});
         world.cluster.admin.create(&world.cluster.path("pods"), pod).await.unwrap();

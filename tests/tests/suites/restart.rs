@@ -23,7 +23,8 @@ fn seed() -> u64 {
 async fn a_restart_is_invisible() {
     let mut world = World::new("restart-once").await;
     let pod = world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
-    let node = world.cluster.admin.read("/api/v1/nodes/node").await.unwrap();
+    let node =
+        world.cluster.admin.read(&format!("/api/v1/nodes/{}", world.node.name())).await.unwrap();
     // Ends while nobody looks: its exit code is not lost.
     world
         .ready_pod(
@@ -49,7 +50,8 @@ async fn a_restart_is_invisible() {
             .collect()
     };
     assert_eq!(transitions(&after), transitions(&pod));
-    let node_after = world.cluster.admin.read("/api/v1/nodes/node").await.unwrap();
+    let node_after =
+        world.cluster.admin.read(&format!("/api/v1/nodes/{}", world.node.name())).await.unwrap();
     assert_eq!(transitions(&node_after), transitions(&node));
     world.end(&["steady", "ends"]).await;
 }

@@ -85,8 +85,10 @@ async fn the_demo_of_the_readme_runs() {
     says(&lab.outside().path(), "10.99.0.2:30080", "Hello from web").await;
     eventually("status shows pods and services", async || {
         let status = status(&node)?;
-        let (web, service) =
-            (entry(&status, "pods", "web-node"), entry(&status, "services", "web"));
+        let (web, service) = (
+            entry(&status, "pods", &format!("web-{}", node.name())),
+            entry(&status, "services", "web"),
+        );
         if web.is_object() && service["clusterIP"] == "10.96.0.80" {
             Ok(())
         } else {
@@ -193,7 +195,7 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     };
     let (ip, port) = eventually("the Service has addresses", async || addresses(&node)).await;
     let inside = node.netns().path();
-    says(&inside, &format!("{ip}:80"), "web-node ").await;
+    says(&inside, &format!("{ip}:80"), &format!("web-{} ", node.name())).await;
     let servers = |node: &Node| -> Vec<u32> {
         processes_of(node.init_pid())
             .into_iter()
@@ -205,14 +207,15 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     for _ in 0..3 {
         node.end(nix::sys::signal::Signal::SIGKILL).await;
         // Served on without longshore.
-        says(&lab.outside().path(), &format!("10.99.0.2:{port}"), "web-node ").await;
+        says(&lab.outside().path(), &format!("10.99.0.2:{port}"), &format!("web-{} ", node.name()))
+            .await;
         node.restart().await.unwrap();
         node.ready().await;
         assert_eq!(
             eventually("addresses are known again", async || addresses(&node)).await,
             (ip.clone(), port)
         );
-        says(&inside, &format!("{ip}:80"), "web-node ").await;
+        says(&inside, &format!("{ip}:80"), &format!("web-{} ", node.name())).await;
         assert_eq!(servers(&node), before, "the container was restarted");
     }
     // Its process killed, it comes back.
@@ -226,7 +229,7 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
         if now.len() == 1 && now != before { Ok(()) } else { Err(format!("{now:?}")) }
     })
     .await;
-    says(&inside, &format!("{ip}:80"), "web-node ").await;
+    says(&inside, &format!("{ip}:80"), &format!("web-{} ", node.name())).await;
     node.remove_manifest("web.yaml").unwrap();
     node.nothing_of_pods_left().await;
 }
