@@ -126,7 +126,9 @@ async fn iptables_dataplane() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dataplane_over_containerd() {
-    let world = World::with("proxy-ctrd", Runtime::Containerd, &[]).await;
+    // What its CNI configuration gives to pods, whatever the cluster's proxies are told.
+    let flags = ["--cluster-cidr=10.245.0.0/24"];
+    let world = World::with("proxy-ctrd", Runtime::Containerd, &flags).await;
     whole_dataplane(world).await;
 }
 
