@@ -12,6 +12,7 @@ pub mod health;
 pub mod ids;
 pub mod join;
 pub mod node;
+pub mod node_api;
 pub mod node_context;
 pub mod objects;
 pub mod pod;

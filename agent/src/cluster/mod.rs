@@ -31,7 +31,7 @@ use self::status_sink::ClusterStatuses;
 use self::store::Store;
 use crate::api::{Api, ApiError};
 use crate::config::Threshold;
-use crate::node::{NodeLoop, lease, rotate};
+use crate::node::{NodeLoop, lease, rotate, serving};
 use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -61,6 +61,8 @@ pub struct ClusterConfig {
     pub state_dir: PathBuf,
     /// Port of the node API (10250) as told in `status.daemonEndpoints`; 0 leaves it out.
     pub node_api_port: u16,
+    /// `serverTLSBootstrap`: the node API's certificate is asked for by CSR.
+    pub server_tls_bootstrap: bool,
     /// `--register-node`.
     pub register_node: bool,
     /// `--node-labels`.
@@ -105,6 +107,7 @@ impl ClusterConfig {
             state_dir: root.join("longshore"),
             root_dir: root,
             node_api_port: 10250,
+            server_tls_bootstrap: false,
             register_node: true,
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
@@ -144,6 +147,8 @@ pub enum ClusterError {
 
 /// What a cluster gives to and takes from the rest of the node.
 pub struct ClusterParts {
+    /// The API server.
+    pub api: Api,
     /// ConfigMaps, Secrets, tokens, Services, the node object.
     pub objects: Arc<dyn Objects>,
     /// Takes pod statuses.
@@ -266,9 +271,14 @@ pub async fn start(
             network_tx,
         );
         tasks.spawn(node_loop.run());
-        tasks.spawn(rotate::run(api, config, errors));
+        if config.server_tls_bootstrap {
+            let client = api.main.clone();
+            tasks.spawn(serving::run(client, config.clone(), node.clone(), errors.clone()));
+        }
+        tasks.spawn(rotate::run(api.clone(), config, errors));
     }
     Ok(ClusterParts {
+        api,
         objects,
         statuses,
         events,

@@ -17,7 +17,9 @@ use tokio::task::JoinSet;
 
 use crate::cluster;
 use crate::config::NodeConfig;
+use crate::config::node_api::Authorization;
 use crate::health::{self, Watched};
+use crate::node_api::{ClusterReviews, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::pod::SyncLoop;
@@ -50,10 +52,15 @@ struct World {
     sources: Vec<PodSource>,
     /// Whether pods may have addresses by now.
     network: watch::Receiver<bool>,
+    /// Who can be asked about tokens and permissions.
+    reviews: Option<Box<dyn Reviews>>,
 }
 
 /// A part that ended, with why it could not go on.
 type Ended = (&'static str, anyhow::Result<()>);
+
+/// The node, its runtime, and who can be asked about tokens and permissions.
+type Serves = (Arc<NodeContext>, Arc<dyn Runtime>, Option<Box<dyn Reviews>>);
 
 /// The parts as they are put together.
 struct Parts {
@@ -61,6 +68,8 @@ struct Parts {
     shutdown: watch::Receiver<bool>,
     tasks: JoinSet<Ended>,
     watched: Watched,
+    /// What the node API needs of an agent that runs here.
+    serves: Option<Serves>,
 }
 
 /// Runs the node until a signal ends it or a part cannot go on.
@@ -71,6 +80,7 @@ pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
         watched: Watched::new(&config),
         tasks: JoinSet::new(),
         shutdown: shutdown.clone(),
+        serves: None,
         config,
     };
     let mut terminate = signal(SignalKind::terminate())?;
@@ -133,6 +143,7 @@ impl Parts {
             let serving = health::serve_healthz(listener, watched.clone(), self.shutdown.clone());
             self.spawn("healthz", serving);
         }
+        self.node_api(&watched).await?;
         if agent {
             let socket = health::bind_status(&self.config.run_dir)?;
             let serving = health::serve_status(socket, watched.clone(), self.shutdown.clone());
@@ -180,6 +191,7 @@ impl Parts {
             refresh.await;
             Ok(())
         });
+        self.serves = Some((node.clone(), runtime.clone(), world.reviews));
         let sync =
             SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, world.events)
                 .with_sources(world.sources)
@@ -188,6 +200,46 @@ impl Parts {
         let (pods, shutdown) = (world.pods, self.shutdown.clone());
         self.spawn("the sync loop", async move {
             sync.run(pods, shutdown).await;
+            Ok(())
+        });
+        Ok(())
+    }
+
+    /// Serves port 10250, where an agent runs here and somebody could be let in.
+    async fn node_api(&mut self, watched: &Arc<Watched>) -> anyhow::Result<()> {
+        let (Some((node, runtime, reviews)), Some(sync)) = (self.serves.take(), &watched.sync)
+        else {
+            return Ok(());
+        };
+        let config = self.config.node_api.clone();
+        if !config.enabled {
+            return Ok(());
+        }
+        if reviews.is_none() && config.authorization != Authorization::AlwaysAllow {
+            tracing::info!(
+                "the node API is not served: without a control plane nobody says who may ask; \
+                 KubeletConfiguration.authorization.mode AlwaysAllow lets those in who are known"
+            );
+            return Ok(());
+        }
+        let mut names = vec![self.config.hostname.to_lowercase()];
+        if self.config.node_name != names[0] {
+            names.push(self.config.node_name.clone());
+        }
+        names.extend(watched.node_ips.iter().map(ToString::to_string));
+        let api = NodeApi {
+            node,
+            names,
+            config,
+            cert_dir: self.config.cert_dir.clone(),
+            sync: sync.clone(),
+            runtime,
+            watched: watched.clone(),
+        };
+        let listening = api.listen(reviews).await?;
+        let shutdown = self.shutdown.clone();
+        self.spawn("the node API", async move {
+            listening.serve(shutdown).await;
             Ok(())
         });
         Ok(())
@@ -229,6 +281,7 @@ impl Parts {
             proxy,
             sources: vec![PodSource::File],
             network: watch::channel(true).1,
+            reviews: None,
         })
     }
 
@@ -294,6 +347,7 @@ impl Parts {
             proxy: parts.proxy,
             sources,
             network: parts.network,
+            reviews: Some(Box::new(ClusterReviews::new(parts.api.main))),
         })
     }
 }

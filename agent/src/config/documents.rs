@@ -27,6 +27,8 @@ pub(super) type Fields = &'static [(&'static str, Treatment)];
 pub struct Documents {
     /// `kubelet.config.k8s.io/v1beta1`.
     pub kubelet: KubeletConfiguration,
+    /// The same as it was written, for `/configz`.
+    pub kubelet_written: Map<String, Value>,
     /// `kubeproxy.config.k8s.io/v1alpha1`.
     pub kube_proxy: KubeProxyConfiguration,
     /// `longshore.io/v1alpha1`.
@@ -61,6 +63,7 @@ pub fn parse(text: &[u8]) -> Result<Documents, ConfigError> {
         let Value::Object(fields) = value else { continue };
         match name {
             "KubeletConfiguration" => {
+                documents.kubelet_written = fields.clone();
                 documents.kubelet =
                     read(name, fields, super::kubelet::FIELDS, &mut documents.notes)?;
             }
@@ -282,11 +285,7 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
         };
         assert!(noted("cpuManagerPolicy: static"));
         assert!(!noted("cpuManagerPolicy: none"));
-        assert!(noted("enableServer: false"));
-        assert!(!noted("enableServer: true"));
         assert!(noted("evictionSoft: {memory.available: 1Gi}"));
         assert!(!noted("evictionSoft: {}"));
-        assert!(noted("readOnlyPort: 10255"));
-        assert!(!noted("readOnlyPort: 0"));
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! Floor 1: `resolve` is a pure function of what was given; reading the file is the caller's.
 
+mod configz;
 mod documents;
 mod kube_proxy;
 mod kubelet;
 mod longshore;
 mod node;
+pub mod node_api;
 mod quantity;
 
 pub use documents::{Documents, parse};
@@ -15,6 +17,7 @@ pub use kubelet::KubeletConfiguration;
 pub use longshore::LongshoreConfiguration;
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub(crate) use node::{is_dns1123_label, is_dns1123_subdomain};
+pub use node_api::NodeApiConfig;
 pub use quantity::{Threshold, parse_bytes};
 
 /// Something in the configuration that an operator should know, without stopping the node.

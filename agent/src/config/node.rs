@@ -9,7 +9,7 @@ use proxy::config::{Conntrack, DetectLocal};
 use proxy::{Mode, NodePortAddresses};
 
 use super::quantity::{Threshold, parse_bytes};
-use super::{ConfigError, Documents, Note};
+use super::{ConfigError, Documents, NodeApiConfig, Note, configz, node_api};
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part, ProxyModeFlag};
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -84,7 +84,7 @@ pub struct NodeConfig {
     /// Everything that the proxy is told.
     pub proxy: proxy::Config,
     pub healthz: Option<SocketAddr>,
-    pub node_api: SocketAddr,
+    pub node_api: NodeApiConfig,
     pub cgroup_root: String,
     pub cgroup_driver: CgroupDriver,
     pub cgroups_per_qos: bool,
@@ -131,11 +131,35 @@ pub fn resolve(
     documents: Documents,
     host: &Host,
 ) -> Result<NodeConfig, ConfigError> {
-    let Documents { kubelet, kube_proxy, longshore, notes } = documents;
+    let Documents { kubelet, kubelet_written, kube_proxy, longshore, notes } = documents;
     let path = |flag: &Option<PathBuf>, file: Option<String>, default: &str| -> PathBuf {
         let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
         flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
     };
+    let cgroup_driver = match flags.cgroup_driver {
+        Some(CgroupDriverFlag::Cgroupfs) => CgroupDriver::Cgroupfs,
+        Some(CgroupDriverFlag::Systemd) => CgroupDriver::Systemd,
+        None => match kubelet.cgroup_driver.as_deref().unwrap_or_default() {
+            "" if host.systemd_cgroups => CgroupDriver::Systemd,
+            "" | "cgroupfs" => CgroupDriver::Cgroupfs,
+            "systemd" => CgroupDriver::Systemd,
+            other => {
+                return Err(ConfigError::invalid(
+                    "KubeletConfiguration.cgroupDriver",
+                    format!("{other:?} is unknown; use cgroupfs or systemd"),
+                ));
+            }
+        },
+    };
+    let node_api_address = SocketAddr::new(
+        match flags.address {
+            Some(ip) => ip,
+            None => ip_or("KubeletConfiguration.address", kubelet.address.as_deref(), "0.0.0.0")?,
+        },
+        flags.port.or(kubelet.port).filter(|port| *port != 0).unwrap_or(10250),
+    );
+    let shown = configz::shown(kubelet_written, node_api_address, cgroup_driver);
+    let node_api_config = node_api::resolve(&kubelet, node_api_address, shown)?;
     let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
     let node_name = flags
         .hostname_override
@@ -268,22 +292,6 @@ pub fn resolve(
         ..proxy::Config::default()
     };
 
-    let cgroup_driver = match flags.cgroup_driver {
-        Some(CgroupDriverFlag::Cgroupfs) => CgroupDriver::Cgroupfs,
-        Some(CgroupDriverFlag::Systemd) => CgroupDriver::Systemd,
-        None => match kubelet.cgroup_driver.as_deref().unwrap_or_default() {
-            "" if host.systemd_cgroups => CgroupDriver::Systemd,
-            "" | "cgroupfs" => CgroupDriver::Cgroupfs,
-            "systemd" => CgroupDriver::Systemd,
-            other => {
-                return Err(ConfigError::invalid(
-                    "KubeletConfiguration.cgroupDriver",
-                    format!("{other:?} is unknown; use cgroupfs or systemd"),
-                ));
-            }
-        },
-    };
-
     let high = kubelet.image_gc_high_threshold_percent.unwrap_or(85);
     let low = kubelet.image_gc_low_threshold_percent.unwrap_or(80);
     if high > 100 || low >= high {
@@ -411,15 +419,7 @@ pub fn resolve(
             let port = flags.healthz_port.or(kubelet.healthz_port).unwrap_or(10248);
             (port != 0).then_some(SocketAddr::new(ip, port))
         },
-        node_api: SocketAddr::new(
-            match flags.address {
-                Some(ip) => ip,
-                None => {
-                    ip_or("KubeletConfiguration.address", kubelet.address.as_deref(), "0.0.0.0")?
-                }
-            },
-            flags.port.or(kubelet.port).filter(|port| *port != 0).unwrap_or(10250),
-        ),
+        node_api: node_api_config,
         cgroup_root: flags
             .cgroup_root
             .clone()

@@ -71,6 +71,26 @@ impl Watched {
         }
     }
 
+    /// Of a node that runs nothing.
+    #[cfg(test)]
+    pub(crate) fn of_nothing(node_name: &str) -> Self {
+        Self {
+            node_name: node_name.to_owned(),
+            node_ips: Vec::new(),
+            standalone: true,
+            started: Timestamp::now(),
+            runtime_endpoint: String::new(),
+            manifest_path: None,
+            sync: None,
+            proxy: None,
+            store: None,
+            node: None,
+            errors: None,
+            manifests: None,
+            notes: Vec::new(),
+        }
+    }
+
     /// Whether everything that runs here goes round, and the runtime answers.
     pub async fn check(&self) -> Result<(), Vec<String>> {
         let mut failures = Vec::new();

@@ -7,7 +7,7 @@ use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestSpec,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
+use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
@@ -15,6 +15,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 /// Signer of node client certificates.
 pub const SIGNER: &str = "kubernetes.io/kube-apiserver-client-kubelet";
+/// Signer of the certificates that nodes serve their API with.
+pub const SERVING_SIGNER: &str = "kubernetes.io/kubelet-serving";
 /// Group of all nodes.
 const NODES: &str = "system:nodes";
 /// User name prefix of nodes.
@@ -65,6 +67,29 @@ pub struct NodeRequest {
 /// A request for node `node_name`, with the key in `key_pem` or a new one. The object's name is
 /// derived from the key, so that asking again with the same key finds the same object.
 pub fn node_request(node_name: &str, key_pem: Option<&str>) -> Result<NodeRequest, CsrError> {
+    request(node_name, key_pem, "node-csr", SIGNER, "client auth", Vec::new())
+}
+
+/// A request, with a new key, for the certificate that node `node_name` serves its API with, at
+/// `names` (DNS names and addresses).
+pub fn serving_request(node_name: &str, names: &[String]) -> Result<NodeRequest, CsrError> {
+    let san = |name: &String| match name.parse() {
+        Ok(ip) => Ok(SanType::IpAddress(ip)),
+        Err(_) => name.as_str().try_into().map(SanType::DnsName),
+    };
+    let names = names.iter().map(san).collect::<Result<_, rcgen::Error>>();
+    let names = names.map_err(|e| CsrError::Make(e.to_string()))?;
+    request(node_name, None, "csr", SERVING_SIGNER, "server auth", names)
+}
+
+fn request(
+    node_name: &str,
+    key_pem: Option<&str>,
+    prefix: &str,
+    signer: &str,
+    usage: &str,
+    names: Vec<SanType>,
+) -> Result<NodeRequest, CsrError> {
     let make = |e: rcgen::Error| CsrError::Make(e.to_string());
     let key = match key_pem {
         Some(pem) => KeyPair::from_pem(pem).map_err(make)?,
@@ -75,6 +100,7 @@ pub fn node_request(node_name: &str, key_pem: Option<&str>) -> Result<NodeReques
     name.push(DnType::OrganizationName, NODES);
     name.push(DnType::CommonName, format!("{NODE_USER}{node_name}"));
     params.distinguished_name = name;
+    params.subject_alt_names = names;
     let request = params.serialize_request(&key).and_then(|r| r.pem()).map_err(make)?;
     let public = rcgen::PublicKeyData::subject_public_key_info(&key);
     let digest = Sha256::new().chain_update(public).chain_update(node_name).finalize();
@@ -84,13 +110,13 @@ pub fn node_request(node_name: &str, key_pem: Option<&str>) -> Result<NodeReques
         key_pem: key.serialize_pem(),
         object: CertificateSigningRequest {
             metadata: ObjectMeta {
-                name: Some(format!("node-csr-{suffix}")),
+                name: Some(format!("{prefix}-{suffix}")),
                 ..ObjectMeta::default()
             },
             spec: CertificateSigningRequestSpec {
                 request: ByteString(request.into_bytes()),
-                signer_name: SIGNER.to_owned(),
-                usages: Some(vec!["digital signature".to_owned(), "client auth".to_owned()]),
+                signer_name: signer.to_owned(),
+                usages: Some(vec!["digital signature".to_owned(), usage.to_owned()]),
                 ..CertificateSigningRequestSpec::default()
             },
             status: None,
@@ -220,6 +246,20 @@ mod tests {
             ),
             info.subject_pki.raw
         );
+    }
+
+    #[test]
+    fn a_serving_request_names_the_addresses_of_the_node() {
+        let names = ["n1".to_owned(), "10.0.0.1".to_owned(), "fd00::1".to_owned()];
+        let made = serving_request("n1", &names).unwrap();
+        let spec = &made.object.spec;
+        assert_eq!(spec.signer_name, SERVING_SIGNER);
+        assert_eq!(spec.usages.as_ref().unwrap(), &["digital signature", "server auth"]);
+        let (_, pem) = x509_parser::pem::parse_x509_pem(&spec.request.0).unwrap();
+        let (_, request) = X509CertificationRequest::from_der(&pem.contents).unwrap();
+        let subject = request.certification_request_info.subject.to_string();
+        assert_eq!(subject, "O=system:nodes, CN=system:node:n1");
+        assert_eq!(request.requested_extensions().map_or(0, Iterator::count), 1, "the SANs");
     }
 
     #[test]

@@ -127,23 +127,37 @@ pub fn write_atomic(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileEr
     })
 }
 
-/// Puts certificate chain and key into a file of their own in `dir` and points the link at it.
-/// `stamp` (date and time) makes the name.
+/// Puts the client certificate's chain and key into a file of their own in `dir` and points the link
+/// at it. `stamp` (date and time) makes the name.
 pub fn store_certificate(
     dir: &Path,
     chain_pem: &[u8],
     key_pem: &str,
     stamp: &str,
 ) -> Result<PathBuf, FileError> {
-    let file = dir.join(format!("kubelet-client-{stamp}.pem"));
+    let current = store_pair(dir, "kubelet-client", chain_pem, key_pem, stamp)?;
+    let _ = fs::remove_file(dir.join(PENDING_KEY));
+    Ok(current)
+}
+
+/// Puts chain and key into `<stem>-<stamp>.pem` in `dir` and points `<stem>-current.pem` at it.
+pub fn store_pair(
+    dir: &Path,
+    stem: &str,
+    chain_pem: &[u8],
+    key_pem: &str,
+    stamp: &str,
+) -> Result<PathBuf, FileError> {
+    let file = dir.join(format!("{stem}-{stamp}.pem"));
     let mut content = chain_pem.to_vec();
     if !content.ends_with(b"\n") {
         content.push(b'\n');
     }
     content.extend_from_slice(key_pem.as_bytes());
     write_atomic(&file, 0o600, &content)?;
-    let current = dir.join(CURRENT);
-    let temporary = dir.join(format!(".{CURRENT}.{}.tmp", std::process::id()));
+    let name = format!("{stem}-current.pem");
+    let current = dir.join(&name);
+    let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
     let link = || {
         let _ = fs::remove_file(&temporary);
         symlink(&file, &temporary)?;
@@ -151,7 +165,6 @@ pub fn store_certificate(
         fs::File::open(dir)?.sync_all()
     };
     link().map_err(|cause| FileError { what: "link", path: current.clone(), cause })?;
-    let _ = fs::remove_file(dir.join(PENDING_KEY));
     Ok(current)
 }
 

@@ -5,6 +5,7 @@ pub mod lease;
 pub mod machine;
 pub mod object;
 pub mod rotate;
+pub mod serving;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -47,6 +47,18 @@ pub struct SyncHandle {
 }
 
 impl SyncHandle {
+    /// Of a loop that goes round and has no pods.
+    #[cfg(test)]
+    pub(crate) fn idle() -> Self {
+        let (pings, mut asked) = mpsc::channel::<oneshot::Sender<()>>(8);
+        tokio::spawn(async move {
+            while let Some(reply) = asked.recv().await {
+                let _ = reply.send(());
+            }
+        });
+        Self { table: PodTable::default(), pings }
+    }
+
     /// The pods of this node.
     pub fn table(&self) -> &PodTable {
         &self.table

@@ -72,6 +72,35 @@ impl PodTable {
         self.0.pods.read().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
     }
 
+    /// The pod of this name; of two, the one that is not being deleted.
+    pub fn named(&self, namespace: &str, name: &str) -> Option<PodView> {
+        let pods = self.0.pods.read().unwrap_or_else(PoisonError::into_inner);
+        let named = pods.values().filter(|view| {
+            let meta = &view.pod.metadata;
+            view.source.is_some()
+                && meta.name.as_deref() == Some(name)
+                && meta.namespace.as_deref().unwrap_or("default") == namespace
+        });
+        named.min_by_key(|view| view.pod.metadata.deletion_timestamp.is_some()).cloned()
+    }
+
+    /// Whether container `name` of pod `uid` runs as instance `id` (without `<runtime>://`).
+    pub fn runs(&self, uid: &PodUid, name: &str, id: &str) -> bool {
+        let pods = self.0.pods.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(view) = pods.get(uid) else { return false };
+        let status = &view.status;
+        let all = [
+            &status.container_statuses,
+            &status.init_container_statuses,
+            &status.ephemeral_container_statuses,
+        ];
+        all.into_iter().flatten().flatten().any(|status| {
+            status.name == name
+                && status.state.as_ref().is_some_and(|state| state.running.is_some())
+                && status.container_id.as_deref().is_some_and(|full| full.ends_with(id))
+        })
+    }
+
     /// Number of pods.
     pub fn len(&self) -> usize {
         self.0.pods.read().unwrap_or_else(PoisonError::into_inner).len()

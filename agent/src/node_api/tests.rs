@@ -1,0 +1,358 @@
+//! The node API as clients meet it: every endpoint for every kind of client, over real TLS.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use http_body_util::{BodyExt, Empty};
+use hyper::body::Bytes;
+use hyper_util::rt::TokioIo;
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use super::*;
+use crate::api::ApiError;
+use crate::config::node_api::{Authentication, Authorization, ServerTls, TlsVersion};
+use crate::pod::clock::SystemClock;
+use crate::runtime::fake::FakeRuntime;
+
+const NODE: &str = "n1";
+/// Whom the API server shows itself as.
+const API_SERVER: &str = "kube-apiserver-kubelet-client";
+
+/// All endpoints, with the subresources that open them.
+const ENDPOINTS: &[(&str, &str, &[&str])] = &[
+    ("GET", "/healthz", &["healthz", "proxy"]),
+    ("GET", "/healthz/ping", &["healthz", "proxy"]),
+    ("GET", "/pods", &["pods", "proxy"]),
+    ("GET", "/runningpods/", &["pods", "proxy"]),
+    ("GET", "/configz", &["configz", "proxy"]),
+    ("GET", "/stats/summary", &["stats"]),
+    ("GET", "/metrics", &["metrics"]),
+    ("GET", "/metrics/cadvisor", &["metrics"]),
+    ("GET", "/metrics/resource", &["metrics"]),
+    ("GET", "/metrics/probes", &["metrics"]),
+    ("GET", "/metrics/slis", &["metrics"]),
+    ("GET", "/logs/", &["log"]),
+    ("GET", "/statusz", &["statusz"]),
+    ("GET", "/flagz", &["configz"]),
+    ("GET", "/debug/pprof/profile", &["proxy"]),
+    ("PUT", "/debug/flags/v", &["proxy"]),
+    ("GET", "/containerLogs/ns/p/c", &["proxy"]),
+    ("POST", "/exec/ns/p/c?command=x&output=1", &["proxy"]),
+    ("GET", "/exec/ns/p/c?command=x&output=1", &["proxy"]),
+    ("POST", "/exec/ns/p/u/c?command=x&output=1", &["proxy"]),
+    ("POST", "/attach/ns/p/c?output=1", &["proxy"]),
+    ("POST", "/attach/ns/p/u/c?output=1", &["proxy"]),
+    ("POST", "/portForward/ns/p", &["proxy"]),
+    ("POST", "/portForward/ns/p/u", &["proxy"]),
+    ("POST", "/run/ns/p/c?cmd=x", &["proxy"]),
+    ("POST", "/run/ns/p/u/c?cmd=x", &["proxy"]),
+    ("POST", "/checkpoint/ns/p/c", &["checkpoint"]),
+    ("GET", "/no/such/path", &["proxy"]),
+    ("GET", "/%70ods", &["pods", "proxy"]),
+];
+
+/// Lets the API server do all, and user `reader` what a monitoring stack is granted.
+#[derive(Default)]
+struct Rules {
+    tokens_asked: AtomicUsize,
+    accesses_asked: AtomicUsize,
+}
+
+#[async_trait]
+impl Reviews for Arc<Rules> {
+    async fn token(&self, token: &str) -> Result<Option<Identity>, ApiError> {
+        self.tokens_asked.fetch_add(1, Ordering::Relaxed);
+        let user = match token {
+            "reader-token" => "reader",
+            "bob-token" => "bob",
+            _ => return Ok(None),
+        };
+        Ok(Some(Identity { user: user.into(), ..Identity::default() }))
+    }
+
+    async fn access(&self, node: &str, who: &Identity, access: &Access) -> Result<bool, ApiError> {
+        self.accesses_asked.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(node, NODE);
+        assert!(
+            who.groups.iter().any(|group| group.starts_with("system:")),
+            "everybody has a group: {who:?}"
+        );
+        Ok(who.user == API_SERVER
+            || who.user == "reader"
+                && ["metrics", "stats", "healthz", "pods"].contains(&access.subresource)
+                && access.verb == "get")
+    }
+}
+
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
+
+impl Authority {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    fn issue(&self, user: &str, group: &str, expired: bool) -> Pair {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, user);
+        params.distinguished_name.push(DnType::OrganizationName, group);
+        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        if expired {
+            params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+            params.not_after = rcgen::date_time_ymd(2020, 2, 1);
+        }
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        (certificate.der().clone(), PrivateKeyDer::try_from(key.serialize_der()).unwrap())
+    }
+}
+
+struct Rig {
+    address: SocketAddr,
+    authority: Authority,
+    rules: Arc<Rules>,
+    _stop: watch::Sender<bool>,
+    _dir: tempfile::TempDir,
+    tls: Certificate,
+}
+
+async fn rig(change: impl FnOnce(&mut NodeApiConfig)) -> Rig {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let ca = dir.path().join("ca.crt");
+    std::fs::write(&ca, &authority.pem).unwrap();
+    let mut config = NodeApiConfig {
+        enabled: true,
+        address: ([127, 0, 0, 1], 0).into(),
+        read_only: None,
+        tls: ServerTls {
+            files: None,
+            bootstrap: false,
+            min_version: TlsVersion::V12,
+            cipher_suites: Vec::new(),
+        },
+        authentication: Authentication {
+            client_ca: Some(ca),
+            webhook: true,
+            cache_ttl: Duration::from_secs(60),
+            anonymous: false,
+        },
+        authorization: Authorization::Webhook {
+            allowed_ttl: Duration::from_secs(60),
+            denied_ttl: Duration::from_secs(60),
+        },
+        debugging_handlers: true,
+        system_log_handler: true,
+        system_log_query: false,
+        profiling_handler: true,
+        debug_flags_handler: true,
+        configz: serde_json::Value::Null,
+    };
+    change(&mut config);
+    let mut node = NodeContext::new(NODE, vec![[127, 0, 0, 1].into()]);
+    node.root_dir = dir.path().into();
+    let node = Arc::new(node);
+    let sync = SyncHandle::idle();
+    let rules = Arc::new(Rules::default());
+    let watched = Watched::of_nothing(NODE);
+    let api = NodeApi {
+        node,
+        names: vec![NODE.into()],
+        config,
+        cert_dir: dir.path().join("pki"),
+        sync,
+        runtime: Arc::new(FakeRuntime::new(Arc::new(SystemClock), false)),
+        watched: Arc::new(watched),
+    };
+    let reviews: Box<dyn Reviews> = Box::new(rules.clone());
+    let listening = api.listen(Some(reviews)).await.unwrap();
+    let address = listening.listener.local_addr().unwrap();
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(listening.serve(stopped));
+    let pki = dir.path().join("pki");
+    let tls = Certificate::of(&pki.join("kubelet.crt"), &pki.join("kubelet.key"));
+    Rig { address, authority, rules, _stop: stop, _dir: dir, tls }
+}
+
+impl Rig {
+    async fn connect(&self, pair: Option<Pair>) -> Option<TlsStream<TcpStream>> {
+        let mut roots = rustls::RootCertStore::empty();
+        assert!(self.tls.is_there());
+        let pem = std::fs::read(self._dir.path().join("pki/kubelet.crt")).unwrap();
+        use rustls::pki_types::pem::PemObject;
+        roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
+        let config = match pair {
+            Some((chain, key)) => builder.with_client_auth_cert(vec![chain], key).unwrap(),
+            None => builder.with_no_client_auth(),
+        };
+        let stream = TcpStream::connect(self.address).await.ok()?;
+        let connector = TlsConnector::from(Arc::new(config));
+        connector.connect(NODE.try_into().unwrap(), stream).await.ok()
+    }
+
+    async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        pair: Option<Pair>,
+        token: Option<&str>,
+    ) -> (u16, String) {
+        let stream = self.connect(pair).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let mut request = hyper::Request::builder().method(method).uri(path).header("host", "n");
+        if let Some(token) = token {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        let request = request.body(Empty::<Bytes>::new()).unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await.unwrap().to_bytes();
+        (status, String::from_utf8_lossy(&body).into_owned())
+    }
+}
+
+#[tokio::test]
+async fn every_endpoint_lets_in_who_may_and_nobody_else() {
+    let rig = rig(|_| {}).await;
+    let issue = |user, group| rig.authority.issue(user, group, false);
+    let stranger = Authority::new();
+    for (method, path, opened_by) in ENDPOINTS {
+        let reader = *method == "GET"
+            && opened_by.iter().any(|s| ["metrics", "stats", "healthz", "pods"].contains(s));
+        let passes = |status: u16| status != 401 && status != 403;
+        let cases: [(&str, Option<Pair>, Option<&str>, u16); 9] = [
+            ("nobody", None, None, 401),
+            ("a bad token", None, Some("nonsense"), 401),
+            ("a token of somebody without rights", None, Some("bob-token"), 403),
+            ("a monitoring token", None, Some("reader-token"), if reader { 0 } else { 403 }),
+            ("a certificate of the wrong group", Some(issue("bob", "dev")), None, 403),
+            ("another node", Some(issue("system:node:n2", "system:nodes")), None, 403),
+            (
+                "an expired certificate",
+                Some(rig.authority.issue(API_SERVER, "system:masters", true)),
+                None,
+                401,
+            ),
+            (
+                "a certificate of another authority",
+                Some(stranger.issue(API_SERVER, "system:masters", false)),
+                None,
+                401,
+            ),
+            ("the API server", Some(issue(API_SERVER, "kubeadm:cluster-admins")), None, 0),
+        ];
+        for (who, pair, token, expected) in cases {
+            let (status, body) = rig.ask(method, path, pair, token).await;
+            match expected {
+                0 => assert!(passes(status), "{method} {path} by {who}: {status} {body}"),
+                code => assert_eq!(status, code, "{method} {path} by {who}: {body}"),
+            }
+            assert!(!body.contains("token"), "{body}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn answers_of_the_cluster_are_kept() {
+    let rig = rig(|_| {}).await;
+    for _ in 0..5 {
+        let (status, _) = rig.ask("GET", "/healthz/ping", None, Some("reader-token")).await;
+        assert_eq!(status, 200);
+        let (status, body) = rig.ask("GET", "/configz", None, Some("reader-token")).await;
+        assert_eq!(status, 403);
+        assert_eq!(
+            body,
+            "Forbidden (user=reader, verb=get, resource=nodes, subresource(s)=[configz proxy])\n"
+        );
+    }
+    assert_eq!(rig.rules.tokens_asked.load(Ordering::Relaxed), 1);
+    assert_eq!(rig.rules.accesses_asked.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn anonymous_clients_are_somebody_where_that_is_configured() {
+    let rig = rig(|config| {
+        config.authentication.anonymous = true;
+        config.authorization = Authorization::AlwaysAllow;
+    })
+    .await;
+    assert_eq!(rig.ask("GET", "/healthz/ping", None, None).await.0, 200);
+    // Bad credentials are worse than none.
+    assert_eq!(rig.ask("GET", "/healthz/ping", None, Some("nonsense")).await.0, 401);
+    let expired = rig.authority.issue(API_SERVER, "g", true);
+    assert_eq!(rig.ask("GET", "/healthz/ping", Some(expired), None).await.0, 401);
+}
+
+#[tokio::test]
+async fn switches_close_what_they_name() {
+    let rig = rig(|config| {
+        config.debugging_handlers = false;
+    })
+    .await;
+    let me = || Some(rig.authority.issue(API_SERVER, "g", false));
+    for path in ["/exec/ns/p/c", "/containerLogs/ns/p/c", "/runningpods/", "/debug/pprof/"] {
+        assert_eq!(rig.ask("GET", path, me(), None).await.0, 405, "{path}");
+    }
+    assert_eq!(rig.ask("GET", "/pods", me(), None).await.0, 200);
+}
+
+#[tokio::test]
+async fn strangers_in_numbers_do_not_keep_anybody_out() {
+    let rig = rig(|_| {}).await;
+    let mut idle = Vec::new();
+    for _ in 0..700 {
+        idle.push(TcpStream::connect(rig.address).await.unwrap());
+    }
+    let me = rig.authority.issue(API_SERVER, "g", false);
+    assert_eq!(rig.ask("GET", "/healthz/ping", Some(me), None).await.0, 200);
+    let mut first = idle.remove(0);
+    let closed = tokio::time::timeout(Duration::from_secs(5), first.read(&mut [0; 1])).await;
+    assert!(matches!(closed, Ok(Ok(0) | Err(_))), "the oldest of too many is closed");
+}
+
+#[tokio::test]
+async fn requests_that_are_none_are_refused() {
+    let rig = rig(|_| {}).await;
+    for text in [
+        format!("GET /pods HTTP/1.1\r\nhost: n\r\nx: {}\r\n\r\n", "x".repeat(600 << 10)),
+        "GET /pods HTTP/1.1\r\nhost: n\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n".into(),
+        "GET /pods HTTP/1.1\r\nhost: n\r\nbad header\r\n\r\n".into(),
+        format!("GET /pods HTTP/1.1\r\nhost: n\r\n{}\r\n", "x: y\r\n".repeat(1000)),
+    ] {
+        let me = rig.authority.issue(API_SERVER, "g", false);
+        let mut stream = rig.connect(Some(me)).await.unwrap();
+        let _ = stream.write_all(text.as_bytes()).await;
+        let mut answer = Vec::new();
+        let read = stream.read_to_end(&mut answer);
+        let _ = tokio::time::timeout(Duration::from_secs(10), read).await.expect("closed");
+        let answer = String::from_utf8_lossy(&answer);
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    }
+    let me = rig.authority.issue(API_SERVER, "g", false);
+    assert_eq!(rig.ask("GET", "/pods", Some(me), None).await.0, 200);
+}
