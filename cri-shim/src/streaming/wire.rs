@@ -7,7 +7,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use base64::Engine;
@@ -29,7 +29,7 @@ const READ: usize = 64 << 10;
 const QUEUE: usize = 8;
 
 /// How often a client that is held back is looked at, whether it is still there.
-const PROBE: Duration = Duration::from_millis(500);
+const PROBE: Duration = Duration::from_secs(1);
 
 /// How long the end of a connection may take, so that the last data reaches the client.
 const LINGER: Duration = Duration::from_secs(5);
@@ -69,6 +69,8 @@ pub struct Wire {
     begin: Instant,
     /// Milliseconds after `begin` at which something was last read or written.
     active: AtomicU64,
+    /// A probe is being sent.
+    probing: AtomicBool,
 }
 
 impl Wire {
@@ -80,6 +82,7 @@ impl Wire {
             gone: watch::Sender::new(false),
             begin: Instant::now(),
             active: AtomicU64::new(0),
+            probing: AtomicBool::new(false),
         }
     }
 
@@ -135,6 +138,25 @@ impl Wire {
     pub async fn websocket_control(&self, kind: u8, payload: &[u8]) -> io::Result<()> {
         let (head, length) = websocket::head(kind, payload.len());
         self.write(&head[..length], payload).await
+    }
+
+    /// Sends something that means nothing. While a client is held back its last data stands between
+    /// its end and us, so that its end is not seen; but where nobody is left, what we send is
+    /// answered by the kernel with a reset.
+    fn probe(self: &Arc<Self>, stream: u32) {
+        if self.probing.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let wire = self.clone();
+        // A task of its own: a frame that was begun must not be given up.
+        tokio::spawn(async move {
+            // A failure marks the connection as gone.
+            let _ = match wire.framing {
+                Framing::Channels { .. } => wire.websocket_control(websocket::PONG, &[]).await,
+                Framing::Spdy | Framing::TunnelledSpdy => wire.data(stream, &[], false).await,
+            };
+            wire.probing.store(false, Ordering::Relaxed);
+        });
     }
 
     async fn write(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {
@@ -289,17 +311,18 @@ impl Source {
     /// When the client leaves meanwhile.
     pub async fn deliver(
         &self,
-        wire: &Wire,
-        stream: &mpsc::Sender<Item>,
+        wire: &Arc<Wire>,
+        stream: u32,
+        queue: &mpsc::Sender<Item>,
         item: Item,
     ) -> io::Result<()> {
-        let item = match stream.try_send(item) {
+        let item = match queue.try_send(item) {
             Ok(()) | Err(mpsc::error::TrySendError::Closed(_)) => return Ok(()),
             Err(mpsc::error::TrySendError::Full(item)) => item,
         };
         loop {
             tokio::select! {
-                room = stream.reserve() => {
+                room = queue.reserve() => {
                     if let Ok(room) = room {
                         room.send(item);
                     }
@@ -310,6 +333,7 @@ impl Source {
                     if self.socket.as_ref().is_some_and(|s| hung_up(s.as_fd())) {
                         return Err(io::ErrorKind::ConnectionReset.into());
                     }
+                    wire.probe(stream);
                 }
             }
         }

@@ -72,7 +72,7 @@ impl Connection {
             Frame::Data { stream, bytes, fin } => {
                 if let Some(sender) = self.streams.get(&stream) {
                     if !bytes.is_empty() {
-                        source.deliver(&self.wire, sender, Item::Data(bytes)).await?;
+                        source.deliver(&self.wire, stream, sender, Item::Data(bytes)).await?;
                     }
                     if fin {
                         self.streams.remove(&stream);
@@ -81,7 +81,7 @@ impl Connection {
             }
             Frame::RstStream { stream, .. } => {
                 if let Some(sender) = self.streams.remove(&stream) {
-                    source.deliver(&self.wire, &sender, Item::Reset).await?;
+                    source.deliver(&self.wire, stream, &sender, Item::Reset).await?;
                 }
             }
             // Even ids would be pings of our own, and there are none.

@@ -60,7 +60,7 @@ pub async fn serve(
                     if let Some((channel, bytes)) = piece
                         && let Some(Some(sender)) = demultiplexer.channels.get(usize::from(channel))
                     {
-                        source.deliver(wire, sender, Item::Data(bytes)).await?;
+                        source.deliver(wire, channel.into(), sender, Item::Data(bytes)).await?;
                     }
                 }
                 Frame::Ping(bytes) => wire.websocket_control(PONG, &bytes).await?,

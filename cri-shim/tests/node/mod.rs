@@ -1,0 +1,350 @@
+//! A server of the tests' own with real containers: needs root and `busybox-static`.
+//!
+//! Each test has its server in a mount namespace and a cgroup of its own, with its state in a
+//! temporary directory; pods use the node's network, so that no test touches it.
+#![allow(dead_code, reason = "each test binary uses its part of it")]
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cri_shim::api::image_service_client::ImageServiceClient;
+use cri_shim::api::runtime_service_client::RuntimeServiceClient;
+use cri_shim::api::*;
+use cri_shim::image::{ImageStore, ImportSource, StoreConfig};
+use sha2::{Digest, Sha256};
+use tonic::transport::{Channel, Endpoint, Uri};
+
+pub const IMAGE: &str = "localhost/busybox:test";
+
+/// A server and its client.
+pub struct Node {
+    pub root: tempfile::TempDir,
+    name: String,
+    pub server: Child,
+    pub runtime: RuntimeServiceClient<Channel>,
+    /// Keeps the mount namespace over restarts of the server.
+    namespace: Child,
+}
+
+impl Node {
+    pub async fn start() -> anyhow::Result<Node> {
+        let root = tempfile::Builder::new().prefix("ls").tempdir_in("/tmp")?;
+        let store = ImageStore::open_shared(StoreConfig::new(root.path().join("state")))?;
+        let archive = root.path().join("busybox.tar");
+        write_image(&archive)?;
+        store.import(ImportSource::File(archive)).await?;
+        let namespace = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"])
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let mut namespace = namespace;
+        if let Some(stdout) = namespace.stdout.as_mut() {
+            std::io::Read::read_exact(stdout, &mut [0u8; 1])?;
+        }
+        let server = serve(root.path(), &namespace)?;
+        let runtime = RuntimeServiceClient::new(connect(root.path()).await?);
+        let name = root.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Node { root, name, server, runtime, namespace })
+    }
+
+    /// Kills the server without warning and starts another.
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.server.kill()?;
+        self.server.wait()?;
+        self.server = serve(self.root.path(), &self.namespace)?;
+        self.runtime = RuntimeServiceClient::new(connect(self.root.path()).await?);
+        Ok(())
+    }
+
+    pub fn cgroup(&self) -> String {
+        format!("/{}", self.name)
+    }
+
+    pub async fn sandbox(
+        &mut self,
+        pid: NamespaceMode,
+    ) -> anyhow::Result<(String, PodSandboxConfig)> {
+        let options = NamespaceOption {
+            network: NamespaceMode::Node as i32,
+            pid: pid as i32,
+            ..Default::default()
+        };
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: "pod".into(),
+                namespace: "default".into(),
+                uid: "uid".into(),
+                attempt: 0,
+            }),
+            log_directory: self.root.path().join("logs").display().to_string(),
+            labels: [("app".to_owned(), "test".to_owned())].into(),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup(),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        Ok((id, config))
+    }
+
+    pub async fn create(
+        &mut self,
+        sandbox: &(String, PodSandboxConfig),
+        name: &str,
+        script: &str,
+    ) -> anyhow::Result<String> {
+        self.create_with(sandbox, name, script, |_| {}).await
+    }
+
+    /// Creates a container whose config `change` has the last word about.
+    pub async fn create_with(
+        &mut self,
+        sandbox: &(String, PodSandboxConfig),
+        name: &str,
+        script: &str,
+        change: impl FnOnce(&mut ContainerConfig),
+    ) -> anyhow::Result<String> {
+        let pod = sandbox.1.linux.clone().and_then(|l| l.security_context);
+        let mut config = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: name.into(), attempt: 0 }),
+            image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
+            command: vec!["sh".into(), "-c".into(), script.into()],
+            log_path: format!("{name}.log"),
+            linux: Some(LinuxContainerConfig {
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: pod.and_then(|p| p.namespace_options),
+                    seccomp: Some(SecurityProfile::default()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        change(&mut config);
+        let request = CreateContainerRequest {
+            pod_sandbox_id: sandbox.0.clone(),
+            config: Some(config),
+            sandbox_config: Some(sandbox.1.clone()),
+        };
+        Ok(self.runtime.create_container(request).await?.into_inner().container_id)
+    }
+
+    pub async fn run(
+        &mut self,
+        sandbox: &(String, PodSandboxConfig),
+        name: &str,
+        script: &str,
+    ) -> anyhow::Result<String> {
+        let id = self.create(sandbox, name, script).await?;
+        let request = StartContainerRequest { container_id: id.clone() };
+        self.runtime.start_container(request).await?;
+        Ok(id)
+    }
+
+    pub async fn status(&mut self, id: &str) -> anyhow::Result<ContainerStatus> {
+        let request = ContainerStatusRequest { container_id: id.into(), verbose: false };
+        let response = self.runtime.container_status(request).await?.into_inner();
+        Ok(response.status.unwrap_or_default())
+    }
+
+    pub async fn exited(&mut self, id: &str) -> anyhow::Result<ContainerStatus> {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let status = self.status(id).await?;
+            if status.state() == ContainerState::ContainerExited {
+                return Ok(status);
+            }
+            anyhow::ensure!(Instant::now() < deadline, "container {id} does not end");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn exec(
+        &mut self,
+        id: &str,
+        command: &[&str],
+        timeout: i64,
+    ) -> Result<ExecSyncResponse, tonic::Status> {
+        let request = ExecSyncRequest {
+            container_id: id.into(),
+            cmd: command.iter().map(|s| (*s).to_owned()).collect(),
+            timeout,
+        };
+        Ok(self.runtime.exec_sync(request).await?.into_inner())
+    }
+
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.root.path().join("logs").join(format!("{name}.log")))
+            .unwrap_or_default()
+    }
+
+    /// Names left in the directories of sandboxes, containers, snapshots, monitors and bundles.
+    pub fn leftovers(&self) -> Vec<PathBuf> {
+        let directories = [
+            "state/sandboxes",
+            "state/containers",
+            "state/snapshots",
+            "run/m",
+            "run/c",
+            "run/netns",
+        ];
+        directories
+            .iter()
+            .filter_map(|d| fs::read_dir(self.root.path().join(d)).ok())
+            .flatten()
+            .flatten()
+            .map(|e| e.path())
+            .collect()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        let _ = self.namespace.kill();
+        let _ = self.namespace.wait();
+        for entry in fs::read_dir(self.root.path().join("run/m")).into_iter().flatten().flatten() {
+            end_monitor(&entry.path());
+        }
+        for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let procs = hierarchy.path().join(&self.name);
+            kill_and_remove(&procs);
+        }
+        kill_and_remove(&Path::new("/sys/fs/cgroup").join(&self.name));
+    }
+}
+
+/// Ends the monitor of a sandbox that a test did not remove.
+fn end_monitor(socket: &Path) {
+    use cri_shim::monitor::frame;
+    use cri_shim::monitor::protocol::{Reply, Request, VERSION};
+    let Ok(stream) = std::os::unix::net::UnixStream::connect(socket) else { return };
+    let hello = frame::send(&stream, &Request::Hello { version: VERSION }, &[]);
+    if hello.is_ok()
+        && let Ok(Some(Reply::Hello { pid, .. })) = frame::receive(&stream)
+    {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// Ends what a failed test left in its own cgroup.
+fn kill_and_remove(cgroup: &Path) {
+    for child in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if child.path().is_dir() {
+            kill_and_remove(&child.path());
+        }
+    }
+    for pid in fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default().lines() {
+        if let Ok(pid) = pid.parse() {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+    // The dying are in it for a moment more.
+    for _ in 0..10_000 {
+        match fs::remove_dir(cgroup) {
+            Err(e) if e.raw_os_error() == Some(nix::libc::EBUSY) => std::thread::yield_now(),
+            _ => break,
+        }
+    }
+}
+
+fn serve(root: &Path, namespace: &Child) -> anyhow::Result<Child> {
+    let pid = namespace.id().to_string();
+    Ok(Command::new("nsenter")
+        .args(["--target", &pid, "--mount", "--", env!("CARGO_BIN_EXE_longshore-cri")])
+        .args([root.join("state"), root.join("run")])
+        .spawn()?)
+}
+
+async fn connect(root: &Path) -> anyhow::Result<Channel> {
+    let socket = root.join("run/cri.sock");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let path = socket.clone();
+        let connector = tower::service_fn(move |_: Uri| {
+            let path = path.clone();
+            async move {
+                let stream = tokio::net::UnixStream::connect(path).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+            }
+        });
+        let endpoint = Endpoint::from_static("http://cri.local");
+        if let Ok(channel) = endpoint.connect_with_connector(connector).await {
+            let mut images = ImageServiceClient::new(channel.clone());
+            if images.list_images(ListImagesRequest::default()).await.is_ok() {
+                return Ok(channel);
+            }
+        }
+        anyhow::ensure!(Instant::now() < deadline, "the server does not answer");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A docker-archive with busybox alone.
+fn write_image(path: &Path) -> anyhow::Result<()> {
+    let mut layer = tar::Builder::new(Vec::new());
+    layer.append_path_with_name("/bin/busybox", "bin/busybox")?;
+    for applet in [
+        "sh",
+        "sleep",
+        "echo",
+        "id",
+        "cat",
+        "true",
+        "ps",
+        "kill",
+        "grep",
+        "mkdir",
+        "dd",
+        "tty",
+        "stty",
+        "sha256sum",
+        "nc",
+        "wc",
+        "head",
+        "tr",
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        header.set_mode(0o777);
+        layer.append_link(&mut header, format!("bin/{applet}"), "busybox")?;
+    }
+    let layer = layer.into_inner()?;
+    let digest: String = Sha256::digest(&layer).iter().map(|b| format!("{b:02x}")).collect();
+    let config = serde_json::json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"], "WorkingDir": "/work/here"},
+        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        "history": [],
+    });
+    let manifest = serde_json::json!([{
+        "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"],
+    }]);
+    let mut archive = tar::Builder::new(fs::File::create(path)?);
+    for (name, bytes) in [
+        ("config.json", config.to_string().into_bytes()),
+        ("layer.tar", layer),
+        ("manifest.json", manifest.to_string().into_bytes()),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, name, bytes.as_slice())?;
+    }
+    archive.into_inner()?.flush()?;
+    Ok(())
+}
