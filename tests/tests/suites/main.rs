@@ -12,6 +12,7 @@
 )]
 
 mod cluster;
+mod faults;
 mod join;
 mod lab;
 mod pods;

@@ -7,7 +7,8 @@ use serde_json::Value;
 use tests::harness::command::{command_line, processes_of};
 use tests::harness::{Lab, Node, NodeOptions, eventually, net};
 
-async fn standalone(name: &str) -> (Node, Lab) {
+/// A standalone node in its network; the node ends first.
+async fn standalone(name: &str) -> (Lab, Node) {
     let lab = Lab::new(name).unwrap();
     let mut node = Node::new(&lab, NodeOptions::default()).await.unwrap();
     node.start(&[
@@ -19,7 +20,7 @@ async fn standalone(name: &str) -> (Node, Lab) {
     .unwrap();
     node.ready().await;
     node.import_example_image().unwrap();
-    (node, lab)
+    (lab, node)
 }
 
 fn status(node: &Node) -> anyhow::Result<Value> {
@@ -74,7 +75,7 @@ async fn says(from: &Path, to: &str, expected: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_demo_of_the_readme_runs() {
-    let (node, lab) = standalone("standalone-demo").await;
+    let (lab, node) = standalone("standalone-demo").await;
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
     for file in ["web.yaml", "worker.yaml"] {
         node.put_manifest(file, &std::fs::read_to_string(examples.join(file)).unwrap()).unwrap();
@@ -104,27 +105,27 @@ async fn the_demo_of_the_readme_runs() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn manifests_are_followed() {
-    let (node, _lab) = standalone("standalone-follow").await;
+    let (_lab, node) = standalone("standalone-follow").await;
     let inside = node.netns().path();
     node.put_manifest(
         "one.yaml",
         &(pod("one", 8080, "") + "---" + &service("svc", "one", ", clusterIP: 10.96.0.50")),
     )
     .unwrap();
-    says(&inside, "10.96.0.50:80", "one-node ").await;
+    says(&inside, "10.96.0.50:80", "one-node").await;
     // Changed: another pod behind the same Service.
     node.put_manifest(
         "one.yaml",
         &(pod("two", 8081, "") + "---" + &service("svc", "two", ", clusterIP: 10.96.0.50")),
     )
     .unwrap();
-    says(&inside, "10.96.0.50:80", "two-node ").await;
+    says(&inside, "10.96.0.50:80", "two-node").await;
     // JSON is YAML, and a second file stands for itself.
     let json = serde_json::json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "three", "labels": {"app": "two"}},
         "spec": {"terminationGracePeriodSeconds": 1, "containers": [{"name": "c", "image": tests::harness::image::IMAGE,
             "command": ["workload", "http", "8081"], "ports": [{"name": "web", "containerPort": 8081}]}]}});
     node.put_manifest("three.json", &json.to_string()).unwrap();
-    says(&inside, "10.96.0.50:80", "three-node ").await;
+    says(&inside, "10.96.0.50:80", "three-node").await;
     node.remove_manifest("one.yaml").unwrap();
     eventually("the Service is gone", async || {
         match net::http_get(&inside, ([10, 96, 0, 50], 80).into(), "/") {
@@ -139,7 +140,7 @@ async fn manifests_are_followed() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bad_manifests_stop_nobody_else() {
-    let (mut node, _lab) = standalone("standalone-bad").await;
+    let (_lab, mut node) = standalone("standalone-bad").await;
     let inside = node.netns().path();
     let bomb = "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b]\nd: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: &f [*e,*e,*e,*e,*e,*e,*e,*e,*e]\ng: &g [*f,*f,*f,*f,*f,*f,*f,*f,*f]\nh: &h [*g,*g,*g,*g,*g,*g,*g,*g,*g]\ni: [*h,*h,*h,*h,*h,*h,*h,*h,*h]\n";
     for (name, text) in [
@@ -158,7 +159,7 @@ async fn bad_manifests_stop_nobody_else() {
     ] {
         node.put_manifest(name, &text).unwrap();
     }
-    says(&inside, "10.96.0.52:80", "fine-node ").await;
+    says(&inside, "10.96.0.52:80", "fine-node").await;
     node.check_alive().unwrap();
     let log = node.log_tail(10_000);
     for name in
@@ -174,12 +175,12 @@ async fn bad_manifests_stop_nobody_else() {
             + &service("mended", "mended", ", clusterIP: 10.96.0.53")),
     )
     .unwrap();
-    says(&inside, "10.96.0.53:80", "mended-node ").await;
+    says(&inside, "10.96.0.53:80", "mended-node").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn addresses_are_stable_and_containers_outlive_a_kill() {
-    let (mut node, lab) = standalone("standalone-kill").await;
+    let (lab, mut node) = standalone("standalone-kill").await;
     node.put_manifest(
         "web.yaml",
         &(pod("web", 8080, "") + "---" + &service("svc", "web", ", type: NodePort")),
