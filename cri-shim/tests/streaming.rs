@@ -104,7 +104,7 @@ async fn a_command_has_its_streams_and_exit_code_in_every_dialect() -> anyhow::R
 #[tokio::test]
 async fn the_end_of_input_reaches_the_command_and_large_data_is_whole() -> anyhow::Result<()> {
     let (node, _, id) = sleeping().await?;
-    let data: Vec<u8> = (0..3_000_000u32).map(|n| (n * 31 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..3_000_000u32).map(|n| ((n * 31) >> 3) as u8).collect();
     let sum: String = Sha256::digest(&data).iter().map(|b| format!("{b:02x}")).collect();
     for dialect in [SPDY, WEB] {
         let mut session = start(&node, dialect, &id, &["sha256sum"]).await?;
