@@ -159,6 +159,18 @@ pub struct NodeFlags {
     /// Folder of CNI plugins [default: /opt/cni/bin]
     #[arg(long, value_name = "DIR")]
     pub cni_bin_dir: Option<PathBuf>,
+    /// Address that the container runtime streams exec, attach and port-forward on [default: 127.0.0.1]
+    #[arg(long, value_name = "IP")]
+    pub stream_server_address: Option<String>,
+    /// Port of it, 0 for any free one [default: 0]
+    #[arg(long, value_name = "PORT")]
+    pub stream_server_port: Option<u16>,
+    /// Certificate chain for streaming over HTTPS, a PEM file
+    #[arg(long, value_name = "FILE", requires = "stream_tls_key_file")]
+    pub stream_tls_cert_file: Option<PathBuf>,
+    /// Private key of it, a PEM file
+    #[arg(long, value_name = "FILE", requires = "stream_tls_cert_file")]
+    pub stream_tls_key_file: Option<PathBuf>,
     /// Verbosity, 0 to 10 as Kubernetes counts it
     #[arg(short, long = "v", value_name = "LEVEL")]
     pub verbosity: Option<u8>,

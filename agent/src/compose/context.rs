@@ -111,6 +111,7 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
             .collect(),
         cni_conf_dir: config.cni_conf_dir.clone(),
         cni_bin_dirs,
+        streaming: config.streaming.clone(),
         ..defaults
     }
 }

@@ -67,6 +67,7 @@ pub struct KubeletConfiguration {
     pub allowed_unsafe_sysctls: Option<Vec<String>>,
     pub container_log_monitor_interval: Option<Duration>,
     pub runtime_request_timeout: Option<Duration>,
+    pub streaming_connection_idle_timeout: Option<Duration>,
     pub max_pods: Option<u32>,
     #[serde(rename = "podCIDR")]
     pub pod_cidr: Option<String>,
@@ -192,7 +193,7 @@ pub(super) const FIELDS: Fields = &[
     ("oomScoreAdj", Inert), // the unit's OOMScoreAdjust
     ("clusterDomain", Used),
     ("clusterDNS", Used),
-    ("streamingConnectionIdleTimeout", NotBuilt(&["\"4h0m0s\"", "\"4h\""])),
+    ("streamingConnectionIdleTimeout", Used),
     ("nodeStatusUpdateFrequency", Used),
     ("nodeStatusReportFrequency", Used),
     ("nodeLeaseDurationSeconds", Used),

@@ -20,6 +20,12 @@ pub struct LongshoreConfiguration {
     pub cni_conf_dir: Option<String>,
     /// Folder of CNI plugins.
     pub cni_bin_dir: Option<String>,
+    /// Address that the container runtime streams exec, attach and port-forward on.
+    pub stream_server_address: Option<String>,
+    pub stream_server_port: Option<u16>,
+    /// PEM files for streaming over HTTPS.
+    pub stream_tls_cert_file: Option<String>,
+    pub stream_tls_key_file: Option<String>,
     /// Ranges that standalone Services get a clusterIP from, one of each family.
     #[serde(rename = "serviceClusterIPRange")]
     pub service_cluster_ip_range: Option<String>,
@@ -37,6 +43,10 @@ pub(super) const FIELDS: Fields = &[
     ("containerLogsDir", Used),
     ("cniConfDir", Used),
     ("cniBinDir", Used),
+    ("streamServerAddress", Used),
+    ("streamServerPort", Used),
+    ("streamTlsCertFile", Used),
+    ("streamTlsKeyFile", Used),
     ("serviceClusterIPRange", Used),
     ("serviceNodePortRange", Used),
 ];

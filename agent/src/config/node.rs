@@ -120,6 +120,8 @@ pub struct NodeConfig {
     pub kube_reserved: Vec<(String, String)>,
     pub cni_conf_dir: PathBuf,
     pub cni_bin_dir: PathBuf,
+    /// Where the built-in shim streams exec, attach and port-forward.
+    pub streaming: cri_shim::streaming::StreamConfig,
     pub log_filter: String,
     pub log_json: bool,
     pub notes: Vec<Note>,
@@ -475,6 +477,26 @@ pub fn resolve(
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
+        streaming: cri_shim::streaming::StreamConfig {
+            address: flags
+                .stream_server_address
+                .clone()
+                .or(longshore.stream_server_address)
+                .unwrap_or_else(|| "127.0.0.1".to_owned()),
+            port: flags.stream_server_port.or(longshore.stream_server_port).unwrap_or(0),
+            idle_timeout: period(kubelet.streaming_connection_idle_timeout, 4 * 60 * 60),
+            tls: flags
+                .stream_tls_cert_file
+                .clone()
+                .or(longshore.stream_tls_cert_file.map(PathBuf::from))
+                .zip(
+                    flags
+                        .stream_tls_key_file
+                        .clone()
+                        .or(longshore.stream_tls_key_file.map(PathBuf::from)),
+                ),
+            ..Default::default()
+        },
         log_filter: flags.log_level.clone().unwrap_or_else(|| {
             match flags.verbosity.unwrap_or(2) {
                 0 => "warn",
