@@ -1,4 +1,5 @@
-//! Slow housekeeping beside the pods: images when the disk fills up, logs that grow too long.
+//! Slow housekeeping beside the pods: images when the disk fills up, logs that grow too long, pods
+//! that fill the disk.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -7,18 +8,26 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::deps::Deps;
+use super::status::Verdict;
+use crate::ids::PodUid;
 use crate::report::EventType;
 
 /// How often the image file system is measured.
 const IMAGE_PERIOD: Duration = Duration::from_secs(300);
 
-/// Starts the housekeeping; it ends when the set is dropped.
-pub(super) fn spawn(deps: &Arc<Deps>) -> JoinSet<()> {
+/// Starts the housekeeping; it ends when the set is dropped. Pods that must go are told to
+/// `evictions`.
+pub(super) fn spawn(
+    deps: &Arc<Deps>,
+    evictions: mpsc::UnboundedSender<(PodUid, Verdict)>,
+) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
+    tasks.spawn(super::storage::watch(deps.clone(), evictions));
     tasks.spawn(collect_images(deps.clone()));
     if !deps.node.runtime_rotates_logs && deps.node.container_log_max_size > 0 {
         tasks.spawn(rotate_logs(deps.clone()));

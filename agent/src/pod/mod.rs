@@ -24,6 +24,7 @@ pub mod qos;
 pub mod quantity;
 pub mod spec;
 pub mod status;
+mod storage;
 mod store;
 mod sync;
 pub mod table;

@@ -187,7 +187,8 @@ impl SyncLoop {
         });
         let (news_in, news) = mpsc::channel(1024);
         let watching = tokio::spawn(watch_events(deps.runtime.clone(), news_in));
-        let caretakers = super::caretaker::spawn(&deps);
+        let (evict, evictions) = mpsc::unbounded_channel();
+        let caretakers = super::caretaker::spawn(&deps, evict);
         let (over, overs) = mpsc::unbounded_channel();
         let state = Loop {
             deps,
@@ -199,6 +200,7 @@ impl SyncLoop {
             shares: HashMap::new(),
             held: HashMap::new(),
             again: HashMap::new(),
+            evictions,
             over,
             relist_every: RELIST_WITHOUT_EVENTS,
         };
@@ -308,6 +310,8 @@ struct Loop {
     held: HashMap<NamespacedName, Arc<Pod>>,
     /// Pods that came back while they were being removed.
     again: HashMap<PodUid, (PodSource, Arc<Pod>)>,
+    /// Pods that use more of the node than they may.
+    evictions: mpsc::UnboundedReceiver<(PodUid, Verdict)>,
     over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
 }
@@ -349,6 +353,11 @@ impl Loop {
                     }
                 }
                 Some(uid) = overs.recv() => self.give_back(&uid),
+                Some((uid, verdict)) = self.evictions.recv() => {
+                    if let Some(worker) = self.workers.get(&uid) {
+                        let _ = worker.inbox.send(Message::Evict(verdict));
+                    }
+                }
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.worker_ended(ended);
                 }

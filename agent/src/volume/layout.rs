@@ -26,6 +26,11 @@ impl Plugin {
     }
 }
 
+/// Where an emptyDir lies in the folder of its pod.
+pub(crate) fn empty_dir_path(pod_dir: &Path, name: &str) -> PathBuf {
+    pod_dir.join("volumes").join(Plugin::EmptyDir.directory()).join(name)
+}
+
 /// The agent's folder of pods.
 #[derive(Clone, Debug)]
 pub(super) struct Layout {

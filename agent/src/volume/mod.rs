@@ -29,6 +29,7 @@ mod teardown;
 mod token;
 
 pub use error::VolumeError;
+pub(crate) use layout::empty_dir_path;
 pub use node::NodeVolumes;
 pub use refresh::run as run_refresh;
 

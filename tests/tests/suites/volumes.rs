@@ -264,3 +264,29 @@ async fn a_missing_object_holds_its_pod_until_it_comes() {
     c.pod_ready("waits").await;
     world.end(&["waits", "fine"]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fills_the_disk_beyond_its_limit_is_evicted() {
+    let world = World::new("volumes-limit").await;
+    let volumes = json!([{"name": "disk", "emptyDir": {"sizeLimit": "1Mi"}}]);
+    let greedy = mounting(
+        sh("c", "trap '' TERM; head -c 3000000 /dev/zero > /disk/x; while :; do sleep 1; done"),
+        &[mount("disk", "/disk")],
+    );
+    let modest = mounting(
+        sh("c", "trap 'exit 0' TERM; echo small > /disk/x; while :; do sleep 1000 & wait; done"),
+        &[mount("disk", "/disk")],
+    );
+    for (name, container) in [("greedy", greedy), ("modest", modest)] {
+        let spec = json!({"terminationGracePeriodSeconds": 600, "volumes": volumes.clone(),
+            "containers": [container]});
+        world.cluster.pod(&world.node, name, spec).await.unwrap();
+    }
+    let gone =
+        world.cluster.pod_until("greedy", "evicted", |p| p["status"]["phase"] == "Failed").await;
+    assert_eq!(gone["status"]["reason"], "Evicted");
+    let told = world.event("greedy", "Evicted").await;
+    assert!(told.contains("\"disk\" exceeds the limit \"1Mi\""), "{told}");
+    assert_eq!(world.cluster.pod_ready("modest").await["status"]["phase"], "Running");
+    world.end(&["greedy", "modest"]).await;
+}

@@ -41,6 +41,8 @@ use done::Done;
 /// How long a pod whose teardown failed waits before it is tried again, in seconds.
 const TEARDOWN_RETRY_SECONDS: i64 = 5;
 
+/// Grace of a pod that is evicted, as kubelet leaves it for limits of local storage.
+const EVICTION_GRACE: SignedDuration = SignedDuration::from_secs(1);
 /// How long the end of a pod waits for a sandbox that is being made.
 const SANDBOX_PATIENCE: SignedDuration = SignedDuration::from_secs(5);
 
@@ -55,6 +57,8 @@ pub(crate) enum Message {
     Look(String),
     /// Look at everything of the pod.
     LookAtAll,
+    /// It uses more of the node than it may: end it at once.
+    Evict(Verdict),
     /// A probe's verdict.
     Probe(ContainerId, ProbeKind, bool),
 }
@@ -129,6 +133,8 @@ pub(crate) struct Worker {
     making: Option<AbortHandle>,
     /// Since when the pod ends.
     ends_since: Option<Timestamp>,
+    /// Grace that an end on the node's own account leaves at most.
+    grace_limit: Option<SignedDuration>,
     /// When SIGKILL is due for a pod that ends.
     kill_at: Option<Timestamp>,
     teardown: Step,
@@ -177,6 +183,7 @@ impl Worker {
             ending: watch::Sender::new(false),
             making: None,
             ends_since: None,
+            grace_limit: None,
             kill_at: None,
             teardown: Step::Wanted,
             sandbox_config: None,
@@ -272,8 +279,19 @@ impl Worker {
                 self.stale.ids.insert(id);
             }
             Message::LookAtAll => self.stale.all = true,
+            Message::Evict(verdict) => self.evict(verdict),
             Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
         }
+    }
+
+    fn evict(&mut self, verdict: Verdict) {
+        if self.state != State::Running || self.verdict.is_some() {
+            return;
+        }
+        let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
+        self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
+        self.grace_limit = Some(EVICTION_GRACE);
+        self.verdict = Some(verdict);
     }
 
     fn pod_changed(&mut self, pod: Arc<Pod>) {
@@ -425,6 +443,7 @@ impl Worker {
     fn begin_end(&mut self, now: Timestamp) {
         self.state = State::Terminating;
         let grace = SignedDuration::from_secs(grace_seconds(&self.pod));
+        let grace = self.grace_limit.map_or(grace, |limit| grace.min(limit));
         self.kill_at = now.checked_add(grace).ok();
         self.ends_since = Some(now);
         self.ending.send_replace(true);

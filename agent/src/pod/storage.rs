@@ -1,0 +1,259 @@
+//! Limits on local storage: `emptyDir.sizeLimit` and the containers' `ephemeral-storage` limits.
+//!
+//! No file system quota keeps them, so what is used is measured now and then, as kubelet does, and a
+//! pod that uses more is evicted at once. Only pods that have such a limit are measured. Static and
+//! critical pods are never evicted: nobody would bring them back.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use super::deps::Deps;
+use super::quantity::amount;
+use super::spec::spec_of;
+use super::status::Verdict;
+use super::table::PodView;
+use crate::ids::PodUid;
+use crate::source::PodSource;
+
+/// How often usage is measured: kubelet's monitoring interval of evictions.
+const PERIOD: Duration = Duration::from_secs(10);
+/// Priority of `system-cluster-critical`; pods from here on are not evicted.
+const SYSTEM_CRITICAL: i32 = 2_000_000_000;
+const RESOURCE: &str = "ephemeral-storage";
+
+/// Bytes on disk of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Usage {
+    /// By volume: emptyDirs that are not in memory.
+    empty_dirs: BTreeMap<String, u64>,
+    /// By container: its logs and its writable layer.
+    containers: BTreeMap<String, u64>,
+    /// What else the kubelet keeps for the pod (its hosts file).
+    other: u64,
+}
+
+/// The emptyDirs of `pod` that lie on disk, with their limits in bytes.
+fn empty_dirs(pod: &Pod) -> impl Iterator<Item = (&str, Option<(u64, &str)>)> {
+    spec_of(pod).volumes.iter().flatten().filter_map(|volume| {
+        let source = volume.empty_dir.as_ref()?;
+        if source.medium.as_deref().is_some_and(|medium| !medium.is_empty()) {
+            return None;
+        }
+        let limit = source.size_limit.as_ref();
+        let limit = limit.and_then(|l| Some((super::quantity::parse_bytes(&l.0)?, l.0.as_str())));
+        Some((volume.name.as_str(), limit.filter(|(bytes, _)| *bytes > 0)))
+    })
+}
+
+fn limit_of(container: &Container) -> Option<u64> {
+    let limits = container.resources.as_ref()?.limits.as_ref();
+    u64::try_from(amount(limits, RESOURCE)?).ok().filter(|bytes| *bytes > 0)
+}
+
+/// The sum of the containers' limits; `None` where no container has one.
+fn pod_limit(pod: &Pod) -> Option<u64> {
+    let spec = spec_of(pod);
+    let init = spec.init_containers.as_deref().unwrap_or_default();
+    let (sidecars, first): (Vec<_>, Vec<_>) =
+        init.iter().partition(|c| c.restart_policy.as_deref() == Some("Always"));
+    let together = spec.containers.iter().chain(sidecars).filter_map(limit_of);
+    let together = together.reduce(|a, b| a.saturating_add(b));
+    together.max(first.into_iter().filter_map(limit_of).max())
+}
+
+/// Whether usage of the pod matters.
+fn has_limits(pod: &Pod) -> bool {
+    empty_dirs(pod).any(|(_, limit)| limit.is_some()) || pod_limit(pod).is_some()
+}
+
+/// Whether the pod may be evicted at all.
+fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
+    source == Some(PodSource::Cluster)
+        && spec_of(pod).priority.is_none_or(|priority| priority < SYSTEM_CRITICAL)
+}
+
+/// Why the pod must go, in kubelet's words.
+fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<Verdict> {
+    let evicted = |message: String| Some(Verdict { reason: "Evicted".to_owned(), message });
+    for (name, limit) in empty_dirs(pod) {
+        let Some((bytes, text)) = limit else { continue };
+        if usage.empty_dirs.get(name).is_some_and(|used| *used > bytes) {
+            return evicted(format!(
+                "Usage of EmptyDir volume {name:?} exceeds the limit {text:?}. "
+            ));
+        }
+    }
+    let volumes: u64 = usage.empty_dirs.values().sum();
+    let containers: u64 = usage.containers.values().sum();
+    if let Some(limit) = pod_limit(pod)
+        && usage.other + volumes + containers > limit
+    {
+        return evicted(format!(
+            "Pod ephemeral local storage usage exceeds the total limit of containers {limit}. "
+        ));
+    }
+    for container in &spec_of(pod).containers {
+        let used = usage.containers.get(&container.name).copied().unwrap_or_default();
+        if let Some(limit) = limit_of(container)
+            && used > limit
+        {
+            return evicted(format!(
+                "Container {} exceeded its local ephemeral storage limit \"{limit}\". ",
+                container.name
+            ));
+        }
+    }
+    None
+}
+
+/// Measures pods with limits for ever, and tells which must go.
+pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(PodUid, Verdict)>) {
+    let mut ticks = tokio::time::interval(PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        for view in deps.table.pods() {
+            if !may_be_evicted(&view.pod, view.source) || !has_limits(&view.pod) {
+                continue;
+            }
+            let usage = measure(&deps, &view).await;
+            if let Some(verdict) = plan_eviction(&view.pod, &usage)
+                && evictions.send((PodUid::of(&view.pod), verdict)).is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+async fn measure(deps: &Deps, view: &PodView) -> Usage {
+    let uid = PodUid::of(&view.pod);
+    let (dir, logs) = (deps.node.pod_dir(&uid), deps.node.pod_log_dir(&view.pod));
+    let volumes: Vec<String> = empty_dirs(&view.pod).map(|(name, _)| name.to_owned()).collect();
+    let names: Vec<String> = view.containers.keys().cloned().collect();
+    let on_disk = tokio::task::spawn_blocking(move || Usage {
+        empty_dirs: volumes
+            .into_iter()
+            .map(|name| (name.clone(), disk_usage(&crate::volume::empty_dir_path(&dir, &name))))
+            .collect(),
+        containers: names
+            .into_iter()
+            .map(|name| (name.clone(), disk_usage(&logs.join(name))))
+            .collect(),
+        other: disk_usage(&dir.join("etc-hosts")),
+    });
+    let mut usage = on_disk.await.unwrap_or_default();
+    let Some(sandbox) = &view.sandbox else { return usage };
+    match deps.runtime.list_container_stats(Some(sandbox)).await {
+        Ok(stats) => {
+            for stat in stats {
+                let name = stat.attributes.and_then(|a| a.metadata).map(|m| m.name);
+                let layer = stat.writable_layer.and_then(|l| l.used_bytes).map_or(0, |b| b.value);
+                *usage.containers.entry(name.unwrap_or_default()).or_default() += layer;
+            }
+        }
+        Err(error) => tracing::debug!(%error, sandbox, "no statistics of writable layers"),
+    }
+    usage
+}
+
+/// Bytes that `path` and all below it take on its own file system. What goes away meanwhile counts
+/// as nothing.
+fn disk_usage(path: &Path) -> u64 {
+    let Ok(top) = path.symlink_metadata() else { return 0 };
+    let mut total = top.blocks() * 512;
+    let mut folders = if top.is_dir() { vec![path.to_owned()] } else { Vec::new() };
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let Ok(meta) = entry.metadata() else { continue };
+            if meta.dev() != top.dev() {
+                continue;
+            }
+            // A file of several names counts by its share, as it may be linked within the volume.
+            total += if meta.is_dir() {
+                meta.blocks() * 512
+            } else {
+                meta.blocks() * 512 / meta.nlink().max(1)
+            };
+            if meta.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::testing::pod;
+
+    #[test]
+    fn what_uses_more_than_its_limit_goes() {
+        let limited = pod(
+            r#"{"volumes":[{"name":"disk","emptyDir":{"sizeLimit":"1Mi"}},{"name":"free","emptyDir":{}},
+            {"name":"mem","emptyDir":{"medium":"Memory","sizeLimit":"1Ki"}}],
+            "containers":[{"name":"a","image":"i","resources":{"limits":{"ephemeral-storage":"2Mi"}}},
+            {"name":"b","image":"i","resources":{"limits":{"ephemeral-storage":"3Mi"}}}]}"#,
+        );
+        assert!(has_limits(&limited));
+        let usage = |disk: u64, free: u64, a: u64, b: u64| Usage {
+            empty_dirs: [("disk".to_owned(), disk), ("free".to_owned(), free)].into(),
+            containers: [("a".to_owned(), a), ("b".to_owned(), b)].into(),
+            other: 0,
+        };
+        let why = |usage| plan_eviction(&limited, &usage).map(|v| (v.reason, v.message));
+        assert_eq!(why(usage(1 << 20, 1 << 20, 2 << 20, 0)), None);
+        let evicted = |text: &str| Some(("Evicted".to_owned(), text.to_owned()));
+        assert_eq!(
+            why(usage((1 << 20) + 1, 0, 0, 0)),
+            evicted("Usage of EmptyDir volume \"disk\" exceeds the limit \"1Mi\". ")
+        );
+        assert_eq!(
+            why(usage(0, 6 << 20, 0, 0)),
+            evicted(
+                "Pod ephemeral local storage usage exceeds the total limit of containers 5242880. "
+            )
+        );
+        assert_eq!(
+            why(usage(0, 0, (2 << 20) + 1, 0)),
+            evicted("Container a exceeded its local ephemeral storage limit \"2097152\". ")
+        );
+        let plain = pod(
+            r#"{"volumes":[{"name":"v","emptyDir":{}}],"containers":[{"name":"a","image":"i"}]}"#,
+        );
+        assert!(!has_limits(&plain));
+        assert_eq!(plan_eviction(&plain, &usage(u64::MAX / 4, 0, 0, 0)), None);
+    }
+
+    #[test]
+    fn static_and_critical_pods_stay() {
+        let ordinary = pod(r#"{"priority":1000,"containers":[]}"#);
+        assert!(may_be_evicted(&ordinary, Some(PodSource::Cluster)));
+        assert!(!may_be_evicted(&ordinary, Some(PodSource::File)));
+        let critical = pod(r#"{"priority":2000001000,"containers":[]}"#);
+        assert!(!may_be_evicted(&critical, Some(PodSource::Cluster)));
+    }
+
+    #[test]
+    fn usage_is_what_lies_on_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        let empty = disk_usage(dir.path());
+        std::fs::write(dir.path().join("sub/file"), vec![1; 300_000]).unwrap();
+        std::fs::hard_link(dir.path().join("sub/file"), dir.path().join("again")).unwrap();
+        std::os::unix::fs::symlink("/", dir.path().join("root")).unwrap();
+        let sparse = std::fs::File::create(dir.path().join("sparse")).unwrap();
+        sparse.set_len(1 << 30).unwrap();
+        let used = disk_usage(dir.path()) - empty;
+        assert!((300_000..400_000).contains(&used), "{used}");
+        assert_eq!(disk_usage(&dir.path().join("nothing")), 0);
+    }
+}
