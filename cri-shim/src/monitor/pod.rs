@@ -1,6 +1,8 @@
 //! The monitor's loop: one `poll(2)` over its socket, its connections, its containers' output and
 //! the SIGCHLD descriptor. Nothing has a timer, so an idle pod costs nothing.
 
+mod clients;
+
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -128,13 +130,7 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
                 Source::Launch(at) => pod.serve_launch(at),
                 Source::Output(container, stream) => pod.containers[container].copy_output(stream),
                 Source::Follower(container, at) => pod.catch_up(container, at),
-                Source::LastWords(at) => {
-                    if let Some(follower) = pod.followers.get_mut(at)
-                        && !follower.catch_up()
-                    {
-                        pod.followers.swap_remove(at);
-                    }
-                }
+                Source::LastWords(at) => pod.last_words(at),
             }
         }
         pod.sweep();
@@ -325,34 +321,6 @@ impl Pod {
             done: false,
         });
         Ok(())
-    }
-
-    fn attach(&mut self, at: usize, container: &str, stdout: bool, stderr: bool) {
-        let pipes = std::mem::take(&mut self.connections[at].inbox.fds);
-        let connection = self.connections[at].id;
-        let attached = match self.containers.iter_mut().find(|c| c.id == container) {
-            None => Err(io::Error::other("the container is not running")),
-            Some(found) => found.attach(connection, stdout, stderr, pipes).map(|()| found.input()),
-        };
-        match attached {
-            Ok(input) => {
-                let fds: Vec<_> = input.iter().map(|fd| fd.as_raw_fd()).collect();
-                reply_with(&mut self.connections[at], &Reply::Done, &fds);
-            }
-            Err(error) => {
-                let message = format!("attaching to the container: {error}");
-                reply(&mut self.connections[at], &Reply::Failed { message });
-            }
-        }
-    }
-
-    fn catch_up(&mut self, container: usize, at: usize) {
-        let Some(container) = self.containers.get_mut(container) else { return };
-        if let Some(follower) = container.followers.get_mut(at)
-            && !follower.catch_up()
-        {
-            container.followers.swap_remove(at);
-        }
     }
 
     fn exec(&mut self, at: usize, container: String, arguments: &[String], tty: bool) {

@@ -1,5 +1,6 @@
 //! The HTTP side of the server: connections, TLS, requests and their upgrades.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -17,7 +18,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -29,8 +31,9 @@ use super::websocket::{accept_key, channels};
 use super::wire::{Framing, Source, Wire};
 use super::{Runtime, StreamConfig, StreamError, Streaming, Urls, Waiting, command, spdy};
 
-/// Connections that have not been upgraded; more wait in the kernel's queue.
-const MAX_IDLE: usize = 512;
+/// Connections that may still be without a request. The oldest makes room for one more: who has a
+/// request sends it at once, so that a flood of silent connections keeps nobody out.
+const MAX_IDLE: usize = 2048;
 /// How long a client may take for its TLS handshake and its request's headers.
 const HEADERS: Duration = Duration::from_secs(10);
 /// The longest request headers, in bytes.
@@ -76,10 +79,9 @@ pub(super) async fn serve(
     let Streaming { config, listener, tls, urls } = streaming;
     let (stopping, stopped) = watch::channel(false);
     let server = Arc::new(Server { config, runtime, urls, stopped });
-    let idle = Arc::new(Semaphore::new(MAX_IDLE));
+    let mut recent: VecDeque<AbortHandle> = VecDeque::new();
     let accepting = async {
         loop {
-            let Ok(permit) = idle.clone().acquire_owned().await else { return };
             let stream = match listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -89,11 +91,13 @@ pub(super) async fn serve(
                     continue;
                 }
             };
-            let (server, tls) = (server.clone(), tls.clone());
-            tokio::spawn(async move {
-                server.connection(stream, tls).await;
-                drop(permit);
-            });
+            while recent.front().is_some_and(AbortHandle::is_finished) || recent.len() >= MAX_IDLE {
+                if let Some(oldest) = recent.pop_front() {
+                    oldest.abort();
+                }
+            }
+            let connection = tokio::spawn(server.clone().connection(stream, tls.clone()));
+            recent.push_back(connection.abort_handle());
         }
     };
     tokio::select! {
@@ -203,6 +207,9 @@ impl Server {
                 self.channels(&mut source, &wire, protocol, waiting).await
             }
         };
+        if wire.is_gone() {
+            return;
+        }
         wire.close(if broken { PROTOCOL_ERROR } else { NORMAL }).await;
         if !broken {
             source.linger().await;

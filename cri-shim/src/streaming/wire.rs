@@ -161,7 +161,7 @@ impl Wire {
 
     async fn write(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {
         let mut sink = self.sink.lock().await;
-        if *self.gone.borrow() {
+        if self.is_gone() {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         let written = write_both(&mut *sink, head, payload).await;
@@ -190,6 +190,11 @@ impl Wire {
     /// Marks the connection as gone: nothing is written any more.
     pub fn leave(&self) {
         self.gone.send_replace(true);
+    }
+
+    /// Whether the client is gone.
+    pub fn is_gone(&self) -> bool {
+        *self.gone.borrow()
     }
 
     /// Waits until the client is gone.

@@ -43,9 +43,7 @@ pub async fn serve(
     let mut decoder = Decoder::default();
     loop {
         while let Some(frame) = decoder.next(&mut source.buffer).map_err(io::Error::other)? {
-            if !connection.take(source, frame).await? {
-                return Ok(());
-            }
+            connection.take(source, frame).await?;
         }
         if !source.fill(wire).await? {
             return Ok(());
@@ -65,8 +63,9 @@ struct Connection {
 }
 
 impl Connection {
-    /// `false` when the session takes no more streams.
-    async fn take(&mut self, source: &Source, frame: Frame) -> io::Result<bool> {
+    /// A client may end all its streams and still wait for what they bring: only the connection's
+    /// end is its end.
+    async fn take(&mut self, source: &Source, frame: Frame) -> io::Result<()> {
         match frame {
             Frame::SynStream { stream, headers, fin } => self.open(stream, headers, fin).await?,
             Frame::Data { stream, bytes, fin } => {
@@ -89,7 +88,7 @@ impl Connection {
             // No more streams will come, those open go on; the connection's end follows.
             Frame::GoAway | Frame::Ping { .. } | Frame::SynReply { .. } | Frame::Other => {}
         }
-        Ok(!(self.opened.is_closed() && self.streams.is_empty()))
+        Ok(())
     }
 
     async fn open(&mut self, stream: u32, headers: Headers, fin: bool) -> io::Result<()> {
