@@ -278,6 +278,33 @@ fn host_ports_are_reached_from_everywhere_and_go_with_the_pod() {
 }
 
 #[test]
+fn a_udp_client_that_keeps_its_socket_finds_the_next_pod() {
+    let host = Host::new();
+    let network = host.open();
+    let outside = host.outside();
+    let mut buffer = [0; 16];
+    for (client, to) in
+        [("192.0.2.2:0", "192.0.2.1:5353"), ("[2001:db8::2]:0", "[2001:db8::1]:5353")]
+    {
+        let client = inside(&outside, move || UdpSocket::bind(client).unwrap());
+        // Nobody serves it yet: the kernel remembers that the host itself is meant.
+        client.send_to(b"early", to).unwrap();
+        for id in ["first", "second"] {
+            let pod = host.sandbox(id, vec![port(Protocol::Udp, None, 5353, 53)]);
+            host.setup(&network, &pod).unwrap();
+            let server = inside(&pod.netns, || UdpSocket::bind("[::]:53").unwrap());
+            server.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+            client.send_to(b"hi", to).unwrap();
+            let (_, from) =
+                server.recv_from(&mut buffer).unwrap_or_else(|e| panic!("{to} {id}: {e}"));
+            server.send_to(b"ho", from).unwrap();
+            host.runtime.block_on(network.teardown(id)).unwrap();
+            netns::delete(&pod.netns).unwrap();
+        }
+    }
+}
+
+#[test]
 fn what_a_crash_leaves_is_collected() {
     let host = Host::new();
     let network = host.open();

@@ -6,7 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -14,10 +14,10 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    Cidr, NetworkConfig, NetworkError, NetworkResult, SandboxNetwork,
+    Cidr, NetworkConfig, NetworkError, NetworkResult, Protocol, SandboxNetwork,
     allocate::{Cursors, allocate, gateway},
     links::{Links, VETH_PREFIX, has_ipv6},
-    ports::{check_ports, plan_add, plan_remove, plan_table},
+    ports::{check_ports, plan_add, plan_remove, plan_table, stale_after, stale_before},
     records::{self, Kind, Record, Records},
 };
 
@@ -145,7 +145,12 @@ impl Bridge {
             }
             other => other?,
         }
-        if record.ports().is_empty() { Ok(()) } else { self.open_ports(record) }
+        if record.ports().is_empty() {
+            return Ok(());
+        }
+        self.open_ports(record)?;
+        self.forget_flows(record, stale_before);
+        Ok(())
     }
 
     /// Reserves addresses and host ports and writes them down, before anything is made.
@@ -178,6 +183,7 @@ impl Bridge {
         let mut failures = Vec::new();
         if !record.ports().is_empty() {
             failures.extend(self.close_ports(record).err());
+            self.forget_flows(record, stale_after);
         }
         if let Kind::Bridge { veth, .. } = &record.kind {
             failures.extend(self.links.remove(veth).await.err());
@@ -297,6 +303,31 @@ impl Bridge {
             }
         }
         Ok(())
+    }
+
+    /// Forgets what the kernel remembers of datagrams to the host ports of `record`: a client that
+    /// keeps its socket would be sent where they went before for as long as it sends.
+    fn forget_flows(&self, record: &Record, stale: fn(&Record, SocketAddr, SocketAddr) -> bool) {
+        if !record.ports().iter().any(|port| port.protocol == Protocol::Udp) {
+            return;
+        }
+        let forget = || {
+            let mut client = nft::Client::new()?;
+            for family in [nft::Family::Ip, nft::Family::Ip6] {
+                if !record.ips.iter().any(|ip| ip.is_ipv4() == (family == nft::Family::Ip)) {
+                    continue;
+                }
+                for flow in client.flows(family, Protocol::Udp.number())? {
+                    if stale(record, flow.destination, flow.answering) {
+                        client.delete_flow(&flow)?;
+                    }
+                }
+            }
+            Ok::<_, nft::Error>(())
+        };
+        if let Err(error) = forget() {
+            tracing::warn!(sandbox = record.id, %error, "stale UDP flows of host ports may remain");
+        }
     }
 
     fn apply(&self, plan: impl FnOnce() -> nft::Transaction) -> Result<(), nft::Error> {

@@ -3,7 +3,7 @@
 //! Tables of nftables(8) meet at the same hooks, so this one stands beside the proxy's: what the
 //! proxy translated is not looked at again here.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use nft::{
     Address, BaseChain, ChainType, CmpOp, CtKey, DataType, Element, Expr, Family, Hook, Key,
@@ -72,6 +72,22 @@ fn conflict(a: &PortMapping, b: &PortMapping) -> bool {
 /// The unspecified address means all, as an absent one does.
 fn host_ip(port: &PortMapping) -> Option<IpAddr> {
     port.host_ip.filter(|ip| !ip.is_unspecified())
+}
+
+/// Whether a UDP flow from before the ports of `record` were open stands in their way: its packets
+/// go where they went when it began.
+pub(crate) fn stale_before(record: &Record, to: SocketAddr, answering: SocketAddr) -> bool {
+    to == answering
+        && record.ports().iter().any(|port| {
+            port.protocol == Protocol::Udp
+                && port.host_port == to.port()
+                && host_ip(port).is_none_or(|ip| ip == to.ip())
+        })
+}
+
+/// Whether a UDP flow leads to the pod of `record`, which is no more.
+pub(crate) fn stale_after(record: &Record, to: SocketAddr, answering: SocketAddr) -> bool {
+    to != answering && record.ips.contains(&answering.ip())
 }
 
 /// The families a port is opened in: its address's, or all.
@@ -279,11 +295,7 @@ fn elements(record: &Record) -> Vec<(&'static str, Element)> {
         let mut used = false;
         for port in ports.iter().filter(|port| wants(port, *ip)) {
             used = true;
-            let number = match port.protocol {
-                Protocol::Tcp => 6,
-                Protocol::Udp => 17,
-                Protocol::Sctp => 132,
-            };
+            let number = port.protocol.number();
             let to = Key::new().address(*ip).port(port.container_port);
             match host_ip(port) {
                 None => {
