@@ -11,6 +11,7 @@ pub mod config;
 pub mod health;
 pub mod ids;
 pub mod join;
+pub mod metrics;
 pub mod node;
 pub mod node_api;
 pub mod node_context;

@@ -18,6 +18,7 @@ use rustls::pki_types::ServerName;
 use super::connect::Connector;
 use super::kubeconfig::{Endpoint, Identity};
 use super::tls::{self, TlsError};
+use crate::metrics::{ClientLabels, METRICS};
 
 /// A silent HTTP/2 connection is asked whether it lives after this time (client-go: 30 s) ...
 const PING_AFTER: Duration = Duration::from_secs(30);
@@ -134,7 +135,15 @@ impl tower::Service<Request<Body>> for Requests {
         let current = self.0.current.read().unwrap_or_else(|e| e.into_inner()).clone();
         Box::pin(async move {
             current.address(&mut request)?;
-            Ok(current.http.request(request).await?)
+            let (method, began) = (request.method().to_string(), std::time::Instant::now());
+            let answer = current.http.request(request).await;
+            let code = match &answer {
+                Ok(response) => response.status().as_str().to_owned(),
+                Err(_) => "<error>".to_owned(),
+            };
+            let labels = ClientLabels { code, host: current.authority.to_string(), method };
+            METRICS.client_request(&labels, began.elapsed());
+            Ok(answer?)
         })
     }
 }

@@ -63,6 +63,8 @@ pub struct ClusterConfig {
     pub node_api_port: u16,
     /// `serverTLSBootstrap`: the node API's certificate is asked for by CSR.
     pub server_tls_bootstrap: bool,
+    /// Features that the API server counts on (`status.declaredFeatures`), in order.
+    pub declared_features: Vec<String>,
     /// `--register-node`.
     pub register_node: bool,
     /// `--node-labels`.
@@ -108,6 +110,7 @@ impl ClusterConfig {
             root_dir: root,
             node_api_port: 10250,
             server_tls_bootstrap: false,
+            declared_features: Vec::new(),
             register_node: true,
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),

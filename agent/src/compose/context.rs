@@ -131,6 +131,11 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         root_dir: config.root_dir.clone(),
         state_dir: config.root_dir.join("longshore"),
         node_api_port: config.node_api.address.port(),
+        // The built-in runtime's streaming server speaks what kubelet would have to translate.
+        declared_features: (config.parts.cri && config.node_api.enabled)
+            .then(|| "ExtendWebSocketsToKubelet".to_owned())
+            .into_iter()
+            .collect(),
         server_tls_bootstrap: config.node_api.enabled && config.node_api.tls.bootstrap,
         register_node: config.register_node,
         node_labels: config.node_labels.iter().cloned().collect(),

@@ -308,6 +308,8 @@ impl NodeLoop {
             node_info: Some(object::system_info(&self.machine, &self.facts)),
             runtime_handlers: (!self.facts.handlers.is_empty())
                 .then(|| self.facts.handlers.clone()),
+            declared_features: (!self.config.declared_features.is_empty())
+                .then(|| self.config.declared_features.clone()),
             ..NodeStatus::default()
         }
     }

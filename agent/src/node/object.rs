@@ -249,6 +249,7 @@ pub fn plan_status_patch(old: &NodeStatus, new: &NodeStatus, heartbeat: bool) ->
     let value = |v: &dyn erased::Erased| v.value();
     differs("nodeInfo", value(&old.node_info), value(&new.node_info));
     differs("daemonEndpoints", value(&old.daemon_endpoints), value(&new.daemon_endpoints));
+    differs("declaredFeatures", value(&old.declared_features), value(&new.declared_features));
     differs("runtimeHandlers", value(&old.runtime_handlers), value(&new.runtime_handlers));
     differs(
         "images",

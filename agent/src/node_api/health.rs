@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use super::{Failure, Shared};
 
 /// The checks in their order.
-const CHECKS: [&str; 3] = ["ping", "log", "syncloop"];
+pub(super) const CHECKS: [&str; 3] = ["ping", "log", "syncloop"];
 
 async fn check(shared: &Shared, name: &str) -> Result<(), String> {
     match name {

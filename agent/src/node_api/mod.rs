@@ -4,12 +4,15 @@
 //! that. Logs are read from the files, statistics from the runtime; exec, attach and port-forward
 //! are connections to the runtime's streaming server, with the bytes passed on as they are.
 
+mod checkpoint;
 mod door;
 mod guard;
 mod health;
 mod identity;
 mod listen;
 mod logs;
+mod metrics;
+mod node_logs;
 mod pods;
 mod reload;
 mod reviews;
@@ -19,9 +22,11 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod tls;
+mod zpages;
 
+use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -88,6 +93,19 @@ struct Shared {
     followers: Arc<Followers>,
     gatherer: Arc<Gatherer>,
     node: Arc<NodeContext>,
+    cert_dir: std::path::PathBuf,
+    /// How often each check of health was good and bad.
+    checks: Mutex<BTreeMap<&'static str, (u64, u64)>>,
+}
+
+impl Shared {
+    /// Counts a check of health, and gives how often it was good and bad.
+    fn checked(&self, name: &'static str, good: bool) -> (u64, u64) {
+        let mut checks = self.checks.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = checks.entry(name).or_default();
+        *if good { &mut counts.0 } else { &mut counts.1 } += 1;
+        *counts
+    }
 }
 
 /// An answer that is not what was asked for, in words.
@@ -148,6 +166,8 @@ impl NodeApi {
                 self.runtime.clone(),
             )),
             node: self.node,
+            cert_dir: self.cert_dir,
+            checks: Mutex::default(),
             sync: self.sync,
             runtime: self.runtime,
             watched: self.watched,

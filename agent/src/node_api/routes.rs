@@ -12,7 +12,9 @@ use axum::routing::{any, get, post};
 
 use super::guard::{Guard, Refusal};
 use super::listen::Peer;
-use super::{Failure, Shared, health, logs, pods, stats, stream};
+use super::{
+    Failure, Shared, checkpoint, health, logs, metrics, node_logs, pods, stats, stream, zpages,
+};
 
 /// Everything, behind the guard.
 pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
@@ -31,7 +33,16 @@ pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
             .route("/run/{namespace}/{pod}/{uid}/{container}", post(stream::run_uid))
             .route("/runningpods", get(pods::running))
             .route("/runningpods/", get(pods::running))
-            .route("/configz", get(pods::configz));
+            .route("/configz", get(pods::configz))
+            .route("/checkpoint/{namespace}/{pod}/{container}", post(checkpoint::checkpoint))
+            .route("/logs", get(node_logs::root))
+            .route("/logs/", get(node_logs::root))
+            .route("/logs/{*path}", get(node_logs::logs))
+            .route("/statusz", get(zpages::statusz))
+            .route("/flagz", get(zpages::flagz))
+            .route("/debug/flags/v", any(zpages::flags))
+            .route("/debug/pprof/", any(zpages::pprof))
+            .route("/debug/pprof/{*rest}", any(zpages::pprof));
     } else {
         let disabled = || async {
             Failure(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n".into())
@@ -51,12 +62,16 @@ pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
             routes = routes.route(path, any(disabled));
         }
     }
-    finish(routes, shared).layer(middleware::from_fn_with_state(guard, judge))
+    finish(routes, shared)
+        .layer(middleware::from_fn_with_state(guard, judge))
+        .layer(middleware::from_fn(metrics::count))
 }
 
 /// What a read-only port shows to anybody.
 pub(super) fn read_only(shared: Arc<Shared>) -> Router {
-    finish(open(), shared).layer(middleware::from_fn(only_get))
+    finish(open(), shared)
+        .layer(middleware::from_fn(only_get))
+        .layer(middleware::from_fn(metrics::count_read_only))
 }
 
 /// What both ports serve.
@@ -69,6 +84,9 @@ fn open() -> Router<Arc<Shared>> {
         .route("/stats/summary", get(stats::summary))
         .route("/metrics/resource", get(stats::resource))
         .route("/metrics/cadvisor", get(stats::cadvisor))
+        .route("/metrics", get(metrics::all))
+        .route("/metrics/probes", get(metrics::probes))
+        .route("/metrics/slis", get(metrics::slis))
 }
 
 fn finish(routes: Router<Arc<Shared>>, shared: Arc<Shared>) -> Router {

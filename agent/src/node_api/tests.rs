@@ -345,11 +345,16 @@ async fn requests_that_are_none_are_refused() {
         format!("GET /pods HTTP/1.1\r\nhost: n\r\n{}\r\n", "x: y\r\n".repeat(1000)),
     ] {
         let me = rig.authority.issue(API_SERVER, "g", false);
-        let mut stream = rig.connect(Some(me)).await.unwrap();
-        let _ = stream.write_all(text.as_bytes()).await;
+        let stream = rig.connect(Some(me)).await.unwrap();
+        let (mut from, mut to) = tokio::io::split(stream);
         let mut answer = Vec::new();
-        let read = stream.read_to_end(&mut answer);
-        let _ = tokio::time::timeout(Duration::from_secs(10), read).await.expect("closed");
+        let write = async {
+            let _ = to.write_all(text.as_bytes()).await;
+            let _ = to.flush().await;
+        };
+        // What is refused early closes the connection while the rest is still being sent.
+        let both = async { tokio::join!(write, from.read_to_end(&mut answer)) };
+        let _ = tokio::time::timeout(Duration::from_secs(30), both).await.expect("closed");
         let answer = String::from_utf8_lossy(&answer);
         assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
     }

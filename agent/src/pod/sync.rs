@@ -27,6 +27,7 @@ use super::store::StatusStore;
 use super::table::PodTable;
 use super::worker::{Begin, Message, Worker};
 use crate::ids::{NamespacedName, PodUid};
+use crate::metrics::METRICS;
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink};
@@ -203,6 +204,7 @@ impl SyncLoop {
             evictions,
             over,
             relist_every: RELIST_WITHOUT_EVENTS,
+            relisted: None,
         };
         state.run(&mut changes, news, overs, &mut pings, &mut shutdown).await;
         watching.abort();
@@ -314,6 +316,7 @@ struct Loop {
     evictions: mpsc::UnboundedReceiver<(PodUid, Verdict)>,
     over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
+    relisted: Option<Instant>,
 }
 
 impl Loop {
@@ -524,7 +527,11 @@ impl Loop {
 
     /// Lists the runtime and passes on what differs from the listing before.
     async fn relist(&mut self) {
-        let snapshot = match list(&self.deps.runtime).await {
+        let began = Instant::now();
+        let listed = list(&self.deps.runtime).await;
+        let last = self.relisted.replace(began);
+        METRICS.relisted(began.elapsed(), last.map(|last| began.duration_since(last)));
+        let snapshot = match listed {
             Ok(snapshot) => snapshot,
             Err(error) => {
                 tracing::warn!(%error, "cannot list what the container runtime holds");

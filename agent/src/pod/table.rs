@@ -3,11 +3,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::ids::PodUid;
+use crate::metrics::METRICS;
 use crate::source::PodSource;
 
 /// One pod as it was last seen.
@@ -121,6 +124,12 @@ impl PodTable {
         self.0.version.subscribe()
     }
 
+    /// Puts a pod in, for tests of those who read.
+    #[cfg(test)]
+    pub(crate) fn put(&self, view: PodView) {
+        self.set(&PodUid::of(&view.pod), view);
+    }
+
     pub(super) fn set(&self, uid: &PodUid, view: PodView) {
         {
             let mut pods = self.0.pods.write().unwrap_or_else(PoisonError::into_inner);
@@ -132,6 +141,15 @@ impl PodTable {
             });
             if same {
                 return;
+            }
+            let runs = |view: &PodView| view.status.phase.as_deref() == Some("Running");
+            // A pod of an earlier run of this agent is not seen to start.
+            if runs(&view) && pods.get(uid).is_some_and(|old| !runs(old)) {
+                let since = |time: &Option<Time>| {
+                    time.as_ref().map(|t| Timestamp::now().duration_since(t.0).as_secs_f64())
+                };
+                let created = since(&view.pod.metadata.creation_timestamp);
+                METRICS.pod_started(since(&view.status.start_time).unwrap_or(0.0), created);
             }
             pods.insert(uid.clone(), view);
         }

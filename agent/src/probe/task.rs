@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{ObjectReference, Probe};
 
 use super::verdict::Tally;
 use super::{Outcome, Place, check};
+use crate::metrics::{METRICS, ProbeLabels};
 use crate::pod::facts::ProbeKind;
 use crate::report::{EventSink, EventType};
 
@@ -48,12 +49,14 @@ pub async fn run_probe(
     if !first.is_zero() {
         tokio::time::sleep(first).await;
     }
+    let counted = Counted::new(&target);
     let mut tally = Tally::new(target.kind, &target.probe, target.healthy);
     let mut ticks = tokio::time::interval(period);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let outcome = check(&target.place, &target.probe).await;
+        counted.count(&outcome);
         report(&target, events.as_ref(), &outcome);
         if let Some(healthy) = tally.count(&outcome) {
             turned(healthy);
@@ -61,6 +64,40 @@ pub async fn run_probe(
         if tally.finished() {
             return;
         }
+    }
+}
+
+/// The probe's metrics, which go when it is asked no more.
+struct Counted(ProbeLabels);
+
+impl Counted {
+    fn new(target: &ProbeTarget) -> Self {
+        let pod = &target.regarding;
+        let container = pod.field_path.as_deref().unwrap_or_default();
+        let container = container.split_once('{').map_or(container, |(_, name)| name);
+        Self(ProbeLabels {
+            probe_type: target.kind.title().to_owned(),
+            result: String::new(),
+            container: container.trim_end_matches('}').to_owned(),
+            pod: pod.name.clone().unwrap_or_default(),
+            namespace: pod.namespace.clone().unwrap_or_default(),
+            pod_uid: pod.uid.clone().unwrap_or_default(),
+        })
+    }
+
+    fn count(&self, outcome: &Outcome) {
+        let result = match outcome {
+            Outcome::Success | Outcome::Warning(_) => "successful",
+            Outcome::Failure(_) => "failed",
+            Outcome::Unknown(_) => "unknown",
+        };
+        METRICS.probed(&ProbeLabels { result: result.to_owned(), ..self.0.clone() });
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        METRICS.forget_probe(&self.0);
     }
 }
 

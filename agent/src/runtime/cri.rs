@@ -19,6 +19,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
 
 use super::{EventStream, ExecOutput, Result, Runtime, RuntimeError, RuntimeErrorKind};
+use crate::metrics::METRICS;
 
 /// Largest answer taken from a runtime: lists of everything on a crowded node fit well.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -80,7 +81,10 @@ impl CriRuntime {
         timeout: Duration,
         request: impl Future<Output = std::result::Result<Response<T>, Status>> + Send,
     ) -> Result<T> {
-        match tokio::time::timeout(timeout, request).await {
+        let began = std::time::Instant::now();
+        let answer = tokio::time::timeout(timeout, request).await;
+        METRICS.runtime_operation(verb, began.elapsed(), !matches!(answer, Ok(Ok(_))));
+        match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(runtime_error(verb, &status)),
             Err(_) => Err(RuntimeError {
@@ -321,6 +325,18 @@ impl Runtime for CriRuntime {
             stdout: response.stdout,
             stderr: response.stderr,
         })
+    }
+
+    async fn checkpoint_container(&self, id: &str, location: &str, timeout: i64) -> Result<()> {
+        let mut client = self.runtime.clone();
+        let request = api::CheckpointContainerRequest {
+            container_id: id.to_owned(),
+            location: location.to_owned(),
+            timeout,
+        };
+        let limit = self.timeout + Duration::from_secs(timeout.max(0).unsigned_abs());
+        let done = client.checkpoint_container(request);
+        self.call("CheckpointContainer", limit, done).await.map(drop)
     }
 
     async fn exec(&self, request: api::ExecRequest) -> Result<String> {

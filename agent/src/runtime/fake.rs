@@ -580,6 +580,9 @@ impl Runtime for FakeRuntime {
         Err(refuse("Attach", RuntimeErrorKind::Unimplemented, "the fake streams nothing"))
     }
 
+    async fn checkpoint_container(&self, _: &str, _: &str, _: i64) -> Result<()> {
+        Err(refuse("CheckpointContainer", RuntimeErrorKind::Unimplemented, "not faked"))
+    }
     async fn port_forward(&self, _: api::PortForwardRequest) -> Result<String> {
         Err(refuse("PortForward", RuntimeErrorKind::Unimplemented, "the fake streams nothing"))
     }

@@ -119,6 +119,9 @@ pub trait Runtime: Send + Sync + 'static {
         command: &[String],
         timeout: Duration,
     ) -> Result<ExecOutput>;
+    /// Writes the state of a running container to file `location`; `timeout` in seconds, 0 for the
+    /// runtime's own.
+    async fn checkpoint_container(&self, id: &str, location: &str, timeout: i64) -> Result<()>;
     /// Where to stream `kubectl exec`.
     async fn exec(&self, request: api::ExecRequest) -> Result<String>;
     /// Where to stream `kubectl attach`.

@@ -215,6 +215,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::pod::table::{PodTable, PodView};
 
     fn ended(id: &str) -> ContainerState {
         let terminated = ContainerStateTerminated {
@@ -234,10 +235,6 @@ mod tests {
 
     #[test]
     fn the_log_is_of_the_instance_that_upstream_would_show() {
-        let runs = || ContainerState {
-            running: Some(ContainerStateRunning::default()),
-            ..ContainerState::default()
-        };
         let ask = |state: ContainerState, last: Option<ContainerState>, previous| {
             let status = ContainerStatus {
                 name: "c".into(),
@@ -274,5 +271,79 @@ mod tests {
         }
         let none = instance_id(&PodStatus::default(), "p", "c", false).unwrap_err();
         assert_eq!(none, "container \"c\" in pod \"p\" is not available");
+    }
+
+    fn view(state: ContainerState) -> PodView {
+        let status = ContainerStatus {
+            name: "c".into(),
+            container_id: Some("cri://x".into()),
+            state: Some(state),
+            ..ContainerStatus::default()
+        };
+        PodView {
+            pod: Arc::new(crate::pod::testing::pod(r#"{"containers": [{"name": "c"}]}"#)),
+            status: PodStatus { container_statuses: Some(vec![status]), ..PodStatus::default() },
+            source: None,
+            containers: Default::default(),
+            sandbox: None,
+        }
+    }
+
+    fn runs() -> ContainerState {
+        ContainerState {
+            running: Some(ContainerStateRunning::default()),
+            ..ContainerState::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_thousand_followers_see_every_line_across_rotations_until_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.log");
+        let write = |text: &str| {
+            use std::io::Write;
+            let mut file =
+                std::fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
+            let line = format!("2026-01-02T03:04:05.000000000Z stdout F {text}\n");
+            file.write_all(line.as_bytes()).unwrap();
+        };
+        write("first");
+        let table = PodTable::default();
+        table.put(view(runs()));
+        let followers = Followers::new(table.clone());
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..1000 {
+            let instance = Instance { uid: "u".into(), name: "c".into(), id: "x".into() };
+            let options = LogOptions { follow: true, ..LogOptions::default() };
+            let mut reader = Reader {
+                wake: Some(followers.follow(&path, instance).unwrap()),
+                file: Some(LogFile::open(&path, None).unwrap()),
+                shaper: Shaper::new(&options),
+                lines_left: None,
+            };
+            tasks.spawn(async move {
+                let mut seen = Vec::new();
+                while let Some(chunk) = reader.next().await {
+                    seen.extend_from_slice(&chunk.unwrap());
+                }
+                String::from_utf8(seen).unwrap()
+            });
+        }
+        let mut expected = String::from("first\n");
+        for n in 0..20 {
+            write(&n.to_string());
+            expected += &format!("{n}\n");
+            if n % 5 == 4 {
+                let rotated = dir.path().join(format!("0.log.20260101-0000{n:02}"));
+                std::fs::rename(&path, rotated).unwrap();
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
+        write("last words");
+        expected += "last words\n";
+        table.put(view(ended("cri://x")));
+        while let Some(seen) = tasks.join_next().await {
+            assert_eq!(seen.unwrap(), expected);
+        }
     }
 }

@@ -7,7 +7,7 @@ pub(in crate::node_api) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; c
 
 /// What kind of a metric it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::node_api) enum Kind {
     Counter,
     Gauge,
 }
@@ -21,11 +21,11 @@ struct Family {
 
 /// Samples by metric, in the order in which the metrics came first.
 #[derive(Default)]
-pub(super) struct Exposition(Vec<Family>);
+pub(in crate::node_api) struct Exposition(Vec<Family>);
 
 impl Exposition {
     /// Adds a sample; `millis` is its time.
-    pub(super) fn sample(
+    pub(in crate::node_api) fn sample(
         &mut self,
         (name, kind, help): (&'static str, Kind, &'static str),
         labels: &[(&str, &str)],
@@ -61,7 +61,7 @@ impl Exposition {
     }
 
     /// The text.
-    pub(super) fn render(self) -> String {
+    pub(in crate::node_api) fn render(self) -> String {
         let mut out = String::new();
         for Family { name, samples, help, kind } in self.0 {
             let kind = if kind == Kind::Counter { "counter" } else { "gauge" };
@@ -69,6 +69,35 @@ impl Exposition {
         }
         out
     }
+}
+
+/// OpenMetrics text, as the metrics library writes it, in the older format that every scraper takes.
+pub(in crate::node_api) fn classic(open_metrics: &str) -> String {
+    let mut out = String::with_capacity(open_metrics.len());
+    let mut name_help: Option<(&str, &str)> = None;
+    for line in open_metrics.lines() {
+        if line == "# EOF" || line.starts_with("# UNIT ") {
+            continue;
+        }
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            name_help = rest.split_once(' ');
+            continue;
+        }
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' ')) {
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            let help = name_help.take().filter(|(of, _)| *of == name).map_or("", |(_, help)| help);
+            let _ = writeln!(out, "# HELP {name}{suffix} {help}");
+            let _ = writeln!(
+                out,
+                "# TYPE {name}{suffix} {}",
+                if kind == "unknown" { "untyped" } else { kind }
+            );
+            continue;
+        }
+        out.push_str(line);
+        out.push('\n');
+    }
+    out
 }
 
 #[cfg(test)]
@@ -88,5 +117,12 @@ mod tests {
              a_total{x=\"1\",y=\"q\\\"\\\\\\n\"} 1.5 1000\na_total{x=\"2\"} 3000000000\n\
              # HELP b Now.\n# TYPE b gauge\nb 2\n"
         );
+    }
+
+    #[test]
+    fn open_metrics_reads_as_the_older_format() {
+        let open = "# HELP a How many.\n# TYPE a counter\na_total{x=\"1\"} 1\n# EOF\n";
+        let expected = "# HELP a_total How many.\n# TYPE a_total counter\na_total{x=\"1\"} 1\n";
+        assert_eq!(classic(open), expected);
     }
 }

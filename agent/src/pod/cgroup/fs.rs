@@ -16,6 +16,7 @@ use super::{
     CgroupError, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders, slice_name,
 };
 use crate::ids::PodUid;
+use crate::metrics::METRICS;
 use crate::node_context::{CgroupDriver, NodeContext};
 use crate::pod::config::resources::PodLimits;
 
@@ -263,12 +264,18 @@ impl PodCgroups for KernelCgroups {
         limits: PodLimits,
     ) -> Result<String, CgroupError> {
         let (uid, qos) = (uid.clone(), qos.to_owned());
-        blocking(&self.0, move |inner| inner.ensure(&uid, &qos, limits)).await
+        let began = std::time::Instant::now();
+        let made = blocking(&self.0, move |inner| inner.ensure(&uid, &qos, limits)).await;
+        METRICS.cgroup_operation("create", began.elapsed());
+        made
     }
 
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
         let uid = uid.clone();
-        blocking(&self.0, move |inner| inner.remove(&uid)).await
+        let began = std::time::Instant::now();
+        let removed = blocking(&self.0, move |inner| inner.remove(&uid)).await;
+        METRICS.cgroup_operation("destroy", began.elapsed());
+        removed
     }
 
     async fn list(&self) -> Result<Vec<PodUid>, CgroupError> {

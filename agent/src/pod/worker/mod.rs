@@ -23,6 +23,7 @@ use super::status::{
 };
 use super::table::PodView;
 use crate::ids::{NamespacedName, PodUid};
+use crate::metrics::METRICS;
 use crate::objects::ObjectRef;
 use crate::report::EventType;
 use crate::source::PodSource;
@@ -206,7 +207,9 @@ impl Worker {
                     self.seed().await;
                 }
             }
+            let began = std::time::Instant::now();
             let wake_at = if looked { self.reconcile() } else { self.stale.retry_at };
+            METRICS.worker_turned(began.elapsed());
             if self.state == State::Gone {
                 return;
             }

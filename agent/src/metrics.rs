@@ -1,0 +1,337 @@
+//! The agent's own metrics under kubelet's names, so that its dashboards and alerts work.
+//!
+//! One set for the process: what is counted lies deep in the runtime client, the API client and the
+//! probes, and a scrape wants all of it. What can be looked up when a scrape comes is not counted
+//! here (`node_api::metrics`).
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+/// The set of this process.
+pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
+
+/// Label `operation_type`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Operation {
+    operation_type: String,
+}
+
+/// Labels of requests to the node API.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct HttpLabels {
+    /// HTTP method.
+    pub method: String,
+    /// First part of the path.
+    pub path: String,
+    /// `readwrite` or `readonly`.
+    pub server_type: &'static str,
+    /// `true` for sessions.
+    pub long_running: &'static str,
+}
+
+/// Labels of requests to the API server.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ClientLabels {
+    /// HTTP status, or `<error>`.
+    pub code: String,
+    /// Host and port of the API server.
+    pub host: String,
+    /// HTTP method.
+    pub method: String,
+}
+
+/// Labels of a probe.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ProbeLabels {
+    /// `Liveness`, `Readiness` or `Startup`.
+    pub probe_type: String,
+    /// `successful`, `failed` or `unknown`.
+    pub result: String,
+    /// Container.
+    pub container: String,
+    /// Pod.
+    pub pod: String,
+    /// Namespace.
+    pub namespace: String,
+    /// The pod's UID.
+    pub pod_uid: String,
+}
+
+type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
+
+/// Upstream's default buckets, seconds.
+const DEFAULT: [f64; 11] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+/// Buckets of the time a pod takes to start, seconds.
+const START: [f64; 26] = [
+    0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0,
+    180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0, 1200.0, 1800.0,
+];
+
+fn histogram() -> Histogram {
+    Histogram::new(DEFAULT)
+}
+
+/// The metrics.
+pub struct Metrics {
+    registry: Registry,
+    probes_registry: Registry,
+    runtime_operations: Family<Operation, Counter>,
+    runtime_errors: Family<Operation, Counter>,
+    runtime_durations: Histograms<Operation>,
+    http: Family<HttpLabels, Counter>,
+    http_inflight: Family<HttpLabels, Gauge>,
+    http_durations: Histograms<HttpLabels>,
+    client: Family<ClientLabels, Counter>,
+    client_durations: Histograms<ClientVerb>,
+    pod_starts: Histogram,
+    pod_sli_starts: Histogram,
+    workers: Histograms<Operation>,
+    cgroups: Histograms<Operation>,
+    relists: Histogram,
+    relist_intervals: Histogram,
+    probes: Family<ProbeLabels, Counter>,
+}
+
+/// Labels of the time that requests to the API server take.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ClientVerb {
+    host: String,
+    verb: String,
+}
+
+impl Metrics {
+    fn new() -> Self {
+        let new = Self {
+            registry: Registry::default(),
+            probes_registry: Registry::default(),
+            runtime_operations: Family::default(),
+            runtime_errors: Family::default(),
+            runtime_durations: Family::new_with_constructor(histogram),
+            http: Family::default(),
+            http_inflight: Family::default(),
+            http_durations: Family::new_with_constructor(histogram),
+            client: Family::default(),
+            client_durations: Family::new_with_constructor(histogram),
+            pod_starts: Histogram::new(START),
+            pod_sli_starts: Histogram::new(START),
+            workers: Family::new_with_constructor(histogram),
+            cgroups: Family::new_with_constructor(histogram),
+            relists: histogram(),
+            relist_intervals: histogram(),
+            probes: Family::default(),
+        };
+        new.registered()
+    }
+
+    fn registered(mut self) -> Self {
+        let mut registry = Registry::default();
+        let all = &mut registry;
+        // Counters end in `_total`, which the encoder adds; help ends in a full stop, likewise.
+        all.register(
+            "kubelet_runtime_operations",
+            "Cumulative number of runtime operations by operation type",
+            self.runtime_operations.clone(),
+        );
+        all.register(
+            "kubelet_runtime_operations_errors",
+            "Cumulative number of runtime operation errors by operation type",
+            self.runtime_errors.clone(),
+        );
+        all.register(
+            "kubelet_runtime_operations_duration_seconds",
+            "Duration in seconds of runtime operations. Broken down by operation type",
+            self.runtime_durations.clone(),
+        );
+        all.register(
+            "kubelet_http_requests",
+            "Number of the http requests received since the server started",
+            self.http.clone(),
+        );
+        all.register(
+            "kubelet_http_inflight_requests",
+            "Number of the inflight http requests",
+            self.http_inflight.clone(),
+        );
+        all.register(
+            "kubelet_http_requests_duration_seconds",
+            "Duration in seconds to serve http requests",
+            self.http_durations.clone(),
+        );
+        all.register(
+            "rest_client_requests",
+            "Number of HTTP requests, partitioned by status code, method, and host",
+            self.client.clone(),
+        );
+        all.register(
+            "rest_client_request_duration_seconds",
+            "Request latency in seconds. Broken down by verb, and host",
+            self.client_durations.clone(),
+        );
+        all.register("kubelet_pod_start_duration_seconds", "Duration in seconds from kubelet seeing a pod for the first time to the pod starting to run", self.pod_starts.clone());
+        all.register("kubelet_pod_start_sli_duration_seconds", "Duration in seconds to start a pod, excluding time to pull images and run init containers, measured from pod creation timestamp to when all its containers are reported as started and observed via watch", self.pod_sli_starts.clone());
+        all.register("kubelet_pod_worker_duration_seconds", "Duration in seconds to sync a single pod. Broken down by operation type: create, update, or sync", self.workers.clone());
+        all.register(
+            "kubelet_cgroup_manager_duration_seconds",
+            "Duration in seconds for cgroup manager operations. Broken down by method",
+            self.cgroups.clone(),
+        );
+        all.register(
+            "kubelet_pleg_relist_duration_seconds",
+            "Duration in seconds for relisting pods in PLEG",
+            self.relists.clone(),
+        );
+        all.register(
+            "kubelet_pleg_relist_interval_seconds",
+            "Interval in seconds between relisting in PLEG",
+            self.relist_intervals.clone(),
+        );
+        self.probes_registry.register(
+            "prober_probe",
+            "Cumulative number of a liveness, readiness or startup probe for a container by result",
+            self.probes.clone(),
+        );
+        self.registry = registry;
+        self
+    }
+
+    /// A request to the runtime was answered.
+    pub fn runtime_operation(&self, verb: &'static str, took: Duration, failed: bool) {
+        let operation = Operation { operation_type: snake(verb) };
+        self.runtime_operations.get_or_create(&operation).inc();
+        self.runtime_durations.get_or_create(&operation).observe(took.as_secs_f64());
+        if failed {
+            self.runtime_errors.get_or_create(&operation).inc();
+        }
+    }
+
+    /// A request to the node API came.
+    pub fn http_began(&self, labels: &HttpLabels) {
+        self.http.get_or_create(labels).inc();
+        self.http_inflight.get_or_create(labels).inc();
+    }
+
+    /// It is answered.
+    pub fn http_ended(&self, labels: &HttpLabels, took: Duration) {
+        self.http_inflight.get_or_create(labels).dec();
+        self.http_durations.get_or_create(labels).observe(took.as_secs_f64());
+    }
+
+    /// The API server was asked.
+    pub fn client_request(&self, labels: &ClientLabels, took: Duration) {
+        self.client.get_or_create(labels).inc();
+        let verb = ClientVerb { host: labels.host.clone(), verb: labels.method.clone() };
+        self.client_durations.get_or_create(&verb).observe(took.as_secs_f64());
+    }
+
+    /// A pod runs for the first time, so long after it was seen and created.
+    pub fn pod_started(&self, since_seen: f64, since_created: Option<f64>) {
+        self.pod_starts.observe(since_seen.max(0.0));
+        if let Some(created) = since_created {
+            self.pod_sli_starts.observe(created.max(0.0));
+        }
+    }
+
+    /// A pod's worker took a turn.
+    pub fn worker_turned(&self, took: Duration) {
+        let sync = Operation { operation_type: "sync".to_owned() };
+        self.workers.get_or_create(&sync).observe(took.as_secs_f64());
+    }
+
+    /// A cgroup was made, changed or removed.
+    pub fn cgroup_operation(&self, operation: &str, took: Duration) {
+        let operation = Operation { operation_type: operation.to_owned() };
+        self.cgroups.get_or_create(&operation).observe(took.as_secs_f64());
+    }
+
+    /// The runtime was listed.
+    pub fn relisted(&self, took: Duration, since_last: Option<Duration>) {
+        self.relists.observe(took.as_secs_f64());
+        if let Some(since) = since_last {
+            self.relist_intervals.observe(since.as_secs_f64());
+        }
+    }
+
+    /// A probe was asked.
+    pub fn probed(&self, labels: &ProbeLabels) {
+        self.probes.get_or_create(labels).inc();
+    }
+
+    /// A probe is asked no more.
+    pub fn forget_probe(&self, labels: &ProbeLabels) {
+        for result in ["successful", "failed", "unknown"] {
+            self.probes.remove(&ProbeLabels { result: result.to_owned(), ..labels.clone() });
+        }
+    }
+
+    /// All but the probes', in OpenMetrics text.
+    pub fn encode(&self) -> String {
+        encode(&self.registry)
+    }
+
+    /// The probes', in OpenMetrics text.
+    pub fn encode_probes(&self) -> String {
+        encode(&self.probes_registry)
+    }
+}
+
+fn encode(registry: &Registry) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = prometheus_client::encoding::text::encode(&mut text, registry);
+    text
+}
+
+/// `RunPodSandbox` as upstream's metrics write it: `run_podsandbox`.
+fn snake(verb: &str) -> String {
+    let mut out = String::with_capacity(verb.len() + 4);
+    let verb = verb.replace("PodSandbox", "Podsandbox");
+    for c in verb.chars() {
+        if c.is_ascii_uppercase() && !out.is_empty() {
+            out.push('_');
+        }
+        out.push(c.to_ascii_lowercase());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn operations_are_named_as_upstream_names_them() {
+        for (verb, name) in [
+            ("RunPodSandbox", "run_podsandbox"),
+            ("PodSandboxStatus", "podsandbox_status"),
+            ("CreateContainer", "create_container"),
+            ("ExecSync", "exec_sync"),
+            ("Version", "version"),
+        ] {
+            assert_eq!(snake(verb), name);
+        }
+    }
+
+    #[test]
+    fn probes_are_forgotten_with_their_container() {
+        let metrics = Metrics::new();
+        let labels = ProbeLabels {
+            probe_type: "Liveness".into(),
+            result: "successful".into(),
+            container: "c".into(),
+            pod: "p".into(),
+            namespace: "ns".into(),
+            pod_uid: "u".into(),
+        };
+        metrics.probed(&labels);
+        assert!(metrics.encode_probes().contains("prober_probe_total{probe_type=\"Liveness\""));
+        metrics.forget_probe(&labels);
+        assert!(!metrics.encode_probes().contains("Liveness"));
+    }
+}
