@@ -67,6 +67,12 @@ pub trait Objects: Send + Sync + 'static {
         spec: TokenRequestSpec,
     ) -> Result<TokenRequestStatus, ObjectError>;
 
+    /// The runtime's handler that the RuntimeClass `class` names; `None` if there is no such class.
+    /// Without a control plane a class is a handler's own name.
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ObjectError> {
+        Ok(Some(class.to_owned()))
+    }
+
     /// Services of `namespace` plus `default/kubernetes`, for the service environment variables.
     fn services(&self, namespace: &str) -> Vec<Arc<Service>>;
 

@@ -199,8 +199,17 @@ pub async fn start(
     let (network_tx, network) = watch::channel(false);
     let (services, deleting) = (Arc::new(Services::default()), Arc::new(Deleting::default()));
     let store = |kind: &str| Store::new(&config.state_dir, kind);
-    let kinds = ["pods", "services", "endpointslices", "node", "configmaps", "secrets", "tokens"];
-    let [pod_store, service_store, slice_store, node_store, maps, secrets, tokens] =
+    let kinds = [
+        "pods",
+        "services",
+        "endpointslices",
+        "node",
+        "configmaps",
+        "secrets",
+        "tokens",
+        "runtimeclasses",
+    ];
+    let [pod_store, service_store, slice_store, node_store, maps, secrets, tokens, handlers] =
         kinds.map(store);
 
     let events: Arc<dyn EventSink> = Arc::new(ClusterEvents::new(
@@ -211,11 +220,25 @@ pub async fn start(
     ));
     let statuses = ClusterStatuses::new(api.main.clone(), deleting.clone(), deletions);
     let mut tasks = JoinSet::new();
-    for store in [&pod_store, &service_store, &slice_store, &node_store, &maps, &secrets, &tokens] {
+    let stores = [
+        &pod_store,
+        &service_store,
+        &slice_store,
+        &node_store,
+        &maps,
+        &secrets,
+        &tokens,
+        &handlers,
+    ];
+    for store in stores {
         tasks.spawn(store.clone().run());
     }
-    let objects =
-        ClusterObjects::new(api.clone(), node.clone(), services.clone(), [maps, secrets, tokens]);
+    let objects = ClusterObjects::new(
+        api.clone(),
+        node.clone(),
+        services.clone(),
+        [maps, secrets, tokens, handlers],
+    );
 
     let name = config.node_name.clone();
     let loops = ServiceLoops {

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec, TokenRequestStatus};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret, Service, ServiceAccount};
+use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::api::PostParams;
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
@@ -110,6 +111,9 @@ pub struct ClusterObjects {
     maps: Store,
     secrets: Store,
     token_store: Store,
+    /// Handlers by RuntimeClass, as far as pods here needed them.
+    handlers: Mutex<HashMap<String, String>>,
+    handler_store: Store,
     earlier: OnceLock<Earlier>,
 }
 
@@ -120,15 +124,16 @@ struct Earlier {
 }
 
 impl ClusterObjects {
-    /// Over `api`; `stores` keep ConfigMaps, Secrets and tokens (files 0600) for a restart while the
+    /// Over `api`; `stores` keep ConfigMaps, Secrets, tokens and handlers (files 0600) for a restart while the
     /// control plane is away.
     pub fn new(
         api: Api,
         node: watch::Receiver<Option<Arc<Node>>>,
         services: Arc<Services>,
-        stores: [Store; 3],
+        stores: [Store; 4],
     ) -> Arc<Self> {
-        let [maps, secrets, token_store] = stores;
+        let [maps, secrets, token_store, handler_store] = stores;
+        let handlers = handler_store.load::<(String, String)>().into_iter().flatten().collect();
         let tokens = token_store
             .load::<(String, TokenRequestStatus)>()
             .into_iter()
@@ -144,6 +149,8 @@ impl ClusterObjects {
             maps,
             secrets,
             token_store,
+            handlers: Mutex::new(handlers),
+            handler_store,
             earlier: OnceLock::new(),
         })
     }
@@ -401,6 +408,32 @@ impl Objects for ClusterObjects {
             Err(error) => match held {
                 Some(token) if error.code().is_none() => Ok(token),
                 _ => Err(object_error("ServiceAccount token", account, &error)),
+            },
+        }
+    }
+
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ObjectError> {
+        let classes: kube::Api<RuntimeClass> = kube::Api::all(self.api.objects.clone());
+        let what = format!("get RuntimeClass {class}");
+        let found = api::timed(what, REQUEST_TIMEOUT, classes.get_opt(class)).await;
+        let mut handlers = self.handlers.lock().unwrap_or_else(|e| e.into_inner());
+        match found {
+            Ok(Some(found)) => {
+                let (name, handler) = (class.to_owned(), found.handler);
+                if handlers.insert(name.clone(), handler.clone()).as_ref() != Some(&handler) {
+                    self.handler_store.put(class, &(name, handler.clone()));
+                }
+                Ok(Some(handler))
+            }
+            Ok(None) => {
+                handlers.remove(class);
+                self.handler_store.remove(class);
+                Ok(None)
+            }
+            // What is known serves while the control plane is away; a handler never changes.
+            Err(error) => match handlers.get(class) {
+                Some(handler) if error.code().is_none() => Ok(Some(handler.clone())),
+                _ => Err(object_error("RuntimeClass", &NamespacedName::new("", class), &error)),
             },
         }
     }

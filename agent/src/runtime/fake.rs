@@ -302,10 +302,15 @@ impl Runtime for FakeRuntime {
         Ok(())
     }
 
-    async fn run_pod_sandbox(&self, config: api::PodSandboxConfig, _: &str) -> Result<String> {
+    async fn run_pod_sandbox(
+        &self,
+        config: api::PodSandboxConfig,
+        handler: &str,
+    ) -> Result<String> {
         const VERB: &str = "RunPodSandbox";
         let metadata = config.metadata.clone().unwrap_or_default();
-        self.enter(VERB, &format!("{} {}", metadata.name, metadata.attempt)).await?;
+        let with = if handler.is_empty() { String::new() } else { format!(" {handler}") };
+        self.enter(VERB, &format!("{} {}{with}", metadata.name, metadata.attempt)).await?;
         if metadata.name.is_empty() || metadata.uid.is_empty() || metadata.namespace.is_empty() {
             return Err(failed(VERB, "sandbox metadata is incomplete"));
         }

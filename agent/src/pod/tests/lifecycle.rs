@@ -65,6 +65,24 @@ async fn no_pod_has_an_address_before_the_node_has_a_range_of_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_runtime_class_names_the_handler() {
+    let rig = Rig::new().await;
+    let of_class =
+        |class: &str| ONE.replacen('{', &format!(r#"{{"runtimeClassName":"{class}","#), 1);
+    rig.set(&named("a", &of_class("sandboxed"))).await;
+    rig.until_ready("a").await;
+    assert!(rig.runtime.calls().contains(&"RunPodSandbox pod-a 0 kata".to_owned()));
+    rig.set(&named("b", &of_class("none"))).await;
+    rig.until("told", |r| {
+        r.events().iter().any(|(reason, message)| {
+            reason == "FailedCreatePodSandBox"
+                && message.contains("RuntimeClass \"none\" not found")
+        })
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_crash_loop_backs_off_and_survives_an_agent_restart() {
     let mut rig = Rig::new().await;
     rig.runtime.behave(

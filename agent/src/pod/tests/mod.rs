@@ -103,6 +103,9 @@ impl Objects for World {
     ) -> Result<TokenRequestStatus, ObjectError> {
         Err(ObjectError::Standalone { what: "a token" })
     }
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ObjectError> {
+        Ok((class == "sandboxed").then(|| "kata".to_owned()))
+    }
     fn services(&self, _: &str) -> Vec<Arc<Service>> {
         Vec::new()
     }

@@ -63,7 +63,14 @@ async fn make(
     tokio::fs::create_dir_all(&logs)
         .await
         .map_err(|e| format!("create log directory {logs}: {e}"))?;
-    let handler = spec_of(pod).runtime_class_name.clone().unwrap_or_default();
+    let handler = match spec_of(pod).runtime_class_name.as_deref().filter(|name| !name.is_empty()) {
+        None => String::new(),
+        Some(class) => match deps.objects.runtime_handler(class).await {
+            Ok(Some(handler)) => handler,
+            Ok(None) => return Err(format!("RuntimeClass {class:?} not found")),
+            Err(error) => return Err(error.to_string()),
+        },
+    };
     let kept = Arc::new(config.clone());
     let id = deps.runtime.run_pod_sandbox(config, &handler).await.map_err(|e| e.message)?;
     let response = deps.runtime.pod_sandbox_status(&id).await.map_err(|e| e.to_string())?;
