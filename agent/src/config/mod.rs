@@ -4,6 +4,7 @@
 
 mod configz;
 mod documents;
+mod fields;
 mod kube_proxy;
 mod kubelet;
 mod longshore;
@@ -12,11 +13,11 @@ pub mod node_api;
 mod quantity;
 
 pub use documents::{Documents, parse};
+pub(crate) use fields::{is_dns1123_label, is_dns1123_subdomain};
 pub use kube_proxy::KubeProxyConfiguration;
 pub use kubelet::KubeletConfiguration;
 pub use longshore::LongshoreConfiguration;
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
-pub(crate) use node::{is_dns1123_label, is_dns1123_subdomain};
 pub use node_api::NodeApiConfig;
 pub use quantity::{Threshold, parse_bytes};
 
