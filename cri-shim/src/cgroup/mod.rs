@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 
+pub mod detail;
 pub mod stats;
 pub mod update;
 

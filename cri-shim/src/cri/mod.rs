@@ -34,6 +34,7 @@ mod events;
 mod exec;
 mod images;
 mod logs;
+mod metrics;
 pub mod recovery;
 mod resources;
 mod sandbox_files;

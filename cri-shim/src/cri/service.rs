@@ -263,14 +263,15 @@ impl RuntimeService for Service {
         &self,
         _request: Request<ListMetricDescriptorsRequest>,
     ) -> Answer<ListMetricDescriptorsResponse> {
-        Err(Status::unimplemented("use ListPodSandboxStats"))
+        Ok(Response::new(self.0.metric_descriptors()))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _request: Request<ListPodSandboxMetricsRequest>,
     ) -> Answer<ListPodSandboxMetricsResponse> {
-        Err(Status::unimplemented("use ListPodSandboxStats"))
+        let pod_metrics = self.0.pod_sandbox_metrics().await?;
+        Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
     type StreamPodSandboxMetricsStream = BoxStream<StreamPodSandboxMetricsResponse>;
@@ -279,7 +280,9 @@ impl RuntimeService for Service {
         &self,
         _request: Request<StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        Err(Status::unimplemented("use ListPodSandboxStats"))
+        let metrics = self.0.pod_sandbox_metrics().await?;
+        let wrap = |pod_sandbox_metrics| StreamPodSandboxMetricsResponse { pod_sandbox_metrics };
+        Ok(Response::new(chunks(metrics, wrap)))
     }
 }
 
