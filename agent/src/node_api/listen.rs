@@ -134,7 +134,8 @@ where
     let address = peer.address;
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(peer.clone());
-        routes.clone().oneshot(request.map(Body::new))
+        // Boxed, so that a stream whose answer has begun does not keep the room of its beginning.
+        Box::pin(routes.clone().oneshot(request.map(Body::new)))
     });
     let io = TokioIo::new(stream);
     let served = if http2 {

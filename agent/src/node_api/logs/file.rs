@@ -59,34 +59,37 @@ impl LogFile {
     /// Entries that are there, as many as fit into a chunk; goes on to younger files.
     pub(super) fn read(&mut self) -> io::Result<Read> {
         loop {
-            let mut chunk = std::mem::take(&mut self.rest);
-            let before = chunk.len();
-            chunk.resize(before + CHUNK, 0);
-            let read = self.file.read_at(&mut chunk[before..], self.at)?;
-            chunk.truncate(before + read);
-            self.at += read as u64;
-            if read > 0 {
-                match chunk.iter().rposition(|byte| *byte == b'\n') {
-                    Some(last) => {
-                        self.rest = chunk.split_off(last + 1);
-                        return Ok(Read::Lines(chunk));
-                    }
-                    None if chunk.len() > MAX_ENTRY => {
-                        return Err(io::Error::other("an entry is longer than 1 MiB"));
-                    }
-                    None => self.rest = chunk,
-                }
-                continue;
-            }
-            chunk.shrink_to_fit();
-            self.rest = chunk;
-            if self.file.metadata()?.size() < self.at {
+            let size = self.file.metadata()?.size();
+            if size < self.at {
                 // Truncated in place: from the start again.
                 (self.at, self.rest) = (0, Vec::new());
-                continue;
             }
-            if !self.go_on()? {
+            // No buffer where there is nothing to read: many wait, few read.
+            let left = usize::try_from(size - self.at).unwrap_or(CHUNK).min(CHUNK);
+            let mut read = 0;
+            if left > 0 {
+                let before = self.rest.len();
+                self.rest.resize(before + left, 0);
+                read = self.file.read_at(&mut self.rest[before..], self.at)?;
+                self.rest.truncate(before + read);
+                self.at += read as u64;
+            }
+            if read == 0 {
+                self.rest.shrink_to_fit();
+                if self.go_on()? {
+                    continue;
+                }
                 return Ok(Read::End);
+            }
+            match self.rest.iter().rposition(|byte| *byte == b'\n') {
+                Some(last) => {
+                    let rest = self.rest.split_off(last + 1);
+                    return Ok(Read::Lines(std::mem::replace(&mut self.rest, rest)));
+                }
+                None if self.rest.len() > MAX_ENTRY => {
+                    return Err(io::Error::other("an entry is longer than 1 MiB"));
+                }
+                None => {}
             }
         }
     }

@@ -15,6 +15,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use hyper::body::Bytes;
 use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
+use tokio::sync::Semaphore;
 
 use self::file::{LogFile, Read};
 use self::follow::{Followers, Instance, Wake};
@@ -68,12 +69,12 @@ pub(super) async fn container_logs(
     };
     let tail = options.tail;
     let opened = path.clone();
-    let file = tokio::task::spawn_blocking(move || LogFile::open(&opened, tail))
-        .await
-        .map_err(|error| Failure::internal(error.to_string()))?
-        .map_err(|error| {
-            Failure::bad_request(format!("failed to open log file {}: {error}", path.display()))
-        })?;
+    let permit = READING.acquire().await;
+    let file = tokio::task::spawn_blocking(move || LogFile::open(&opened, tail)).await;
+    drop(permit);
+    let file = file.map_err(|error| Failure::internal(error.to_string()))?.map_err(|error| {
+        Failure::bad_request(format!("failed to open log file {}: {error}", path.display()))
+    })?;
     let reader = Reader {
         // A tail that is not followed is so many lines and no more.
         lines_left: options.tail.filter(|_| !options.follow),
@@ -100,6 +101,10 @@ fn follow(
     })
 }
 
+/// Logs that are read at once. A line that a thousand follow must not make a thousand threads.
+const READS: usize = 8;
+static READING: Semaphore = Semaphore::const_new(READS);
+
 /// Hands out one log, chunk by chunk, as fast as the client takes it.
 struct Reader {
     file: Option<LogFile>,
@@ -116,8 +121,11 @@ impl Reader {
             }
             let mut file = self.file.take()?;
             let ended = self.wake.as_ref().is_none_or(Wake::has_ended);
+            let permit = READING.acquire().await;
             let work = tokio::task::spawn_blocking(move || (file.read(), file));
-            let (read, mut file) = match work.await {
+            let done = work.await;
+            drop(permit);
+            let (read, mut file) = match done {
                 Ok(done) => done,
                 Err(error) => return Some(Err(std::io::Error::other(error))),
             };
