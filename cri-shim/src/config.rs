@@ -1,7 +1,8 @@
 //! What the shim is told from outside: where its socket and state are, and which of the node's
 //! facilities it uses.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use crate::streaming::StreamConfig;
 
@@ -33,6 +34,8 @@ pub struct Config {
     pub cni_bin_dirs: Vec<PathBuf>,
     /// Registry configuration in containerd's `hosts.toml` layout, first existing directory wins.
     pub registry_config_dirs: Vec<PathBuf>,
+    /// External OCI runtimes that pods may ask for by RuntimeClass: handler and program.
+    pub runtime_handlers: BTreeMap<String, PathBuf>,
     /// Where Exec, Attach and PortForward are served.
     pub streaming: StreamConfig,
 }
@@ -71,7 +74,18 @@ impl Config {
                 PathBuf::from("/etc/longshore/certs.d"),
                 PathBuf::from("/etc/containerd/certs.d"),
             ],
+            runtime_handlers: installed_runtimes(),
             streaming: StreamConfig::default(),
         }
     }
+}
+
+/// The OCI runtimes that are handlers wherever they are installed.
+fn installed_runtimes() -> BTreeMap<String, PathBuf> {
+    const DIRECTORIES: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+    let find = |name: &str| {
+        let mut places = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
+        places.find(|path| path.is_file()).map(|path| (name.to_owned(), path))
+    };
+    ["runc", "crun"].into_iter().filter_map(find).collect()
 }

@@ -177,3 +177,40 @@ async fn events_tell_what_happened_in_order() -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+#[tokio::test]
+async fn other_oci_runtimes_make_containers_that_are_served_alike() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    // Not crun too: it refuses machines whose cgroups are in hybrid mode, whoever calls it.
+    let handler = "runc";
+    let pod = node.sandbox_with(NamespaceMode::Container, handler).await?;
+    let script = "echo out; echo err >&2; read line; echo got $line; exit 4";
+    let stdin = |config: &mut ContainerConfig| (config.stdin, config.stdin_once) = (true, true);
+    let id = node.create_with(&pod, handler, script, stdin).await?;
+    node.runtime.start_container(StartContainerRequest { container_id: id.clone() }).await?;
+    let answer = node.exec(&id, &["sh", "-c", "echo in; exit 6"], 0).await?;
+    assert_eq!((answer.stdout.as_slice(), answer.exit_code), (&b"in\n"[..], 6));
+    let filter = node.exec(&id, &["grep", "Seccomp:", "/proc/1/status"], 0).await?;
+    assert!(String::from_utf8_lossy(&filter.stdout).contains('2'), "no filter");
+    node.restart().await?;
+    assert_eq!(node.status(&id).await?.state(), ContainerState::ContainerRunning);
+    let stop = StopContainerRequest { container_id: id.clone(), timeout: 0 };
+    node.runtime.stop_container(stop).await?;
+    assert_eq!(node.exited(&id).await?.exit_code, 137);
+    let log = node.log(handler);
+    assert!(log.contains(" stdout F out\n") && log.contains(" stderr F err\n"), "{log}");
+    let id = node.create(&pod, "ends", "exit 9").await?;
+    node.runtime.start_container(StartContainerRequest { container_id: id.clone() }).await?;
+    assert_eq!(node.exited(&id).await?.exit_code, 9);
+    let missing = |config: &mut ContainerConfig| config.command = vec!["no-such".into()];
+    let id = node.create_with(&pod, "missing", "", missing).await?;
+    let start = StartContainerRequest { container_id: id.clone() };
+    let refused = node.runtime.start_container(start).await.unwrap_err();
+    assert!(refused.message().contains("not found"), "{refused}");
+    let remove = RemovePodSandboxRequest { pod_sandbox_id: pod.0.clone() };
+    node.runtime.remove_pod_sandbox(remove).await?;
+    assert_eq!(node.leftovers(), Vec::<PathBuf>::new());
+    let refused = node.sandbox_with(NamespaceMode::Container, "unheard-of").await.unwrap_err();
+    assert!(refused.to_string().contains("unheard-of"), "{refused}");
+    Ok(())
+}

@@ -138,6 +138,13 @@ impl Shim {
         let user = user::request(security, &defaults.user)
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
 
+        let handler = sandbox.record().runtime_handler.clone();
+        let runtime = self.config.runtime_handlers.get(&handler).cloned();
+        if runtime.is_none() && !handler.is_empty() {
+            return Err(Status::failed_precondition(format!(
+                "the pod's runtime handler {handler:?} is no longer installed"
+            )));
+        }
         let bundle = self.layout.bundle(&container.id);
         // What an interrupted start left would make libcontainer refuse.
         let _ = fs::remove_dir_all(&bundle);
@@ -164,6 +171,7 @@ impl Shim {
             records: self.layout.container(&container.id),
             stdin: config.stdin,
             tty: config.tty,
+            runtime,
         })
     }
 

@@ -29,10 +29,12 @@ impl Shim {
         if metadata.name.is_empty() || metadata.namespace.is_empty() {
             return Err(Status::invalid_argument("a sandbox needs a name and a namespace"));
         }
-        if !request.runtime_handler.is_empty() {
-            return Err(Status::unimplemented(format!(
-                "runtime handler {:?} is not configured; leave out runtimeClassName",
-                request.runtime_handler
+        let handler = request.runtime_handler;
+        if !handler.is_empty() && !self.config.runtime_handlers.contains_key(&handler) {
+            let known: Vec<&String> = self.config.runtime_handlers.keys().collect();
+            return Err(Status::invalid_argument(format!(
+                "runtime handler {handler:?} is not configured, only {known:?}; change the \
+                 RuntimeClass or install the runtime"
             )));
         }
         let id = new_id();
@@ -52,7 +54,7 @@ impl Shim {
         // On a task of its own: a caller that goes away must not leave half a sandbox.
         let this = self.clone();
         let made = tokio::spawn(async move {
-            let made = this.make_sandbox(&id, config).await;
+            let made = this.make_sandbox(&id, config, handler).await;
             if made.is_err() {
                 this.clear_sandbox(&id).await;
                 this.store.release_sandbox(&name);
@@ -67,6 +69,7 @@ impl Shim {
         self: &Arc<Self>,
         id: &str,
         config: api::PodSandboxConfig,
+        handler: String,
     ) -> Result<(), Status> {
         let linux = config.linux.clone().unwrap_or_default();
         let options = linux.security_context.and_then(|s| s.namespace_options).unwrap_or_default();
@@ -127,6 +130,7 @@ impl Shim {
 
         let mut record = SandboxRecord::new(id, &config);
         record.boot_id = self.boot_id.clone();
+        record.runtime_handler = handler;
         record.ips = ips.iter().map(ToString::to_string).collect();
         record.cgroup = cgroup;
         record.own_cgroup = own_cgroup;

@@ -37,13 +37,16 @@ impl Shim {
         api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions }),
             info,
-            runtime_handlers: vec![api::RuntimeHandler {
-                name: String::new(),
-                features: Some(api::RuntimeHandlerFeatures {
-                    recursive_read_only_mounts: true,
-                    user_namespaces: false,
-                }),
-            }],
+            runtime_handlers: std::iter::once(&String::new())
+                .chain(self.config.runtime_handlers.keys())
+                .map(|name| api::RuntimeHandler {
+                    name: name.clone(),
+                    features: Some(api::RuntimeHandlerFeatures {
+                        recursive_read_only_mounts: true,
+                        user_namespaces: false,
+                    }),
+                })
+                .collect(),
             features: Some(api::RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: false,

@@ -20,6 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{Spec, UserBuilder};
 use serde::{Deserialize, Serialize};
 
+use super::external;
 use super::inroot::Root;
 use super::payload::Payload;
 use super::protocol::StartContainer;
@@ -74,6 +75,9 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
     let identity = prepare(start, &mut spec)?;
     spec.save(&config).map_err(|e| format!("writing {}: {e}", config.display()))?;
 
+    if let Some(runtime) = &start.runtime {
+        return external::launch(runtime, start, stdio, identity, progress);
+    }
     // The program's start is known by the end of this pipe: exec closes it, a failure is written
     // to it.
     let (mut failure, report) =
@@ -169,7 +173,7 @@ fn prepare(start: &StartContainer, spec: &mut Spec) -> Result<Identity, String> 
     Ok(identity)
 }
 
-fn accept_terminal(listener: &UnixListener) -> Result<OwnedFd, String> {
+pub(super) fn accept_terminal(listener: &UnixListener) -> Result<OwnedFd, String> {
     let (stream, _) = listener.accept().map_err(|e| format!("accepting the terminal: {e}"))?;
     let (mut fds, mut buffer) = (Vec::new(), [0u8; 256]);
     sys::receive_with_fds(stream.as_raw_fd(), &mut buffer, &mut fds)

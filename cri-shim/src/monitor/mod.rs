@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 mod container;
 mod exec;
+mod external;
 mod follower;
 pub mod frame;
 mod inroot;

@@ -77,6 +77,9 @@ pub struct StartContainer {
     pub stdin: bool,
     /// Gives it a terminal.
     pub tty: bool,
+    /// The program of an external OCI runtime that makes it.
+    #[serde(default)]
+    pub runtime: Option<PathBuf>,
 }
 
 /// The parts of an overlay mount, uppermost layer first.

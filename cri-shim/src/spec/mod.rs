@@ -138,7 +138,8 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
         .readonly(security.is_some_and(|s| s.readonly_rootfs))
         .build()?;
     let mut spec = SpecBuilder::default()
-        .version("1.2.0")
+        // What is needed; a later one is refused by runtimes that distributions still ship.
+        .version("1.0.2")
         .root(root)
         .process(process::plan(inputs, security, capabilities.build()?)?)
         .mounts(mounts::plan(inputs, privileged)?)

@@ -67,6 +67,15 @@ impl Node {
         &mut self,
         pid: NamespaceMode,
     ) -> anyhow::Result<(String, PodSandboxConfig)> {
+        self.sandbox_with(pid, "").await
+    }
+
+    /// A sandbox of a runtime handler.
+    pub async fn sandbox_with(
+        &mut self,
+        pid: NamespaceMode,
+        handler: &str,
+    ) -> anyhow::Result<(String, PodSandboxConfig)> {
         let options = NamespaceOption {
             network: NamespaceMode::Node as i32,
             pid: pid as i32,
@@ -91,7 +100,10 @@ impl Node {
             }),
             ..Default::default()
         };
-        let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let request = RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: handler.to_owned(),
+        };
         let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
         Ok((id, config))
     }
