@@ -119,6 +119,13 @@ async fn the_end_of_input_reaches_the_command_and_large_data_is_whole() -> anyho
         assert_eq!(session.received["stdout"], vec![0u8; 100 * 100 * 1024]);
         assert_eq!(session.exit_code()?, 0);
     }
+    // Who has ended all streams still waits for what they bring.
+    let mut session = start(&node, SPDY, &id, &["sh", "-c", "sleep 1; echo late"]).await?;
+    for stream in ["stdin", "stdout", "stderr", "error"] {
+        session.end(stream).await?;
+    }
+    session.finish().await?;
+    assert_eq!((session.text("stdout").as_str(), session.exit_code()?), ("late\n", 0));
     Ok(())
 }
 
