@@ -26,6 +26,8 @@ pub struct Detail {
     pub memory_failures: u64,
     pub oom_kills: u64,
     pub threads: u64,
+    /// Zero for any number.
+    pub threads_max: u64,
     pub processes: u64,
     pub file_descriptors: u64,
     pub sockets: u64,
@@ -101,6 +103,7 @@ fn unified(file: impl Fn(&str, &str) -> String) -> Detail {
         memory_max_usage: number("memory.peak"),
         memory_failures: of(&events, "max"),
         threads: number("pids.current"),
+        threads_max: number("pids.max"),
         io: io_stat(&file("", "io.stat")),
         pressure: pressure.collect(),
         ..Detail::default()
@@ -127,6 +130,7 @@ fn per_controller(file: impl Fn(&str, &str) -> String) -> Detail {
         memory_max_usage: number("memory", "memory.max_usage_in_bytes"),
         memory_failures: number("memory", "memory.failcnt"),
         threads: number("pids", "pids.current"),
+        threads_max: number("pids", "pids.max"),
         io: blkio(
             &file("blkio", "blkio.throttle.io_service_bytes_recursive"),
             &file("blkio", "blkio.throttle.io_serviced_recursive"),

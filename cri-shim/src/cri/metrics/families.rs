@@ -53,10 +53,19 @@ pub const FAMILIES: &[Family] = &[
     counter("container_fs_writes_bytes_total", "Bytes written.", &["device"]),
     counter("container_fs_reads_total", "Reads completed.", &["device"]),
     counter("container_fs_writes_total", "Writes completed.", &["device"]),
+    counter(
+        "container_blkio_device_usage_total",
+        "Bytes read and written.",
+        &["device", "major", "minor", "operation"],
+    ),
     gauge("container_fs_usage_bytes", "Bytes in the writable layer."),
+    gauge("container_fs_limit_bytes", "Bytes of the file system under the writable layer."),
+    gauge("container_fs_inodes_total", "Inodes of the file system under the writable layer."),
+    gauge("container_fs_inodes_free", "Of them, those that are free."),
     gauge("container_fs_inodes_used", "Inodes in the writable layer."),
     gauge("container_processes", "Processes running."),
     gauge("container_threads", "Threads running."),
+    gauge("container_threads_max", "The most threads allowed, 0 for any number."),
     gauge("container_file_descriptors", "Open file descriptors."),
     gauge("container_sockets", "Open sockets."),
     gauge("container_start_time_seconds", "Start in seconds since the epoch."),
@@ -65,6 +74,7 @@ pub const FAMILIES: &[Family] = &[
     gauge("container_spec_cpu_quota", "CPU quota in microseconds."),
     gauge("container_spec_cpu_shares", "CPU shares."),
     gauge("container_spec_memory_limit_bytes", "Memory limit in bytes."),
+    gauge("container_spec_memory_swap_limit_bytes", "Limit of memory and swap in bytes."),
     counter("container_pressure_cpu_waiting_seconds_total", "Some tasks waited for CPU.", &[]),
     counter("container_pressure_cpu_stalled_seconds_total", "All tasks waited for CPU.", &[]),
     counter(
@@ -142,6 +152,7 @@ pub fn of_cgroup(usage: &Usage, detail: &Detail) -> Vec<Sample> {
         sample("container_oom_events_total", detail.oom_kills),
         sample("container_processes", detail.processes),
         sample("container_threads", detail.threads),
+        sample("container_threads_max", detail.threads_max),
         sample("container_file_descriptors", detail.file_descriptors),
         sample("container_sockets", detail.sockets),
         sample("container_last_seen", usage.timestamp as u64 / SECOND),
@@ -168,6 +179,11 @@ pub fn of_cgroup(usage: &Usage, detail: &Detail) -> Vec<Sample> {
             labelled("container_fs_reads_total", &device, io.reads),
             labelled("container_fs_writes_total", &device, io.writes),
         ]);
+        let (major, minor) = io.device.split_once(':').unwrap_or_default();
+        for (operation, bytes) in [("Read", io.read_bytes), ("Write", io.written_bytes)] {
+            let labels = [device[0], major, minor, operation];
+            samples.push(labelled("container_blkio_device_usage_total", &labels, bytes));
+        }
     }
     for pressure in &detail.pressure {
         let (waiting, stalled) = match pressure.resource {
@@ -197,10 +213,11 @@ pub fn of_limits(resources: &api::LinuxContainerResources) -> Vec<Sample> {
         ("container_spec_cpu_quota", resources.cpu_quota),
         ("container_spec_cpu_shares", resources.cpu_shares),
         ("container_spec_memory_limit_bytes", resources.memory_limit_in_bytes),
+        ("container_spec_memory_swap_limit_bytes", resources.memory_swap_limit_in_bytes),
     ];
     let set =
         given.into_iter().filter_map(|(family, value)| Some((family, u64::try_from(value).ok()?)));
-    set.filter(|(family, value)| *value > 0 || *family == "container_spec_memory_limit_bytes")
+    set.filter(|(family, value)| *value > 0 || family.starts_with("container_spec_memory"))
         .map(|(family, value)| sample(family, value))
         .collect()
 }
@@ -269,6 +286,9 @@ mod tests {
         };
         let other = [
             "container_fs_usage_bytes",
+            "container_fs_limit_bytes",
+            "container_fs_inodes_total",
+            "container_fs_inodes_free",
             "container_fs_inodes_used",
             "container_start_time_seconds",
         ];

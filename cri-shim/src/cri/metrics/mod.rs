@@ -69,6 +69,14 @@ impl Shim {
         let layer = self.snapshots.usage(&container.id).unwrap_or_default();
         samples.push(sample("container_fs_usage_bytes", layer.bytes));
         samples.push(sample("container_fs_inodes_used", layer.inodes));
+        if let Ok(disk) = nix::sys::statvfs::statvfs(&self.layout.state) {
+            let bytes = disk.blocks() * disk.fragment_size();
+            samples.extend([
+                sample("container_fs_limit_bytes", bytes),
+                sample("container_fs_inodes_total", disk.files()),
+                sample("container_fs_inodes_free", disk.files_free()),
+            ]);
+        }
         if let Some(started) = &container.status.borrow().started {
             let seconds = started.at as u64 / 1_000_000_000;
             samples.push(sample("container_start_time_seconds", seconds));
