@@ -42,6 +42,7 @@ pub(super) async fn container_logs(
                 r#"{"message": "Invalid request."}"#.into(),
             ),
         })?;
+    let opening = OPENING.acquire().await;
     let view = shared
         .sync
         .table()
@@ -54,13 +55,14 @@ pub(super) async fn container_logs(
     }
     let id = instance_id(&view.status, &name, &container, options.previous)
         .map_err(Failure::bad_request)?;
+    let uid = PodUid::of(&view.pod);
+    drop(view);
     let status = shared
         .runtime
         .container_status(&id)
         .await
         .map_err(|error| Failure::bad_request(format!("the log of container {id}: {error}")))?;
     let path = PathBuf::from(&status.log_path);
-    let uid = PodUid::of(&view.pod);
     let wake = if options.follow {
         let instance = Instance { uid, name: container, id };
         Some(follow(&shared.followers, &path, instance)?)
@@ -69,9 +71,8 @@ pub(super) async fn container_logs(
     };
     let tail = options.tail;
     let opened = path.clone();
-    let permit = READING.acquire().await;
     let file = tokio::task::spawn_blocking(move || LogFile::open(&opened, tail)).await;
-    drop(permit);
+    drop(opening);
     let file = file.map_err(|error| Failure::internal(error.to_string()))?.map_err(|error| {
         Failure::bad_request(format!("failed to open log file {}: {error}", path.display()))
     })?;
@@ -101,6 +102,8 @@ fn follow(
     })
 }
 
+/// Logs that are being opened at once: what opening takes is not needed a thousand times.
+static OPENING: Semaphore = Semaphore::const_new(16);
 /// Logs that are read at once. A line that a thousand follow must not make a thousand threads.
 const READS: usize = 8;
 static READING: Semaphore = Semaphore::const_new(READS);
