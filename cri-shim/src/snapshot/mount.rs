@@ -1,4 +1,9 @@
-//! Mounting an overlay without the one-page limit of mount(2)'s options.
+//! Mounting an overlay by the interface that the kernel at hand has.
+//!
+//! mount(2) works everywhere, but takes one page of options. With the layers named relative to
+//! their common folder that is room for some 140 of them, more than image builders make. Beyond it
+//! there is fsconfig(2) with an option per layer (`lowerdir+`, kernel 6.5). It is not tried first:
+//! an older kernel refuses it after logging an error for each container.
 
 use std::{fs, io, path::Path};
 
@@ -31,59 +36,78 @@ pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
         )
         .map_err(|errno| SnapshotError::io("bind mount", &rootfs.merged)(errno.into()));
     }
-    let mounted = match sys::mount_overlay(rootfs) {
-        // Kernels before 6.5 have no `lowerdir+`, before 5.2 no fsopen.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP)
-            ) =>
-        {
-            mount_by_options(rootfs)
-        }
-        other => other,
+    let mounted = match Options::of(rootfs) {
+        Some(options) if options.text.len() < PAGE - VOLATILE.len() => mount_by_options(&options),
+        _ => sys::mount_overlay(rootfs).map_err(explain),
     };
     mounted.map_err(SnapshotError::io("mount overlay", &rootfs.merged))
 }
 
-/// mount(2) with the layers named relative to their common folder, in a thread whose working
-/// directory is its own.
-fn mount_by_options(rootfs: &Rootfs) -> io::Result<()> {
-    let layers = rootfs
-        .lowerdirs
-        .first()
-        .and_then(|lower| lower.parent()?.parent())
-        .ok_or(io::ErrorKind::InvalidInput)?;
-    let relative: Vec<_> = rootfs
-        .lowerdirs
-        .iter()
-        .map(|lower| lower.strip_prefix(layers).unwrap_or(lower).to_string_lossy())
-        .collect();
-    let options = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        relative.join(":"),
-        rootfs.upper.display(),
-        rootfs.work.display()
-    );
-    let mount = |options: &str| -> io::Result<()> {
-        Ok(nix::mount::mount(
-            Some("overlay"),
-            &rootfs.merged,
-            Some("overlay"),
-            MsFlags::empty(),
-            Some(options),
-        )?)
+/// What mount(2) takes of options, with the byte that ends them.
+const PAGE: usize = 4096;
+const VOLATILE: &str = ",volatile";
+
+/// An overlay's mount options, with the layers relative to a folder.
+#[derive(Debug, PartialEq, Eq)]
+struct Options<'a> {
+    folder: &'a Path,
+    merged: &'a Path,
+    text: String,
+}
+
+impl<'a> Options<'a> {
+    /// `None` when a name has a character that means something in the options.
+    fn of(rootfs: &'a Rootfs) -> Option<Self> {
+        let folder = rootfs.lowerdirs.first()?.parent()?.parent()?;
+        let mut text = String::from("lowerdir=");
+        for (at, lower) in rootfs.lowerdirs.iter().enumerate() {
+            if at > 0 {
+                text.push(':');
+            }
+            text.push_str(plain(lower.strip_prefix(folder).unwrap_or(lower))?);
+        }
+        text.push_str(",upperdir=");
+        text.push_str(plain(&rootfs.upper)?);
+        text.push_str(",workdir=");
+        text.push_str(plain(&rootfs.work)?);
+        Some(Options { folder, merged: &rootfs.merged, text })
+    }
+}
+
+fn plain(path: &Path) -> Option<&str> {
+    path.to_str().filter(|text| !text.contains([':', ',', '\\']))
+}
+
+/// In a thread whose working directory is its own.
+fn mount_by_options(options: &Options<'_>) -> io::Result<()> {
+    let mount = |text: &str| -> io::Result<()> {
+        let (kind, flags) = (Some("overlay"), MsFlags::empty());
+        Ok(nix::mount::mount(kind, options.merged, kind, flags, Some(text))?)
     };
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
-                chdir(layers)?;
-                mount(&format!("{options},volatile")).or_else(|_| mount(&options))
+                chdir(options.folder)?;
+                mount(&format!("{}{VOLATILE}", options.text)).or_else(|_| mount(&options.text))
             })
             .join()
             .map_err(|_| io::Error::other("the mounting thread panicked"))?
     })
+}
+
+/// Says what a kernel without `lowerdir+` means by its refusal.
+fn explain(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP) => io::Error::new(
+            error.kind(),
+            format!(
+                "{error}: so many layers, or a state directory with one of \":,\\\" in its name, \
+                 need Linux 6.5 or newer"
+            ),
+        ),
+        _ => error,
+    }
 }
 
 /// Whether something is mounted at `path`.
@@ -106,6 +130,83 @@ pub fn unmount(path: &Path) -> Result<(), SnapshotError> {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOENT) => return Ok(()),
             Err(errno) => return Err(SnapshotError::io("unmount", path)(errno.into())),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    /// Folders of an overlay in `state`, each layer with a file of its own and one all share.
+    fn rootfs(state: &Path, layers: usize) -> Rootfs {
+        let made = |name: String| {
+            let path = state.join(name);
+            fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let lowerdirs: Vec<_> =
+            (0..layers).map(|n| made(format!("images/layers/{n:024}/d"))).collect();
+        for (n, lower) in lowerdirs.iter().enumerate() {
+            fs::write(lower.join(format!("{n}")), "").unwrap();
+            fs::write(lower.join("which"), n.to_string()).unwrap();
+        }
+        let snapshot = format!("snapshots/{:064}", 0);
+        Rootfs {
+            lowerdirs,
+            upper: made(format!("{snapshot}/upper")),
+            work: made(format!("{snapshot}/work")),
+            merged: made(format!("{snapshot}/merged")),
+        }
+    }
+
+    fn older_than_6_5() -> bool {
+        let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+        let mut parts = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+        (parts.next().unwrap(), parts.next().unwrap()) < (6, 5)
+    }
+
+    #[test]
+    fn the_layers_of_an_image_fit_in_a_page_of_options() {
+        let state = tempfile::tempdir().unwrap();
+        // Builders stop at 127 layers.
+        let rootfs = rootfs(state.path(), 128);
+        let options = Options::of(&rootfs).unwrap();
+        assert!(options.text.starts_with("lowerdir=000000000000000000000000/d:0000"));
+        assert!(options.text.len() + VOLATILE.len() < PAGE, "{}", options.text.len());
+        let odd = Rootfs { upper: "/a,b".into(), ..rootfs };
+        assert_eq!(Options::of(&odd), None);
+    }
+
+    /// Mounts on the real kernel, in a mount namespace of the test's own: by mount(2), by fsconfig(2)
+    /// for more layers than fit, and for a folder whose name the options cannot hold.
+    #[test]
+    fn overlays_of_few_many_and_odd_folders_are_mounted() {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+        let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+        for (name, layers) in [("few", 2), ("many", 120), ("more", 200), ("od,d:", 2)] {
+            let state = tempfile::tempdir().unwrap();
+            // Not on an overlay, which cannot be an upper layer.
+            let kind = Some("tmpfs");
+            nix::mount::mount(kind, state.path(), kind, MsFlags::empty(), None::<&str>).unwrap();
+            let rootfs = rootfs(&state.path().join(name), layers);
+            match mount(&rootfs) {
+                Err(error) if older_than_6_5() => {
+                    assert!(Options::of(&rootfs).is_none_or(|o| o.text.len() > PAGE));
+                    assert!(error.to_string().contains("6.5"), "{error}");
+                    continue;
+                }
+                mounted => mounted.unwrap(),
+            }
+            let read = |name: &str| fs::read_to_string(rootfs.merged.join(name)).unwrap();
+            assert_eq!(read("which"), "0", "the first layer is the topmost of {name}");
+            assert_eq!(read(&format!("{}", layers - 1)), "");
+            fs::write(rootfs.merged.join("new"), "").unwrap();
+            assert!(rootfs.upper.join("new").exists());
+            unmount(&rootfs.merged).unwrap();
+            unmount(state.path()).unwrap();
         }
     }
 }

@@ -80,7 +80,7 @@ fn config(
 }
 
 /// Adds what the kernel logged about this mount, which says more than the error number. Numbers
-/// that make the caller try the older interface are kept as they are.
+/// that say what the kernel lacks are kept as they are.
 fn with_log(context: RawFd, error: io::Error) -> io::Error {
     let mut text = [0u8; 512];
     // SAFETY: `text` is writable for the length given.
