@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use cri_shim::api::*;
 use node::{IMAGE, Node};
 
@@ -112,6 +113,43 @@ async fn a_killed_server_finds_its_containers_and_their_exit_codes_again() -> an
     let remove = RemovePodSandboxRequest { pod_sandbox_id: pod.0.clone() };
     node.runtime.remove_pod_sandbox(remove).await?;
     assert_eq!(node.leftovers(), Vec::<PathBuf>::new());
+    Ok(())
+}
+
+/// What systemd does when the machine shuts down: the agent is gone, every process gets SIGTERM.
+#[tokio::test]
+async fn a_shutdown_lets_containers_end_and_keeps_their_exit_codes() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    let pod = node.sandbox(NamespaceMode::Container).await?;
+    let polite = "trap 'exit 7' TERM; echo ready; while true; do sleep 0.1; done";
+    let polite = node.run(&pod, "polite", polite).await?;
+    let deaf = node.run(&pod, "deaf", "exec sleep 1000").await?;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !node.log("polite").contains("ready") {
+        anyhow::ensure!(Instant::now() < deadline, "the container says nothing");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    node.server.kill()?;
+    node.server.wait()?;
+    let socket = fs::read_dir(node.root.path().join("run/m"))?.next().context("no monitor")??;
+    let pid = node::monitor_pid(&socket.path()).context("the monitor does not answer")?;
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
+    let records = node.root.path().join("state/containers");
+    // The first process of a PID namespace does not see signals it has no handler for.
+    let deadline = Instant::now() + Duration::from_secs(60);
+    for id in [&polite, &deaf] {
+        while !records.join(id).join("exited.json").exists() {
+            anyhow::ensure!(Instant::now() < deadline, "the monitor records no exit");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    while std::path::Path::new("/proc").join(pid.to_string()).exists() {
+        anyhow::ensure!(Instant::now() < deadline, "the monitor does not end");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    node.restart().await?;
+    assert_eq!(node.exited(&polite).await?.exit_code, 7);
+    assert_eq!(node.exited(&deaf).await?.exit_code, 137);
     Ok(())
 }
 

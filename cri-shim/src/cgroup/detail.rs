@@ -63,7 +63,7 @@ pub fn read(cgroups: &Hierarchies, cgroup: &Path) -> Detail {
         fs::read_to_string(cgroups.controller(controller, cgroup).join(name)).unwrap_or_default()
     };
     let mut detail = if cgroups.v2 { unified(file) } else { per_controller(file) };
-    detail.oom_kills = cgroups.oom_kills(cgroup);
+    detail.oom_kills = cgroups.oom_kills(cgroup).unwrap_or(0);
     for pid in cgroups.processes(cgroup) {
         detail.processes += 1;
         for entry in fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {

@@ -13,7 +13,9 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 
 pub mod detail;
+pub mod devices;
 pub mod stats;
+mod sys;
 pub mod update;
 
 /// Where cgroup file systems are mounted.
@@ -120,12 +122,18 @@ impl Hierarchies {
         gone
     }
 
-    /// How many processes of `cgroup` the kernel killed for want of memory.
-    pub fn oom_kills(&self, cgroup: &Path) -> u64 {
+    /// How many processes of `cgroup` the kernel killed for want of memory; `None` when it is gone.
+    /// On v2 those below it count too.
+    pub fn oom_kills(&self, cgroup: &Path) -> Option<u64> {
         let directory = self.controller("memory", cgroup);
         let file = if self.v2 { "memory.events" } else { "memory.oom_control" };
-        let text = fs::read_to_string(directory.join(file)).unwrap_or_default();
-        field(&text, "oom_kill").unwrap_or(0)
+        let text = fs::read_to_string(directory.join(file)).ok()?;
+        Some(field(&text, "oom_kill").unwrap_or(0))
+    }
+
+    /// The same of the cgroup that `cgroup` is in, where it counts those below it.
+    pub fn oom_kills_around(&self, cgroup: &Path) -> Option<u64> {
+        self.oom_kills(cgroup.parent().filter(|_| self.v2)?)
     }
 }
 

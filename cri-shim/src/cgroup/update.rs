@@ -34,10 +34,7 @@ pub fn plan(resources: &LinuxContainerResources, host: &Host) -> Vec<Write> {
         }
         if limit != 0 {
             if host.swap_accounting {
-                let swap = match resources.memory_swap_limit_in_bytes {
-                    0 => 0,
-                    total => (total - limit).max(0),
-                };
+                let swap = swap(limit, resources.memory_swap_limit_in_bytes);
                 write("memory", "memory.swap.max", swap.to_string());
             }
             let value = if limit > 0 { limit.to_string() } else { "max".to_owned() };
@@ -103,12 +100,24 @@ pub fn apply(
     Ok(())
 }
 
-/// cgroup v1 shares (2..262144) as a v2 weight (1..10000), the kubelet's linear conversion (KEP-2254).
+/// v2's limit of swap alone, from the limit of memory and that of memory and swap together.
+pub fn swap(memory: i64, both: i64) -> i64 {
+    if both == 0 { 0 } else { both.saturating_sub(memory).max(0) }
+}
+
+/// cgroup v1 shares (2..262144) as a v2 weight (1..10000), as libcontainer and runc convert them for
+/// containers: the curve through both ends and the defaults, 1024 and 100.
 pub fn weight(shares: u64) -> u64 {
-    if shares == 0 {
-        return 0;
+    match shares {
+        0 => 0,
+        1..=2 => 1,
+        262_144.. => 10_000,
+        shares => {
+            let log = (shares as f64).log2();
+            let exponent = (log * log + 125.0 * log) / 612.0 - 7.0 / 34.0;
+            10f64.powf(exponent).ceil() as u64
+        }
     }
-    1 + (shares.clamp(2, 262_144) - 2) * 9_999 / 262_142
 }
 
 #[cfg(test)]
@@ -117,7 +126,9 @@ mod tests {
 
     #[test]
     fn shares_become_weights_over_the_whole_range() {
-        assert_eq!((weight(2), weight(1024), weight(262_144)), (1, 39, 10_000));
+        for (shares, expected) in [(2, 1), (51, 11), (1024, 100), (262_144, 10_000)] {
+            assert_eq!(weight(shares), expected, "{shares}");
+        }
     }
 
     #[test]

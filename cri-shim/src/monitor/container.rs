@@ -27,6 +27,8 @@ pub(super) struct Container {
     pub(super) bundle: PathBuf,
     pub(super) cgroup: PathBuf,
     pub(super) records: PathBuf,
+    /// Those of its pod that were killed for want of memory before it was made.
+    pub(super) oom_kills_before: Option<u64>,
     log: Log,
     outputs: [Option<Output>; 2],
     /// Attached clients.
@@ -50,6 +52,7 @@ impl Container {
             bundle: start.bundle.clone(),
             cgroup: start.cgroup.clone(),
             records: start.records.clone(),
+            oom_kills_before: None,
             log,
             outputs: [None, None],
             followers: Vec::new(),

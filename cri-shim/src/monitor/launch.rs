@@ -25,6 +25,7 @@ use super::inroot::Root;
 use super::payload::Payload;
 use super::protocol::StartContainer;
 use super::{frame, sys};
+use crate::cgroup::{Hierarchies, devices};
 use crate::snapshot::Rootfs;
 use crate::spec::user::{self, Identity};
 
@@ -110,6 +111,7 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
         .build()
         .map_err(|e| chain(&e))?;
     let pid = container.pid().ok_or("libcontainer gave no process id")?.as_raw();
+    restrict_devices(start, &spec)?;
 
     let master = terminal.as_ref().map(accept_terminal).transpose()?;
     let fds: Vec<_> = master.iter().map(AsRawFd::as_raw_fd).collect();
@@ -127,6 +129,18 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
         return Err(message);
     }
     frame::send(progress, &Progress::Running, &[]).map_err(|e| format!("reporting: {e}"))
+}
+
+/// On cgroup v1 libcontainer has done it.
+fn restrict_devices(start: &StartContainer, spec: &Spec) -> Result<(), String> {
+    let cgroups = Hierarchies::find().map_err(|e| format!("finding cgroups: {e}"))?;
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let (true, Some(rules)) = (cgroups.v2, resources.and_then(|r| r.devices().as_ref())) else {
+        return Ok(());
+    };
+    let directory = cgroups.controller("", &start.cgroup);
+    devices::apply(&directory, rules)
+        .map_err(|e| format!("restricting the devices of {}: {e}", directory.display()))
 }
 
 fn mount_rootfs(start: &StartContainer) -> Result<(), String> {

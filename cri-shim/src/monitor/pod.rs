@@ -1,5 +1,5 @@
 //! The monitor's loop: one `poll(2)` over its socket, its connections, its containers' output and
-//! the SIGCHLD descriptor. Nothing has a timer, so an idle pod costs nothing.
+//! the signal descriptor. Nothing has a timer, so an idle pod costs nothing.
 
 mod clients;
 
@@ -7,12 +7,12 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill, killpg};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::container::Container;
@@ -20,9 +20,13 @@ use super::exec::Streams;
 use super::follower::Follower;
 use super::frame::{self, Inbox};
 use super::launch::{self, Progress};
-use super::protocol::{Exited, Reply, Request, StartContainer, Started, VERSION};
+use super::protocol::{Reply, Request, StartContainer, Started, VERSION};
 use super::{exec, record, sys, tree};
 use crate::cgroup::Hierarchies;
+
+mod reap;
+mod shutdown;
+mod unwritten;
 
 /// A monitor that nobody has ever connected to within this many milliseconds was forked for a shim
 /// that died meanwhile; there is no record of its sandbox.
@@ -75,6 +79,9 @@ struct Pod {
     followers: Vec<Follower>,
     execs: Vec<Exec>,
     unclaimed: Vec<(Pid, i32, i32)>,
+    unwritten: Vec<unwritten::Unwritten>,
+    /// When the containers of a machine that shuts down are killed.
+    deadline: Option<Instant>,
     ending: bool,
 }
 
@@ -101,10 +108,11 @@ pub(super) fn run(listener: UnixListener, init: Option<i32>) -> i32 {
 }
 
 fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
-    let mut children = SigSet::empty();
-    children.add(Signal::SIGCHLD);
-    children.thread_block()?;
-    let signals = SignalFd::with_flags(&children, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGCHLD);
+    set.add(Signal::SIGTERM);
+    set.thread_block()?;
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
     listener.set_nonblocking(true)?;
     let mut pod = Pod {
         init,
@@ -116,13 +124,19 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
         followers: Vec::new(),
         execs: Vec::new(),
         unclaimed: Vec::new(),
+        unwritten: Vec::new(),
+        deadline: None,
         ending: false,
     };
     while !pod.ending {
         for source in pod.wait(&signals, &listener)? {
             match source {
                 Source::Signal => {
-                    while let Ok(Some(_)) = signals.read_signal() {}
+                    while let Ok(Some(signal)) = signals.read_signal() {
+                        if signal.ssi_signo == Signal::SIGTERM as u32 {
+                            pod.shut_down();
+                        }
+                    }
                     pod.reap();
                 }
                 Source::Listener => pod.accept(&listener),
@@ -134,6 +148,8 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
             }
         }
         pod.sweep();
+        pod.write_again();
+        pod.kill_at_deadline();
     }
     if let Some(init) = pod.init {
         let _ = kill(Pid::from_raw(init), Signal::SIGKILL);
@@ -180,11 +196,13 @@ impl Pod {
         let wanted = |at| if at < writers { PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let mut polled: Vec<PollFd<'_>> =
             fds.into_iter().enumerate().map(|(at, fd)| PollFd::new(fd, wanted(at))).collect();
-        let timeout = match self.next_connection {
-            0 => PollTimeout::from(UNGREETED),
-            _ => PollTimeout::NONE,
+        let timeout = match (self.time_left(), self.next_connection) {
+            (Some(left), _) => left,
+            (None, 0) => PollTimeout::from(UNGREETED),
+            (None, _) => PollTimeout::NONE,
         };
         match poll(&mut polled, timeout) {
+            Ok(0) if self.time_left().is_some() => return Ok(Vec::new()),
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Ok(_) => {}
             Err(Errno::EINTR) => return Ok(Vec::new()),
@@ -245,6 +263,7 @@ impl Pod {
             Request::Subscribe => {
                 self.connections[at].subscribed = true;
                 reply(&mut self.connections[at], &Reply::Done);
+                self.tell_unwritten(at);
             }
             Request::Start(start) => self.start(at, *start),
             Request::Kill { container, signal, all } => {
@@ -291,7 +310,9 @@ impl Pod {
                 .launches
                 .iter()
                 .any(|l| matches!(&l.kind, Kind::Container(container) if container.id == start.id));
-        let started = if busy {
+        let started = if self.deadline.is_some() {
+            Err(io::Error::other("the machine shuts down"))
+        } else if busy {
             Err(io::Error::other("the container is running already"))
         } else {
             self.fork_container(connection, start)
@@ -303,7 +324,8 @@ impl Pod {
     }
 
     fn fork_container(&mut self, connection: u64, start: StartContainer) -> io::Result<()> {
-        let (container, stdio) = Container::new(&start)?;
+        let (mut container, stdio) = Container::new(&start)?;
+        container.oom_kills_before = self.cgroups.oom_kills_around(&start.cgroup);
         let (progress, theirs) = UnixStream::pair()?;
         let Some(child) = sys::fork()? else {
             launch::run(&start, stdio, theirs);
@@ -447,9 +469,21 @@ impl Pod {
         let pid = Pid::from_raw(started.pid);
         match kind {
             Kind::Container(container) => {
-                let _ = record::write(&container.records, record::STARTED, &started);
-                self.containers.push(*container);
-                self.tell(connection, &Reply::Started(started));
+                match record::write(&container.records, record::STARTED, &started) {
+                    Ok(()) => {
+                        self.containers.push(*container);
+                        self.tell(connection, &Reply::Started(started));
+                    }
+                    // The next shim would not know that it runs.
+                    Err(error) => {
+                        self.cgroups.kill(&container.cgroup);
+                        send_signal(pid, libc::SIGKILL);
+                        let _ = self.cgroups.remove(&container.cgroup);
+                        let records = container.records.display();
+                        let message = format!("recording the start in {records}: {error}");
+                        self.tell(connection, &Reply::Failed { message });
+                    }
+                }
             }
             Kind::Exec { container } => {
                 self.execs.push(Exec { connection, pid, container });
@@ -463,49 +497,6 @@ impl Pod {
             let (_, code, signal) = self.unclaimed.swap_remove(at);
             self.ended(pid, code, signal);
         }
-    }
-
-    fn reap(&mut self) {
-        loop {
-            let (pid, code, signal) = match waitpid(Pid::from_raw(-1), Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code, 0),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    (pid, 128 + signal as i32, signal as i32)
-                }
-                Ok(WaitStatus::StillAlive) | Err(_) => return,
-                Ok(_) => continue,
-            };
-            if !self.ended(pid, code, signal) && !self.launches.is_empty() {
-                self.unclaimed.push((pid, code, signal));
-            }
-        }
-    }
-
-    /// Deals with the end of a process; `false` when it is nobody's.
-    fn ended(&mut self, pid: Pid, code: i32, signal: i32) -> bool {
-        if let Some(at) = self.containers.iter().position(|c| c.pid == pid) {
-            let mut container = self.containers.swap_remove(at);
-            // In a PID namespace of its own nothing is left; elsewhere its processes go with it.
-            self.cgroups.kill(&container.cgroup);
-            container.drain();
-            let oom_killed = code != 0 && self.cgroups.oom_kills(&container.cgroup) > 0;
-            let exit = Exited { code, signal, at: record::now(), oom_killed, ..Exited::default() };
-            let _ = record::write(&container.records, record::EXITED, &exit);
-            let _ = self.cgroups.remove(&container.cgroup);
-            container.followers.retain(Follower::is_behind);
-            self.followers.append(&mut container.followers);
-            let event = Reply::Exited { container: container.id, exit };
-            for connection in self.connections.iter_mut().filter(|c| c.subscribed) {
-                reply(connection, &event);
-            }
-            return true;
-        }
-        if let Some(at) = self.execs.iter().position(|e| e.pid == pid) {
-            let exec = self.execs.swap_remove(at);
-            self.tell(exec.connection, &Reply::ExecExited { code });
-            return true;
-        }
-        self.launches.iter().any(|l| l.child == pid)
     }
 
     fn tell(&mut self, connection: u64, message: &Reply) {

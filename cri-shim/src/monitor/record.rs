@@ -19,8 +19,13 @@ pub const EXITED: &str = "exited.json";
 /// Writes `directory/name` in one step.
 pub fn write<T: Serialize>(directory: &Path, name: &str, record: &T) -> io::Result<()> {
     let temporary = directory.join(format!(".{name}.tmp"));
-    fs::write(&temporary, serde_json::to_vec(record)?)?;
-    fs::rename(&temporary, directory.join(name))
+    let written = fs::write(&temporary, serde_json::to_vec(record)?)
+        .and_then(|()| fs::rename(&temporary, directory.join(name)));
+    if written.is_err() {
+        // Of a full disk, half of one.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
 }
 
 /// Reads `directory/name`; `None` when there is none. An unreadable one is set aside as

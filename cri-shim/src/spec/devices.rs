@@ -62,7 +62,7 @@ pub(super) fn plan(devices: &[HostDevice]) -> Result<Vec<LinuxDevice>, SpecError
 
 /// Deny everything, then allow making nodes and using the default and the given devices; a
 /// privileged container is denied nothing.
-pub(super) fn cgroup_rules(
+pub(crate) fn cgroup_rules(
     devices: &[HostDevice],
     privileged: bool,
 ) -> Result<Vec<LinuxDeviceCgroup>, SpecError> {

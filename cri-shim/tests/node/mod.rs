@@ -238,15 +238,20 @@ impl Drop for Node {
 
 /// Ends the monitor of a sandbox that a test did not remove.
 fn end_monitor(socket: &Path) {
+    if let Some(pid) = monitor_pid(socket) {
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// The process behind a monitor's socket.
+pub fn monitor_pid(socket: &Path) -> Option<nix::unistd::Pid> {
     use cri_shim::monitor::frame;
     use cri_shim::monitor::protocol::{Reply, Request, VERSION};
-    let Ok(stream) = std::os::unix::net::UnixStream::connect(socket) else { return };
-    let hello = frame::send(&stream, &Request::Hello { version: VERSION }, &[]);
-    if hello.is_ok()
-        && let Ok(Some(Reply::Hello { pid, .. })) = frame::receive(&stream)
-    {
-        let pid = nix::unistd::Pid::from_raw(pid);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    let stream = std::os::unix::net::UnixStream::connect(socket).ok()?;
+    frame::send(&stream, &Request::Hello { version: VERSION }, &[]).ok()?;
+    match frame::receive(&stream) {
+        Ok(Some(Reply::Hello { pid, .. })) => Some(nix::unistd::Pid::from_raw(pid)),
+        _ => None,
     }
 }
 

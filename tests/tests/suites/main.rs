@@ -12,6 +12,7 @@
 )]
 
 mod cluster;
+mod disk;
 mod faults;
 mod join;
 mod lab;

@@ -38,6 +38,17 @@ impl World {
         Self { _peers: None, node, cluster, lab }
     }
 
+    /// A Ready node whose /var/lib is a file system of its own of `size` (as for tmpfs).
+    pub async fn with_disk(name: &str, size: &str) -> Self {
+        let lab = Lab::new(name).unwrap();
+        let cluster = Cluster::new(&lab).await.unwrap();
+        let mut node = Node::new(&lab, NodeOptions::default()).await.unwrap();
+        let options = format!("size={size}");
+        node.run("mount", &["-t", "tmpfs", "-o", &options, "tmpfs", "/var/lib"]).unwrap();
+        cluster.join(&mut node, &[]).await.unwrap();
+        Self { _peers: None, node, cluster, lab }
+    }
+
     /// Creates a pod and waits until it is Ready.
     pub async fn ready_pod(&self, name: &str, spec: Value) -> Value {
         self.cluster.pod(&self.node, name, spec).await.unwrap();

@@ -1,0 +1,60 @@
+//! A full disk: clear errors, what runs goes on, nothing is lost, and all is well when there is room.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tests::harness::cluster::condition;
+use tests::harness::eventually;
+
+use crate::support::{World, container, idle, restarts, sh};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_loses_nothing_and_heals() {
+    let mut world = World::with_disk("disk-full", "256m").await;
+    let steady = world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
+    let ends = json!({"restartPolicy": "Never", "containers": [sh("c", "sleep 3; exit 42")]});
+    world.ready_pod("ends", ends).await;
+
+    let fill = world.node.path("/var/lib/fill");
+    let filled = std::io::copy(&mut std::io::repeat(0), &mut std::fs::File::create(&fill).unwrap());
+    assert_eq!(filled.unwrap_err().kind(), std::io::ErrorKind::StorageFull);
+
+    // The container ends while nobody but its monitor looks, and there is no room for its exit.
+    world.node.end(Signal::SIGKILL).await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    let ended =
+        world.cluster.pod_until("ends", "failed", |p| p["status"]["phase"] == "Failed").await;
+    assert_eq!(container(&ended, "c")["state"]["terminated"]["exitCode"], 42);
+    let after = world.cluster.read_pod("steady").await.unwrap();
+    assert_eq!(container(&after, "c"), container(&steady, "c"), "what runs is left alone");
+
+    world.cluster.pod(&world.node, "late", json!({"containers": [idle("c")]})).await.unwrap();
+    eventually("an Event that says why", async || {
+        let events = world.cluster.admin.read(&world.cluster.path("events")).await?;
+        let all = events["items"].as_array().cloned().unwrap_or_default();
+        let of_late = all.iter().filter(|e| e["involvedObject"]["name"] == "late");
+        let messages: Vec<_> = of_late.filter_map(|e| e["message"].as_str()).collect();
+        anyhow::ensure!(messages.iter().any(|m| m.contains("No space left")), "{messages:#?}");
+        Ok(())
+    })
+    .await;
+    let pressure = async |world: &World| -> anyhow::Result<String> {
+        let node =
+            world.cluster.admin.read(&format!("/api/v1/nodes/{}", world.node.name())).await?;
+        Ok(condition(&node, "DiskPressure").unwrap_or_default().to_owned())
+    };
+    eventually("DiskPressure", async || {
+        let status = pressure(&world).await?;
+        anyhow::ensure!(status == "True", "{status}");
+        Ok(())
+    })
+    .await;
+
+    std::fs::remove_file(&fill).unwrap();
+    let late = world.cluster.pod_ready("late").await;
+    assert_eq!(restarts(&late, "c"), 0);
+    world.end(&["steady", "ends", "late"]).await;
+}
