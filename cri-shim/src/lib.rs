@@ -22,6 +22,7 @@ pub mod snapshot;
 pub mod spec;
 pub mod state;
 pub mod streaming;
+pub mod systemd;
 pub mod zygote;
 
 pub use config::Config;

@@ -24,6 +24,7 @@ use crate::spec::Host;
 use crate::state::durability::Durability;
 use crate::state::{Layout, boot_id};
 use crate::streaming::{StreamError, Streaming, Urls};
+use crate::systemd::Systemd;
 use crate::zygote::Zygote;
 
 /// The longest request or answer, in bytes: 16 MiB of each stream of an ExecSync, and room.
@@ -152,6 +153,7 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
         events: Events::default(),
         durability,
         urls,
+        systemd: Systemd::default(),
         config,
     })
 }

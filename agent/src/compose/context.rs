@@ -2,20 +2,23 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::Path;
+use std::time::Duration;
 
+use cri_shim::api;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 
 use crate::cluster::ClusterConfig;
 use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
+use crate::runtime::Runtime;
 
 /// Facts that configuration depends on.
 pub(crate) fn host() -> anyhow::Result<Host> {
     let hostname = nix::unistd::gethostname()?;
     Ok(Host {
         hostname: hostname.to_string_lossy().into_owned(),
-        systemd_cgroups: Path::new("/run/systemd/system").is_dir(),
+        systemd_cgroups: cri_shim::systemd::usable(),
     })
 }
 
@@ -89,6 +92,28 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         allowed_unsafe_sysctls: config.allowed_unsafe_sysctls.clone(),
         runtime_request_timeout: config.runtime_request_timeout,
         ..NodeContext::new(config.node_name.clone(), node_ips(config))
+    }
+}
+
+/// How long another runtime may take to come up before the configuration is believed.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The cgroup driver of another runtime than our own, which wins over the configuration (KEP-4033):
+/// two that differ would put a pod's limits and its containers in different places.
+pub(super) async fn driver_of(runtime: &dyn Runtime, configured: CgroupDriver) -> CgroupDriver {
+    let started = tokio::time::Instant::now();
+    loop {
+        match runtime.cgroup_driver().await {
+            Ok(Some(api::CgroupDriver::Cgroupfs)) => return CgroupDriver::Cgroupfs,
+            Ok(Some(api::CgroupDriver::Systemd)) => return CgroupDriver::Systemd,
+            Ok(None) => return configured,
+            Err(error) if started.elapsed() >= RUNTIME_PATIENCE => {
+                tracing::warn!(%error, driver = ?configured,
+                    "the runtime does not tell its cgroup driver; taking the configured one");
+                return configured;
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+        }
     }
 }
 

@@ -160,6 +160,10 @@ impl Parts {
         let runtime: Arc<dyn Runtime> =
             Arc::new(CriRuntime::new(&endpoint, self.config.runtime_request_timeout)?);
         self.watched.runtime_endpoint = endpoint.clone();
+        if self.config.container_runtime_endpoint.is_some() && self.config.parts.agent {
+            self.config.cgroup_driver =
+                context::driver_of(&*runtime, self.config.cgroup_driver).await;
+        }
         let node = Arc::new(context::node_context(&self.config, self.config.standalone));
         self.watched.node_ips = node.node_ips.clone();
         let mut world = if self.config.standalone {

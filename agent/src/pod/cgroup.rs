@@ -10,6 +10,7 @@ use crate::ids::PodUid;
 use crate::node_context::CgroupDriver;
 
 mod fs;
+mod slices;
 
 pub use fs::KernelCgroups;
 

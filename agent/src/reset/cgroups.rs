@@ -34,6 +34,24 @@ pub(super) fn remove_pods(root: &str, uids: &[String]) -> (String, Vec<String>) 
     (format!("{removed} removed"), failures)
 }
 
+/// Those of `slices` without a process of anybody, the innermost first.
+pub(super) fn empty_slices(mut slices: Vec<String>) -> Vec<String> {
+    let hierarchies = hierarchies(Path::new(CGROUPS));
+    slices.retain(|slice| {
+        let folder: PathBuf = crate::pod::cgroup::slice_folders(slice).iter().collect();
+        !hierarchies.iter().any(|hierarchy| has_processes(&hierarchy.join(&folder)))
+    });
+    slices.sort_by_key(|slice| std::cmp::Reverse(slice.matches('-').count()));
+    slices
+}
+
+fn has_processes(cgroup: &Path) -> bool {
+    let own = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let mut below = entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+    !own.trim().is_empty() || below.any(|entry| has_processes(&entry.path()))
+}
+
 /// The root of each hierarchy: of the one unified, or of each v1 controller.
 fn hierarchies(root: &Path) -> Vec<PathBuf> {
     if root.join("cgroup.controllers").exists() {
@@ -111,6 +129,18 @@ fn remove_empty(top: &Path) {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slices_within_others_are_stopped_first() {
+        let slices = ["kubepods", "kubepods-burstable-podx", "kubepods-burstable"];
+        // None of them is there, so none has processes.
+        let empty = empty_slices(slices.map(|s| format!("{s}-lstest.slice")).to_vec());
+        assert_eq!(
+            empty,
+            ["kubepods-burstable-podx", "kubepods-burstable", "kubepods"]
+                .map(|s| format!("{s}-lstest.slice"))
+        );
+    }
 
     #[test]
     fn only_cgroups_of_the_pods_asked_for_are_found() {

@@ -78,6 +78,7 @@ pub async fn reset(request: &ResetRequest, progress: &(dyn Fn(&Step) + Send + Sy
         })
         .await,
     );
+    note(stop_slices().await);
     note(
         blocking("mounts", {
             let dirs = owned_dirs(request);
@@ -125,6 +126,28 @@ async fn stop_unit() -> Step {
         UnitOutcome::Failed(cause) => (String::new(), vec![cause]),
     };
     Step { name: "service", done, failures }
+}
+
+/// systemd's slices that no pod is in any more: their folders are gone, the units are not.
+async fn stop_slices() -> Step {
+    let name = "slices";
+    if !cri_shim::systemd::usable() {
+        let done = "systemd keeps none here".to_owned();
+        return Step { name, done, failures: Vec::new() };
+    }
+    let systemd = cri_shim::systemd::Systemd::default();
+    let slices = match systemd.active(&["kubepods.slice", "kubepods-*.slice"]).await {
+        Ok(slices) => cgroups::empty_slices(slices.into_iter().collect()),
+        Err(error) => return Step { name, done: String::new(), failures: vec![error.to_string()] },
+    };
+    let mut failures = Vec::new();
+    for slice in &slices {
+        if let Err(error) = systemd.stop(slice).await {
+            failures.push(error.to_string());
+        }
+    }
+    let done = format!("{} of {} stopped", slices.len() - failures.len(), slices.len());
+    Step { name, done, failures }
 }
 
 async fn remove_rules() -> Step {

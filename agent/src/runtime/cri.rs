@@ -159,6 +159,17 @@ impl Runtime for CriRuntime {
         self.call("Status", self.timeout, client.status(request)).await
     }
 
+    async fn cgroup_driver(&self) -> Result<Option<api::CgroupDriver>> {
+        let mut client = self.runtime.clone();
+        let request = client.runtime_config(api::RuntimeConfigRequest {});
+        match self.call("RuntimeConfig", self.timeout, request).await {
+            Ok(response) => Ok(response.linux.map(|linux| linux.cgroup_driver())),
+            // containerd before 2.0.
+            Err(error) if error.kind == RuntimeErrorKind::Unimplemented => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     async fn update_runtime_config(&self, pod_cidr: &str) -> Result<()> {
         let mut client = self.runtime.clone();
         let request = api::UpdateRuntimeConfigRequest {

@@ -71,6 +71,10 @@ pub trait Runtime: Send + Sync + 'static {
     async fn version(&self) -> Result<api::VersionResponse>;
     /// Conditions (`RuntimeReady`, `NetworkReady`) and features.
     async fn status(&self) -> Result<api::StatusResponse>;
+    /// The cgroup driver the runtime is set to; `None` where it does not say.
+    async fn cgroup_driver(&self) -> Result<Option<api::CgroupDriver>> {
+        Ok(None)
+    }
     /// Tells the runtime the node's pod CIDRs, comma separated.
     async fn update_runtime_config(&self, pod_cidr: &str) -> Result<()>;
 

@@ -56,6 +56,7 @@ impl Shim {
                 self.emit(kind, &container.id, &container.sandbox.id);
                 // Only now may its end be told.
                 container.status.send_modify(|s| s.starting = false);
+                self.scope_container(container);
                 Ok(())
             }
             Err(message) => {
@@ -68,8 +69,9 @@ impl Shim {
                     ..Exited::default()
                 };
                 let directory = self.layout.container(&container.id);
-                record::write(&directory, record::EXITED, &exit)
-                    .map_err(|e| internal("recording the failed start", e))?;
+                if let Err(error) = record::write(&directory, record::EXITED, &exit) {
+                    tracing::error!(container = container.id, %error, "recording a failed start");
+                }
                 self.exited(container, exit);
                 Err(Status::internal(format!("starting container {}: {message}", container.id)))
             }

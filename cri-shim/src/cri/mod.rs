@@ -22,6 +22,7 @@ use crate::spec::Host;
 use crate::state::Layout;
 use crate::state::durability::Durability;
 use crate::streaming::Urls;
+use crate::systemd::Systemd;
 use crate::zygote::Zygote;
 
 mod container_create;
@@ -41,6 +42,7 @@ mod sandbox_files;
 mod sandbox_list;
 mod sandbox_run;
 mod sandbox_stop;
+mod scopes;
 mod service;
 mod stats;
 mod status;
@@ -69,6 +71,7 @@ pub struct Shim {
     pub events: Events,
     pub durability: Durability,
     pub urls: Arc<Urls>,
+    pub systemd: Systemd,
 }
 
 /// The services, over one shared [`Shim`].

@@ -52,6 +52,8 @@ impl Shim {
             self.refresh(&sandbox);
         }
         self.clear_unknown().await;
+        let this = self.clone();
+        tokio::spawn(async move { this.recover_scopes().await });
     }
 
     async fn recover_sandbox(self: &Arc<Self>, record: SandboxRecord) {

@@ -25,6 +25,7 @@ impl Shim {
         if state == ContainerState::ContainerRunning {
             let (cgroups, host) = (self.cgroups.clone(), self.host.clone());
             let cgroup = container.record().cgroup.clone();
+            self.limit_scope(&cgroup, &asked).await?;
             blocking(move || update::apply(&cgroups, &cgroup, &asked, &host))
                 .await?
                 .map_err(|e| internal("updating the container's limits", e))?;

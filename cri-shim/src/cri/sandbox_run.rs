@@ -109,7 +109,7 @@ impl Shim {
             shared_pid,
             netns: (!host_network).then(|| netns.clone()),
             sysctls: linux.sysctls.into_iter().collect(),
-            cgroup_procs: self.monitor_cgroup(&cgroup, own_cgroup),
+            cgroup_procs: self.monitor_cgroup(id, &cgroup, own_cgroup),
         };
         let network = async {
             if host_network {
@@ -120,7 +120,11 @@ impl Shim {
             result.map(|r| r.ips).map_err(|e| internal("setting up the pod's network", e))
         };
         let monitor = async {
-            self.zygote.spawn(spawn).await.map_err(|e| internal("starting the pod's monitor", e))
+            self.zygote
+                .spawn(spawn)
+                .await
+                .map_err(|e| internal("starting the pod's monitor", e))?;
+            self.scope_monitor(id, &cgroup).await
         };
         // Both run to their end, so that what is cleared after a failure has stopped growing.
         let (ips, monitor) = tokio::join!(network, monitor);
@@ -169,14 +173,14 @@ impl Shim {
 
     /// The `cgroup.procs` files that take the monitor out of the service's cgroup and into its
     /// pod's. On v2 it gets a leaf, as a cgroup with children may not hold processes.
-    fn monitor_cgroup(&self, cgroup: &std::path::Path, own: bool) -> Vec<PathBuf> {
+    fn monitor_cgroup(&self, id: &str, cgroup: &std::path::Path, own: bool) -> Vec<PathBuf> {
         if own {
             for controller in ["cpu", "memory", "pids"] {
                 let _ = std::fs::create_dir_all(self.cgroups.controller(controller, cgroup));
             }
         }
         if self.cgroups.v2 {
-            let leaf = self.cgroups.controller("", &cgroup.join(MONITOR_CGROUP));
+            let leaf = self.cgroups.controller("", &cgroup_path::monitor(cgroup, id));
             let _ = std::fs::create_dir(&leaf);
             return vec![leaf.join("cgroup.procs")];
         }
@@ -188,9 +192,6 @@ impl Shim {
             .collect()
     }
 }
-
-/// The monitor's leaf in a v2 pod cgroup.
-pub(super) const MONITOR_CGROUP: &str = "longshore-monitor";
 
 async fn hello(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
     let call = monitor.call(&Request::Hello { version: VERSION });

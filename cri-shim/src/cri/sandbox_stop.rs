@@ -5,11 +5,11 @@ use std::sync::Arc;
 use nix::mount::{MntFlags, umount2};
 use tonic::Status;
 
-use super::sandbox_run::MONITOR_CGROUP;
 use super::store::Sandbox;
 use super::{PATIENCE, Shim, blocking, internal};
 use crate::api::{self, ContainerEventType};
 use crate::monitor::protocol::Request;
+use crate::spec::cgroup_path;
 use crate::state::{ignore_absent, remove_directory};
 
 impl Shim {
@@ -73,7 +73,7 @@ impl Shim {
             let unmounted = ignore_absent(std::fs::remove_dir(&shm))
                 .map_err(|e| internal("removing the sandbox's /dev/shm", e));
             if let Some((cgroup, own)) = own {
-                cgroups.remove(&cgroup.join(MONITOR_CGROUP));
+                cgroups.remove(&cgroup_path::monitor(&cgroup, &id));
                 if own {
                     cgroups.remove(&cgroup);
                 }

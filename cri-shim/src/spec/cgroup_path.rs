@@ -1,6 +1,6 @@
 //! The cgroup of a container, from the `cgroup_parent` the kubelet names in its driver's way.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::SpecError;
 use crate::config::CgroupDriver;
@@ -31,11 +31,39 @@ pub fn parent(cgroup_parent: &str, driver: CgroupDriver) -> Result<PathBuf, Spec
 }
 
 /// The container's own cgroup below `parent`.
-pub fn container(parent: &std::path::Path, id: &str, driver: CgroupDriver) -> PathBuf {
+pub fn container(parent: &Path, id: &str, driver: CgroupDriver) -> PathBuf {
     match driver {
         CgroupDriver::Cgroupfs => parent.join(id),
         CgroupDriver::Systemd => parent.join(format!("cri-longshore-{id}.scope")),
     }
+}
+
+/// The monitor's own cgroup in the pod's: on v2 a cgroup with children may not hold processes.
+pub fn monitor(parent: &Path, sandbox: &str) -> PathBuf {
+    match slice_name(parent) {
+        Some(_) => parent.join(format!("longshore-{sandbox}.scope")),
+        None => parent.join("longshore-monitor"),
+    }
+}
+
+/// A scope in systemd's words.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope {
+    /// Its name.
+    pub unit: String,
+    /// The slice it is in.
+    pub slice: String,
+}
+
+/// The scope that a cgroup is, if it is one directly in a slice.
+pub fn scope_of(cgroup: &Path) -> Option<Scope> {
+    let unit = cgroup.file_name()?.to_str().filter(|name| name.ends_with(".scope"))?;
+    let slice = slice_name(cgroup.parent()?)?;
+    Some(Scope { unit: unit.to_owned(), slice: slice.to_owned() })
+}
+
+fn slice_name(cgroup: &Path) -> Option<&str> {
+    cgroup.file_name()?.to_str().filter(|name| name.ends_with(".slice"))
 }
 
 fn clean(path: &str) -> Result<PathBuf, SpecError> {
@@ -47,4 +75,26 @@ fn clean(path: &str) -> Result<PathBuf, SpecError> {
         clean.push(part);
     }
     Ok(clean)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_and_monitors_in_slices_are_scopes() {
+        let slice = Path::new("/kubepods.slice/kubepods-podx.slice");
+        let scope = |unit: &str| {
+            let slice = "kubepods-podx.slice".to_owned();
+            Some(Scope { unit: unit.to_owned(), slice })
+        };
+        assert_eq!(
+            scope_of(&container(slice, "a", CgroupDriver::Systemd)),
+            scope("cri-longshore-a.scope")
+        );
+        assert_eq!(scope_of(&monitor(slice, "b")), scope("longshore-b.scope"));
+        let plain = Path::new("/longshore/b");
+        assert_eq!(scope_of(&container(plain, "a", CgroupDriver::Systemd)), None);
+        assert_eq!(monitor(plain, "b"), plain.join("longshore-monitor"));
+    }
 }

@@ -1,7 +1,7 @@
 //! Pod cgroups in the kernel's file system, by cgroups-rs: v2, v1, and both at once.
 //!
-//! With the systemd driver the same folders carry slice names; systemd takes them over when the
-//! runtime starts the first scope in them.
+//! With the systemd driver the folders are slices, which systemd makes with their limits; the exact
+//! values are written over what it rounded.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -12,6 +12,7 @@ use async_trait::async_trait;
 use cgroups_rs::fs::hierarchies::{V1, V2, is_cgroup2_unified_mode};
 use cgroups_rs::fs::{Cgroup, Controllers, Hierarchy, MaxValue, Resources};
 
+use super::slices::Slices;
 use super::{
     CgroupError, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders, slice_name,
 };
@@ -52,6 +53,8 @@ struct Inner {
     mounts: Vec<PathBuf>,
     /// CPU shares by burstable pod: their class gets the sum.
     burstable: Mutex<HashMap<PodUid, i64>>,
+    /// With the systemd driver.
+    slices: Option<Slices>,
 }
 
 impl KernelCgroups {
@@ -68,14 +71,19 @@ impl KernelCgroups {
                 unique.into_iter().collect()
             }
         };
+        let pids = node.pod_pids_limit.filter(|n| *n > 0);
+        let period_us = node.cpu_cfs_period_us;
+        let slices = (node.cgroup_driver == CgroupDriver::Systemd)
+            .then(|| Slices::new(&node.cgroup_root, period_us, pids));
         Self(Arc::new(Inner {
             driver: node.cgroup_driver,
             root: node.cgroup_root.clone(),
-            period_us: node.cpu_cfs_period_us,
-            pids: node.pod_pids_limit.filter(|n| *n > 0),
+            period_us,
+            pids,
             v1,
             mounts,
             burstable: Mutex::default(),
+            slices,
         }))
     }
 }
@@ -109,18 +117,40 @@ impl Inner {
         let cgroup =
             Cgroup::new(self.hierarchy(), &folder).map_err(|e| error("create", &Chain(&e)))?;
         cgroup.apply(&self.resources(limits)).map_err(|e| error("set limits of", &Chain(&e)))?;
-        let parent = &path[..path.len() - 1];
-        if qos == "BestEffort" {
-            self.set_shares(parent, 2)?;
-        } else if qos == "Burstable" {
-            let sum = {
-                let mut all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
-                all.insert(uid.clone(), limits.cpu_shares);
-                all.values().sum()
-            };
-            self.set_shares(parent, sum)?;
+        if let Some(shares) = self.class_shares(qos) {
+            self.set_shares(&path[..path.len() - 1], shares)?;
         }
         Ok(parent_name(self.driver, &self.root, &path))
+    }
+
+    /// CPU shares of a QoS class of its own; `None` for Guaranteed, whose pods stand beside the classes.
+    fn class_shares(&self, qos: &str) -> Option<i64> {
+        match qos {
+            "BestEffort" => Some(2),
+            "Burstable" => {
+                let all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
+                Some(all.values().sum())
+            }
+            _ => None,
+        }
+    }
+
+    /// Counts a pod's shares into its class, or takes them out.
+    fn count(&self, uid: &PodUid, shares: Option<i64>) -> bool {
+        let mut all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
+        match shares {
+            Some(shares) => all.insert(uid.clone(), shares) != Some(shares),
+            None => all.remove(uid).is_some(),
+        }
+    }
+
+    /// The QoS classes that a pod has a cgroup in: one, or more if its class ever changed.
+    fn classes_of(&self, uid: &PodUid) -> Vec<&'static str> {
+        let there = |qos: &&str| {
+            let folder = self.folder(&pod_path(qos, uid));
+            self.mounts.iter().any(|mount| mount.join(&folder).exists())
+        };
+        ["Guaranteed", "Burstable", "BestEffort"].into_iter().filter(there).collect()
     }
 
     fn set_shares(&self, path: &[String], shares: i64) -> Result<(), CgroupError> {
@@ -168,12 +198,10 @@ impl Inner {
                 }
             }
         }
-        let sum = {
-            let mut all = self.burstable.lock().unwrap_or_else(PoisonError::into_inner);
-            all.remove(uid).map(|_| all.values().sum::<i64>())
-        };
-        if let Some(sum) = sum {
-            self.set_shares(&["kubepods".to_owned(), "burstable".to_owned()], sum)?;
+        if self.count(uid, None)
+            && let Some(shares) = self.class_shares("Burstable")
+        {
+            self.set_shares(&["kubepods".to_owned(), "burstable".to_owned()], shares)?;
         }
         failure.map_or(Ok(()), Err)
     }
@@ -263,19 +291,33 @@ impl PodCgroups for KernelCgroups {
         qos: &str,
         limits: PodLimits,
     ) -> Result<String, CgroupError> {
-        let (uid, qos) = (uid.clone(), qos.to_owned());
         let began = std::time::Instant::now();
+        if qos == "Burstable" {
+            self.0.count(uid, Some(limits.cpu_shares));
+        }
+        if let Some(slices) = &self.0.slices {
+            slices.ensure(uid, qos, self.0.class_shares(qos), limits).await?;
+        }
+        let (uid, qos) = (uid.clone(), qos.to_owned());
         let made = blocking(&self.0, move |inner| inner.ensure(&uid, &qos, limits)).await;
         METRICS.cgroup_operation("create", began.elapsed());
         made
     }
 
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
-        let uid = uid.clone();
         let began = std::time::Instant::now();
+        let mut stopped = Ok(());
+        if let Some(slices) = &self.0.slices {
+            for qos in self.0.classes_of(uid) {
+                let counted = qos == "Burstable" && self.0.count(uid, None);
+                let shares = counted.then(|| self.0.class_shares(qos)).flatten();
+                stopped = stopped.and(slices.remove(uid, qos, shares).await);
+            }
+        }
+        let uid = uid.clone();
         let removed = blocking(&self.0, move |inner| inner.remove(&uid)).await;
         METRICS.cgroup_operation("destroy", began.elapsed());
-        removed
+        removed.and(stopped)
     }
 
     async fn list(&self) -> Result<Vec<PodUid>, CgroupError> {
