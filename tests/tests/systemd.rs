@@ -5,13 +5,16 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-/// Emulation is slow; two boots and two restarts take three minutes on a quiet machine.
+/// Emulation is slow: two boots and all between take four minutes on a quiet machine.
 const LIMIT: Duration = Duration::from_secs(1500);
+/// Of the console, when the machine did not finish.
+const LAST_WORDS: usize = 80;
 
 fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the workspace").into()
@@ -28,66 +31,86 @@ fn must(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-#[test]
-#[ignore = "boots an emulated machine twice, which takes minutes: make test-vm"]
-fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
-    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm");
+/// What the machine finds under /opt: the package, an image, manifests, its part of the test.
+fn payload(work: &Path) -> Result<PathBuf> {
     let tests = workspace().join("tests/vm");
-    must(Command::new(tests.join("base.sh")).arg(&cache))?;
-
-    let work = tempfile::tempdir()?;
-    let payload = work.path().join("payload");
-    std::fs::create_dir_all(payload.join("manifests"))?;
-    let binary = tests::harness::longshore_binary()?;
-    let dist = work.path().join("dist");
-    must(Command::new(workspace().join("systemd/deb/build.sh")).arg(&binary).arg(&dist))?;
+    let payload = work.join("payload");
+    let late = payload.join("manifests/late");
+    std::fs::create_dir_all(&late)?;
+    // A debug build is ten times as large with its symbols, and packing is quick where it need not
+    // be small.
+    let strip = |from: &Path, to: &Path| must(Command::new("strip").arg("-o").arg(to).arg(from));
+    let binary = work.join("longshore");
+    strip(&tests::harness::longshore_binary()?, &binary)?;
+    strip(
+        Path::new(env!("CARGO_BIN_EXE_test-control-plane")),
+        &payload.join("test-control-plane"),
+    )?;
+    let dist = work.join("dist");
+    must(
+        Command::new(workspace().join("systemd/deb/build.sh"))
+            .args([&binary, &dist])
+            .env("DPKG_DEB_COMPRESSOR_TYPE", "gzip")
+            .env("DPKG_DEB_COMPRESSOR_LEVEL", "1"),
+    )?;
     let deb = std::fs::read_dir(&dist)?.next().context("no package was built")??.path();
     std::fs::copy(deb, payload.join("longshore.deb"))?;
     must(Command::new(workspace().join("examples/image.sh")).arg(payload.join("image.tar")))?;
-    for manifest in ["web.yaml", "worker.yaml"] {
-        std::fs::copy(
-            workspace().join("examples").join(manifest),
-            payload.join("manifests").join(manifest),
-        )?;
+    for (from, name, to) in [
+        (workspace().join("examples"), "web.yaml", "manifests"),
+        (workspace().join("examples"), "worker.yaml", "manifests"),
+        (tests.join("manifests"), "hungry.yaml", "manifests"),
+        (tests.join("manifests"), "curious.yaml", "manifests"),
+        (tests.join("manifests"), "late.yaml", "manifests/late"),
+        (tests, "guest.sh", "."),
+    ] {
+        std::fs::copy(from.join(name), payload.join(to).join(name))?;
     }
-    std::fs::copy(tests.join("guest.sh"), payload.join("guest.sh"))?;
-    let payload_image = work.path().join("payload.img");
-    std::fs::File::create(&payload_image)?.set_len(1 << 30)?;
-    must(
-        Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&payload).arg(&payload_image),
-    )?;
-    let disk = work.path().join("disk.qcow2");
-    must(
-        Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-            .arg(cache.join("base.img"))
-            .arg(&disk),
-    )?;
+    let image = work.join("payload.img");
+    std::fs::File::create(&image)?.set_len(1 << 30)?;
+    must(Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([&payload, &image]))?;
+    Ok(image)
+}
 
-    let mut machine = Command::new("qemu-system-x86_64")
-        .args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048", "-nographic"])
-        .args(["-nic", "none"])
-        .arg("-kernel")
-        .arg(cache.join("vmlinuz"))
-        .arg("-initrd")
-        .arg(cache.join("initrd.img"))
-        .args([
-            "-append",
-            "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service",
-        ])
-        .arg("-drive")
-        .arg(format!("file={},format=qcow2,if=virtio,cache=unsafe", disk.display()))
-        .arg("-drive")
-        .arg(format!(
-            "file={},format=raw,if=virtio,readonly=on,cache=unsafe",
-            payload_image.display()
-        ))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start qemu-system-x86_64: install qemu-system-x86")?;
-    let console = machine.stdout.take().context("no console")?;
-    let (lines, received) = std::sync::mpsc::channel();
+/// An emulated machine, ended with the test.
+struct Machine(Child);
+
+impl Machine {
+    fn boot(base: &Path, work: &Path, payload: &Path) -> Result<Machine> {
+        let disk = work.join("disk.qcow2");
+        let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
+        must(Command::new("qemu-img").args(create).arg(base.join("base.img")).arg(&disk))?;
+        let drive = |file: &Path, options: &str| {
+            format!("file={},{options},if=virtio,cache=unsafe", file.display())
+        };
+        // A getty on the console would hang it up for the test's output.
+        let kernel = "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service";
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048", "-nographic"])
+            .args(["-nic", "none", "-append", kernel])
+            .arg("-kernel")
+            .arg(base.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(base.join("initrd.img"))
+            .args(["-drive", &drive(&disk, "format=qcow2")])
+            .args(["-drive", &drive(payload, "format=raw,readonly=on")])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start qemu-system-x86_64: install qemu-system-x86")?;
+        Ok(Machine(child))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn lines_of(console: ChildStdout) -> Receiver<String> {
+    let (lines, received) = channel();
     std::thread::spawn(move || {
         for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
             if lines.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
@@ -95,13 +118,26 @@ fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
             }
         }
     });
+    received
+}
 
-    let end = Instant::now() + LIMIT;
+#[test]
+#[ignore = "boots an emulated machine twice, which takes minutes: make test-vm"]
+fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
+    let base = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm");
+    must(Command::new(workspace().join("tests/vm/base.sh")).arg(&base))?;
+    let work = tempfile::tempdir()?;
+    let payload = payload(work.path())?;
+    let start = Instant::now();
+    let mut machine = Machine::boot(&base, work.path(), &payload)?;
+    let received = lines_of(machine.0.stdout.take().context("no console")?);
+
     let mut console = Vec::new();
     let mut failed = Vec::new();
     let mut done = false;
-    while let Ok(line) = received.recv_timeout(end.saturating_duration_since(Instant::now())) {
-        writeln!(std::io::stdout(), "{line}")?;
+    // The end of the console is the end of the machine, or the limit.
+    while let Ok(line) = received.recv_timeout(LIMIT.saturating_sub(start.elapsed())) {
+        writeln!(std::io::stdout(), "{:5.1} {line}", start.elapsed().as_secs_f64())?;
         if let Some(result) = line.find("RESULT ").map(|at| line[at + 7..].to_owned()) {
             done |= result.starts_with("done ok");
             if result.split(' ').nth(1) == Some("failed") {
@@ -110,12 +146,10 @@ fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
         }
         console.push(line);
     }
-    // The end of the console is the end of the machine, or the limit.
-    let _ = machine.kill();
-    machine.wait()?;
+    drop(machine);
     ensure!(failed.is_empty(), "failed in the machine:\n{}", failed.join("\n"));
     ensure!(done, "the machine did not finish; its last words:\n{}", {
-        console.split_off(console.len().saturating_sub(40)).join("\n")
+        console.split_off(console.len().saturating_sub(LAST_WORDS)).join("\n")
     });
     Ok(())
 }

@@ -4,17 +4,39 @@
 # `RESULT <name> ok|failed <detail>` lines, which the test on the outside reads.
 set -u
 exec >/dev/ttyS0 2>&1
+export HOME=/root SYSTEMD_PAGER= SYSTEMD_COLORS=0
 state=/var/lib/vm-test
 mkdir -p "$state"
 boot=$(cat "$state/boot" 2>/dev/null || echo 0)
 echo $((boot + 1)) >"$state/boot"
+manifests=/etc/kubernetes/manifests
+cgroups=/sys/fs/cgroup
+failures=0
 
-result() { echo "RESULT $1 $2 ${3:-}"; }
 # check NAME COMMAND...: one line of result, with what was said when it failed.
 check() {
-    local name=$1 out
+    local name=$1 out start=$SECONDS
     shift
-    if out=$("$@" 2>&1); then result "$name" ok; else result "$name" failed "$(echo "$out" | tail -n 5 | tr '\n' '|')"; fi
+    if out=$("$@" 2>&1); then
+        echo "RESULT $name ok $((SECONDS - start))s"
+    else
+        failures=$((failures + 1))
+        echo "RESULT $name failed $(echo "$out" | tail -n 5 | tr '\n' '|')"
+    fi
+}
+# finish NEXT: what to read when something failed, then what comes next.
+finish() {
+    if [ $failures != 0 ]; then
+        echo "=== journal"
+        journalctl -b -o short-monotonic --no-pager -n 250 -u longshore -u init.scope
+        echo "=== status"
+        longshore status
+        systemd-cgls --no-pager
+        dmesg | tail -n 20
+        echo "=== end"
+    fi
+    sync
+    "$@"
 }
 # within SECONDS COMMAND...: waits for a command to succeed.
 within() {
@@ -25,11 +47,47 @@ within() {
         sleep 0.5
     done
 }
+equal() { [ "$1" = "$2" ] || { echo "$1 instead of $2"; return 1; }; }
 main_pid() { systemctl show -p MainPID --value longshore; }
 sleeper() { pgrep -f '^sleep 86400' | head -n 1; }
 page() { curl -sf --max-time 3 http://10.96.0.80/ | grep -q Hello; }
 new_main() { local pid; pid=$(main_pid); [ "$pid" != 0 ] && [ "$pid" != "$1" ] && systemctl is-active -q longshore; }
-same_sleeper() { [ "$(sleeper)" = "$1" ]; }
+same_sleeper() { equal "$(sleeper)" "$1"; }
+no_sleeper() { [ -z "$(sleeper)" ]; }
+# The last line that a container said: said POD CONTAINER
+said() { cat /var/log/pods/default_"$1"-*/"$2"/*.log | tail -n 1 | cut -d ' ' -f 4-; }
+says() { equal "$(said "$1" "$2")" "$3"; }
+status_has() { longshore status | tr -s ' ' | grep -E "$1" || { longshore status; return 1; }; }
+# The cgroup of the web pod's server, which has the limits.
+server_cgroup() { dirname "$(grep -rlx 67108864 $cgroups/kubepods* --include=memory.max | head -n 1)"; }
+# Its limits, as the kernel has them.
+limits() {
+    local cgroup
+    cgroup=$(server_cgroup)
+    equal "$(cat "$cgroup/memory.max")" 67108864 && equal "$(cat "$cgroup/cpu.max")" "50000 100000" &&
+        equal "$(cat "$cgroup/cpu.weight")" 11 && equal "$(cat "$cgroup/pids.max")" max && equal "$(cat "$cgroup/memory.oom.group")" 1
+}
+# ... and as systemd has them.
+unit_limits() {
+    local unit
+    unit=$(basename "$(server_cgroup)")
+    equal "$(systemctl show -p MemoryMax --value "$unit")" 67108864 &&
+        equal "$(systemctl show -p CPUQuotaPerSecUSec --value "$unit")" 500ms &&
+        equal "$(systemctl show -p Delegate --value "$unit")" yes &&
+        equal "$(systemctl show -p ActiveState --value "$unit")" active
+}
+# Every process of a pod is in a scope of its pod's slice.
+all_in_scopes() {
+    local lost
+    lost=$(find $cgroups/kubepods.slice -name cgroup.procs -size -1k -exec grep -l . {} + | grep -v '\.scope/cgroup.procs$')
+    equal "$lost" "" || return 1
+    for scope in $(find $cgroups/kubepods.slice -name '*.scope' -printf '%f\n'); do
+        systemctl is-active -q "$scope" || { echo "$scope is no unit"; return 1; }
+    done
+}
+no_pods() { ! find $cgroups/kubepods* -path '*pod*pod*' -type d 2>/dev/null | grep .; }
+options() { echo "LONGSHORE_OPTIONS=\"$*\"" >/etc/default/longshore; }
+standalone="--standalone --manifests $manifests --node-ip 192.0.2.10"
 
 ip link set lo up
 ip link add uplink type veth peer name outside
@@ -38,21 +96,62 @@ ip link set uplink up
 ip link set outside up
 ip route add default via 192.0.2.1
 
+nothing_left() {
+    check nothing-mounted sh -c '! grep -E "longshore|/var/lib/kubelet/pods" /proc/self/mountinfo'
+    check no-sleeper no_sleeper
+    check no-monitors sh -c '! pgrep -a longshore'
+    check no-cgroups sh -c "! ls -d $cgroups/kubepods* $cgroups/longshore*"
+    check no-units sh -c '! systemctl list-units --all --no-legend "kubepods*" "*longshore-*"  | grep .'
+    check no-links sh -c '! ip -o link | grep -E "longshore|lsv"'
+    check no-namespaces sh -c '! ip netns list | grep .'
+    check no-rules sh -c '! nft list ruleset | grep -i longshore'
+    check no-state sh -c '! ls -d /var/lib/longshore/* /run/longshore /var/lib/kubelet/* /var/log/pods /var/log/containers 2>/dev/null'
+}
+
 case $boot in
 0)
     check install dpkg -i /opt/longshore.deb
     check conffile test -f /etc/default/longshore
-    echo 'LONGSHORE_OPTIONS="--standalone --manifests /etc/kubernetes/manifests --node-ip 192.0.2.10"' >/etc/default/longshore
-    mkdir -p /etc/kubernetes/manifests /etc/systemd/system/longshore.service.d
+    check not-started sh -c '! systemctl is-active longshore && ! systemctl is-enabled longshore'
+    mkdir -p $manifests /etc/systemd/system/longshore.service.d
     # Emulation is slow, waiting for a minute is slower.
     printf '[Service]\nWatchdogSec=20s\n' >/etc/systemd/system/longshore.service.d/watchdog.conf
     systemctl daemon-reload
-    cp /opt/manifests/*.yaml /etc/kubernetes/manifests/
-    check import longshore image import /opt/image.tar
     check verify systemd-analyze verify longshore.service
-    check start systemctl enable --now longshore
+    check import longshore image import /opt/image.tar
+
+    # Pods as folders of cgroupfs, beside systemd.
+    options $standalone --cgroup-driver cgroupfs
+    cp /opt/manifests/web.yaml $manifests/
+    check cgroupfs-start systemctl enable --now longshore
+    check cgroupfs-page within 120 page
+    check cgroupfs-limits limits
+    check cgroupfs-layout test -d $cgroups/kubepods/burstable
+    systemctl daemon-reload
+    systemctl stop longshore
+    check cgroupfs-limits-kept limits
+    systemctl start longshore
+    rm $manifests/web.yaml
+    check cgroupfs-drained within 60 no_pods
+
+    # Pods as slices of systemd, which is what a machine with systemd does by itself.
+    options $standalone
+    cp /opt/manifests/*.yaml $manifests/
+    systemctl restart longshore
     check page within 120 page
-    check cgroup-v2 sh -c 'grep -rqx 67108864 /sys/fs/cgroup/kubepods* --include=memory.max'
+    check limits within 10 limits
+    check unit-limits within 10 unit_limits
+    check all-in-scopes within 20 all_in_scopes
+    systemctl daemon-reload
+    check limits-after-reload limits
+    check unit-limits-after-reload unit_limits
+    systemctl daemon-reexec
+    check limits-after-reexec limits
+    check out-of-memory within 60 status_has 'hungry-test-machine 0/1 OOMKilled'
+    check devices within 30 says curious probe "null:ok kmsg:denied disk:denied"
+    cp /opt/manifests/late/*.yaml $manifests/
+    check pod-after-reexec within 60 says late late hello
+
     pid=$(main_pid) child=$(sleeper)
     kill -9 "$pid"
     check restarted-after-kill within 60 new_main "$pid"
@@ -61,31 +160,51 @@ case $boot in
     kill -STOP "$pid"
     check restarted-by-watchdog within 120 new_main "$pid"
     check kept-after-watchdog same_sleeper "$child"
+    check watchdog-said sh -c 'journalctl -u longshore | grep -q "Watchdog timeout"'
+    check restart systemctl restart longshore
+    check kept-after-restart same_sleeper "$child"
     check stop systemctl stop longshore
     check kept-while-stopped same_sleeper "$child"
+    check page-while-stopped within 30 page
+    check limits-while-stopped unit_limits
     check start-again systemctl start longshore
     check kept-after-start same_sleeper "$child"
     check page-again within 60 page
-    check status longshore status
-    sync
+    check restarts-nothing status_has 'worker-test-machine 1/1 Running 0 '
+    date +%s >"$state/rebooted"
     echo "RESULT reboot ok"
-    systemctl reboot
+    finish systemctl reboot
     ;;
 1)
     check active-after-reboot within 120 systemctl is-active longshore
     check page-after-reboot within 120 page
-    longshore status
-    # A cgroup driver of the other kind: systemd makes the slices.
+    check restarted-once within 30 status_has 'worker-test-machine 1/1 Running 1 '
+    check still-out-of-memory status_has 'hungry-test-machine 0/1 OOMKilled 0 '
+    check all-in-scopes-after-reboot within 20 all_in_scopes
     check reset longshore reset --yes
-    check nothing-mounted sh -c '! grep -E "longshore|/var/lib/kubelet/pods" /proc/self/mountinfo'
-    check no-sleeper sh -c '! pgrep -f "^sleep 86400"'
-    check no-cgroups sh -c '! ls -d /sys/fs/cgroup/kubepods*'
-    check no-links sh -c '! ip -o link | grep -E "longshore|veth"'
-    check no-rules sh -c '! nft list ruleset | grep -i longshore'
-    check purge dpkg --purge longshore
-    check no-files sh -c '! ls -d /var/lib/longshore /etc/default/longshore /usr/bin/longshore 2>/dev/null'
-    sync
+    nothing_left
+
+    # A worker of a cluster, which here is the test's own control plane.
+    rm -f $manifests/*.yaml
+    options
+    /opt/test-control-plane --listen 127.0.0.1:6443 --kubeconfig /root/admin.conf >/root/join 2>/root/plane.log &
+    check control-plane within 60 grep -q '^longshore join' /root/join
+    check join sh -c "$(grep '^longshore join' /root/join) --node-ip 192.0.2.10"
+    check join-enables systemctl is-enabled longshore
+    check join-starts systemctl is-active longshore
+    node() {
+        curl -sf --cacert /etc/kubernetes/pki/ca.crt --cert /var/lib/kubelet/pki/kubelet-client-current.pem \
+            https://127.0.0.1:6443/api/v1/nodes/test-machine | tr -d ' \n' | grep -q '"status":"True","type":"Ready"'
+    }
+    check node-ready within 60 node
+    check credentials-are-roots sh -c '! find /etc/kubernetes /var/lib/kubelet/pki -name "*.conf" -perm /077 | grep .'
+    check reset-after-join longshore reset --yes
+    check reset-disables sh -c '! systemctl is-enabled longshore && ! systemctl is-active longshore'
+    nothing_left
+    check no-credentials sh -c '! ls /etc/kubernetes/*.conf 2>/dev/null'
+    check purge apt-get -qq purge -y longshore
+    check no-files sh -c '! ls -d /var/lib/longshore /etc/longshore /etc/default/longshore /usr/bin/longshore /run/longshore 2>/dev/null'
     echo "RESULT done ok"
-    systemctl poweroff
+    finish systemctl poweroff
     ;;
 esac
