@@ -208,10 +208,10 @@ fn many_elements_go_in_one_batch_and_are_read_back() {
 
 /// The elements once `count` are seen. The kernel resizes its hash table after a large batch, and a
 /// listing that meets the resizing misses some (nft_rhash_walk, net/netfilter/nft_set_hash.c).
-fn settled(client: &mut Client, table: &Table, count: usize) -> Vec<Element> {
+fn settled(client: &mut Client, table: &Table, count: usize) -> Vec<nft::ElementEntry> {
     let began = std::time::Instant::now();
     loop {
-        let read = client.elements(table, "ports").unwrap();
+        let read = client.elements(table, "ports").expect("a listing");
         if read.len() == count {
             return read;
         }
