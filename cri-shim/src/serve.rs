@@ -19,6 +19,7 @@ use crate::cgroup::{Hierarchies, ROOT};
 use crate::cri::{Events, Service, Shim, Store};
 use crate::image::{ImageStore, StoreConfig};
 use crate::network::{Network, NetworkConfig};
+use crate::seccomp::Programs;
 use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::durability::Durability;
@@ -135,6 +136,9 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
         .map_err(|source| ServeError::Directory { path: layout.state.clone(), source })?;
     let zygote = Zygote::start(config.monitor_exe.clone())
         .map_err(|source| ServeError::Zygote { path: config.monitor_exe.clone(), source })?;
+    let folder = layout.run.join("seccomp");
+    let programs = Programs::open(folder.clone())
+        .map_err(|source| ServeError::Directory { path: folder, source })?;
     let mut store = StoreConfig::new(&config.state_dir);
     store.registry_dirs = config.registry_config_dirs.clone();
     let images = ImageStore::open(store)?;
@@ -152,6 +156,7 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
         store: Store::default(),
         events: Events::default(),
         durability,
+        programs,
         urls,
         systemd: Systemd::default(),
         config,

@@ -1,8 +1,8 @@
 //! Which devices a container may use, on cgroup v2: a program the kernel asks at each open and mknod.
 //!
 //! v1 has a file for it; v2 has BPF_PROG_TYPE_CGROUP_DEVICE only (kernel:
-//! Documentation/admin-guide/cgroup-v2.rst, "Device controller"). libcontainer's own way to it
-//! compiles libbpf, for a program of a few instructions.
+//! Documentation/admin-guide/cgroup-v2.rst, "Device controller"). It takes a program of a few
+//! instructions, for which libbpf would be much.
 
 use std::io;
 use std::path::Path;

@@ -1,8 +1,7 @@
 //! Containers' cgroups as directories: who is in them, killing, removal, out-of-memory counts.
 //!
-//! libcontainer makes the cgroups and sets their limits; what happens to them afterwards happens
-//! here, in one place for the unified hierarchy (v2) and for one hierarchy per controller (v1),
-//! and cheap enough for the monitor: no allocation that outlives a call.
+//! One place for the unified hierarchy (v2) and for one hierarchy per controller (v1), and cheap
+//! enough for the monitor: no allocation that outlives a call.
 
 use std::fs;
 use std::io;
@@ -12,11 +11,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 use nix::unistd::Pid;
 
+pub mod create;
 pub mod detail;
 pub mod devices;
+pub mod limits;
 pub mod stats;
 mod sys;
-pub mod update;
 
 /// Where cgroup file systems are mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -52,7 +52,7 @@ impl Hierarchies {
         Ok(Hierarchies { v2: false, roots })
     }
 
-    /// The v1 hierarchies in which libcontainer makes a container's cgroups, by directory name.
+    /// The v1 hierarchies in which a container has cgroups, by directory name.
     pub fn v1_controllers(&self) -> Vec<String> {
         if self.v2 {
             return Vec::new();

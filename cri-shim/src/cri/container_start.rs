@@ -148,11 +148,17 @@ impl Shim {
             )));
         }
         let bundle = self.layout.bundle(&container.id);
-        // What an interrupted start left would make libcontainer refuse.
+        // What an interrupted start left is not this one's.
         let _ = fs::remove_dir_all(&bundle);
         fs::create_dir_all(&bundle).map_err(|e| internal("making the bundle", e))?;
         let text = serde_json::to_vec(&spec).map_err(|e| internal("encoding the spec", e))?;
         fs::write(bundle.join("config.json"), text).map_err(|e| internal("writing the spec", e))?;
+        let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
+        if let (Some(profile), None) = (profile, &runtime) {
+            self.programs
+                .place(profile, &bundle)
+                .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        }
         let rootfs = self
             .snapshots
             .get(&container.id)

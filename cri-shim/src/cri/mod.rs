@@ -17,6 +17,7 @@ use crate::Config;
 use crate::cgroup::Hierarchies;
 use crate::image::ImageStore;
 use crate::network::Network;
+use crate::seccomp::Programs;
 use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::Layout;
@@ -70,6 +71,7 @@ pub struct Shim {
     pub store: Store,
     pub events: Events,
     pub durability: Durability,
+    pub programs: Programs,
     pub urls: Arc<Urls>,
     pub systemd: Systemd,
 }

@@ -4,7 +4,8 @@ use tonic::Status;
 
 use super::{Shim, blocking, internal};
 use crate::api::{self, ContainerState};
-use crate::cgroup::update;
+use crate::cgroup::limits;
+use crate::spec::resources::plan_limits;
 
 impl Shim {
     pub(super) async fn update_container_resources(
@@ -23,10 +24,12 @@ impl Shim {
         let resources = linux.resources.get_or_insert_default();
         merge(resources, &asked);
         if state == ContainerState::ContainerRunning {
-            let (cgroups, host) = (self.cgroups.clone(), self.host.clone());
+            let cgroups = self.cgroups.clone();
+            let planned = plan_limits(&asked, &self.host)
+                .map_err(|e| Status::invalid_argument(e.to_string()))?;
             let cgroup = container.record().cgroup.clone();
             self.limit_scope(&cgroup, &asked).await?;
-            blocking(move || update::apply(&cgroups, &cgroup, &asked, &host))
+            blocking(move || limits::apply(&cgroups, &cgroup, &planned))
                 .await?
                 .map_err(|e| internal("updating the container's limits", e))?;
         }

@@ -12,10 +12,11 @@ use tonic::Status;
 use super::store::Container;
 use super::{Shim, blocking, internal};
 use crate::api::LinuxContainerResources;
-use crate::cgroup::update;
+use crate::cgroup::limits;
 use crate::config::CgroupDriver;
 use crate::spec::Host;
 use crate::spec::cgroup_path::{Scope, monitor, scope_of};
+use crate::spec::resources::plan_limits;
 use crate::systemd::{self, Limits};
 
 impl Shim {
@@ -73,7 +74,7 @@ impl Shim {
         let Some(pid) = started.and_then(|pid| u32::try_from(pid).ok()) else { return Ok(()) };
         let resources = resources(container);
         let description = format!("longshore container {}", container.id);
-        let limits = limits(&resources, &self.host);
+        let limits = scope_limits(&resources, &self.host);
         let properties = systemd::scope(description, &scope.slice, &[pid], &limits);
         self.systemd
             .start(&scope.unit, &properties)
@@ -90,7 +91,7 @@ impl Shim {
     ) -> Result<(), Status> {
         let Some(scope) = self.scope(cgroup) else { return Ok(()) };
         self.systemd
-            .set(&scope.unit, &limits(asked, &self.host).properties())
+            .set(&scope.unit, &scope_limits(asked, &self.host).properties())
             .await
             .map_err(|e| internal("telling systemd the container's limits", e))
     }
@@ -137,9 +138,10 @@ impl Shim {
         cgroup: &Path,
         resources: LinuxContainerResources,
     ) -> Result<(), Status> {
-        let (cgroups, host) = (self.cgroups.clone(), self.host.clone());
-        let cgroup = cgroup.to_owned();
-        blocking(move || update::apply(&cgroups, &cgroup, &resources, &host))
+        let (cgroups, cgroup) = (self.cgroups.clone(), cgroup.to_owned());
+        let planned = plan_limits(&resources, &self.host)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        blocking(move || limits::apply(&cgroups, &cgroup, &planned))
             .await?
             .map_err(|e| internal("writing the container's limits", e))
     }
@@ -151,20 +153,20 @@ fn resources(container: &Container) -> LinuxContainerResources {
 }
 
 /// Limits in systemd's terms; zero means "not set" in the CRI.
-fn limits(resources: &LinuxContainerResources, host: &Host) -> Limits {
+fn scope_limits(resources: &LinuxContainerResources, host: &Host) -> Limits {
     let set = |value: i64| Some(value).filter(|v| *v != 0);
     let memory = set(resources.memory_limit_in_bytes);
     Limits {
         cpu_weight: u64::try_from(resources.cpu_shares)
             .ok()
             .filter(|shares| *shares > 0)
-            .map(update::weight),
+            .map(limits::weight),
         cpu_quota: set(resources.cpu_quota),
         cpu_period: u64::try_from(resources.cpu_period).unwrap_or(0),
         memory,
         swap: memory
             .filter(|_| host.swap_accounting)
-            .map(|memory| update::swap(memory, resources.memory_swap_limit_in_bytes)),
+            .map(|memory| limits::swap_bytes(memory, resources.memory_swap_limit_in_bytes)),
         // The pod's slice has the limit; systemd would give each scope one of its own.
         pids: Some(-1),
         oom_group: resources.unified.get("memory.oom.group").is_some_and(|v| v == "1"),
@@ -178,7 +180,7 @@ mod tests {
     #[test]
     fn what_the_cri_leaves_out_is_left_out_but_for_the_number_of_processes() {
         let host = Host { swap_accounting: true, ..Host::default() };
-        let nothing = limits(&LinuxContainerResources::default(), &host);
+        let nothing = scope_limits(&LinuxContainerResources::default(), &host);
         assert_eq!(nothing, Limits { pids: Some(-1), ..Limits::default() });
         let asked = LinuxContainerResources {
             cpu_shares: 51,
@@ -198,6 +200,6 @@ mod tests {
             pids: Some(-1),
             oom_group: true,
         };
-        assert_eq!(limits(&asked, &host), expected);
+        assert_eq!(scope_limits(&asked, &host), expected);
     }
 }

@@ -1,8 +1,5 @@
 //! Running a process in a container: joining what its first process is in, then becoming what its
 //! spec says, with the same user, capabilities and seccomp filter.
-//!
-//! libcontainer's own way (its tenant builder) leaves the seccomp filter out, so the joining is
-//! done here and only the building blocks are libcontainer's.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -10,21 +7,17 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use libcontainer::syscall::syscall::create_syscall;
-use nix::fcntl::{AT_FDCWD, FcntlArg, FdFlag, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
+use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::prctl;
 use nix::sys::stat::{fstat, major, minor};
 use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
-use nix::unistd::{
-    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fchown, setgroups, setresgid, setresuid,
-    setsid,
-};
+use nix::unistd::chdir;
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
 use super::launch::{Progress, report_and_exit};
-use super::{frame, payload, sys};
+use super::{frame, payload, process, sys};
 use crate::cgroup::Hierarchies;
+use crate::seccomp::{self, Program};
 use crate::spec::user::Identity;
 
 /// The environment of a process with a terminal says what the terminal is like.
@@ -83,8 +76,16 @@ fn start(
             env.push(TERM.to_owned());
         }
     }
-    join_cgroup(target)?;
+    let Some(process) = spec.process().as_ref() else {
+        return Err("the spec has no process".into());
+    };
+    let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let filter = profile.map(|p| seccomp::of_bundle(target.bundle, p)).transpose();
+    let filter = filter.map_err(|e| e.to_string())?;
+    let cgroup = join_cgroup(target)?;
     let namespaces = open_namespaces(target.init, &spec)?;
+    let proc = process::open_proc()?;
+    process::before_entering(process)?;
     let (mut failure, report) = std::io::pipe().map_err(|e| format!("making a pipe: {e}"))?;
     // The process must not run before its id is known here, or its end could be missed.
     let (mut go, mut ready) = std::io::pipe().map_err(|e| format!("making a pipe: {e}"))?;
@@ -98,17 +99,19 @@ fn start(
             (vec![peer], Some(master))
         }
     };
-    let forked = sys::fork_sibling().map_err(|e| format!("fork: {e}"))?;
-    let Some(pid) = forked else {
+    let forked = sys::fork_sibling(cgroup.as_ref().map(AsFd::as_fd));
+    let Some(pid) = forked.map_err(|e| format!("fork: {e}"))? else {
         drop((ready, failure));
-        let report = OwnedFd::from(report);
         // Without the word the exec was abandoned.
         if !matches!(go.read(&mut [0u8; 1]), Ok(1)) {
             sys::exit(1);
         }
         drop(go);
-        let message = become_process(&spec, stdio, &report);
-        report_and_exit(&report, &message, 127)
+        let message = match process::label(&proc, process) {
+            Ok(()) => become_process(process, filter.as_ref(), stdio),
+            Err(message) => message,
+        };
+        report_and_exit(&OwnedFd::from(report), &message, 127)
     };
     drop((report, stdio, go));
     let created = Progress::Created { pid: pid.as_raw(), user: Identity::default() };
@@ -125,7 +128,7 @@ fn start(
 
 /// A terminal of the container's own `/dev/pts`, both ends. The container may have put anything at
 /// that path, so what is opened has to be the real thing.
-fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
+pub(super) fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
     let how = OpenHow::new()
         .flags(OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
@@ -140,13 +143,18 @@ fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
     Ok((master, peer))
 }
 
-fn join_cgroup(target: &Target<'_>) -> Result<(), String> {
+/// On cgroup v2 the directory that the process is to begin in; on v1 this process joins the
+/// container's, for its child to inherit.
+fn join_cgroup(target: &Target<'_>) -> Result<Option<fs::File>, String> {
     let hierarchies = Hierarchies::find().map_err(|e| format!("finding cgroups: {e}"))?;
     for directory in hierarchies.directories(target.cgroup) {
-        fs::write(directory.join("cgroup.procs"), "0")
-            .map_err(|e| format!("joining {}: {e}", directory.display()))?;
+        let failed = |e: std::io::Error| format!("joining {}: {e}", directory.display());
+        if hierarchies.v2 {
+            return fs::File::open(&directory).map(Some).map_err(failed);
+        }
+        fs::write(directory.join("cgroup.procs"), "0").map_err(failed)?;
     }
-    Ok(())
+    Ok(None)
 }
 
 /// The namespaces of the container's first process, the mount namespace last.
@@ -175,98 +183,15 @@ fn open_namespaces(
 }
 
 /// Takes on the spec's identity and runs the program; returns only with the reason why not.
-fn become_process(spec: &Spec, stdio: Vec<OwnedFd>, report: &OwnedFd) -> String {
-    let Some(process) = spec.process() else { return "the spec has no process".to_owned() };
-    match apply(spec, process, stdio, report) {
+fn become_process(process: &Process, filter: Option<&Program>, stdio: Vec<OwnedFd>) -> String {
+    let done = process::take_streams(stdio, process)
+        .and_then(|()| {
+            chdir(process.cwd()).map_err(|e| format!("entering {}: {e}", process.cwd().display()))
+        })
+        .and_then(|()| process::become_user(process, filter));
+    match done {
         Ok(()) => payload::run(process),
         Err(message) => message,
-    }
-}
-
-fn apply(
-    spec: &Spec,
-    process: &Process,
-    stdio: Vec<OwnedFd>,
-    report: &OwnedFd,
-) -> Result<(), String> {
-    let said = |what: &'static str| move |e: nix::Error| format!("{what}: {e}");
-    setsid().map_err(said("making a session"))?;
-    let streams = match stdio.as_slice() {
-        [terminal] => {
-            sys::control_terminal(terminal).map_err(|e| format!("taking the terminal: {e}"))?;
-            Some((terminal, terminal, terminal))
-        }
-        [input, output, error] => Some((input, output, error)),
-        _ => None,
-    };
-    if let Some((input, output, error)) = streams {
-        dup2_stdin(input).map_err(said("setting standard input"))?;
-        dup2_stdout(output).map_err(said("setting standard output"))?;
-        dup2_stderr(error).map_err(said("setting standard error"))?;
-        for stream in [input, output, error] {
-            give_stream(stream, process.user().uid());
-        }
-    }
-    drop(stdio);
-    let syscall = create_syscall();
-    let adjustment = process.oom_score_adj().unwrap_or(0).to_string();
-    let _ = fs::write("/proc/self/oom_score_adj", adjustment);
-    for rlimit in process.rlimits().iter().flatten() {
-        syscall.set_rlimit(rlimit).map_err(|e| format!("setting a resource limit: {e}"))?;
-    }
-    let no_new_privileges = process.no_new_privileges() == Some(true);
-    if no_new_privileges {
-        prctl::set_no_new_privs().map_err(said("setting no_new_privs"))?;
-    }
-    if let Some(profile) = process.apparmor_profile() {
-        libcontainer::apparmor::apply_profile(profile)
-            .map_err(|e| format!("entering the AppArmor profile {profile}: {e}"))?;
-    }
-    syscall.close_range(0).map_err(|e| format!("closing descriptors: {e}"))?;
-    fcntl(report, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(said("keeping the report"))?;
-    let user = process.user();
-    let groups: Vec<Gid> =
-        user.additional_gids().iter().flatten().map(|g| Gid::from_raw(*g)).collect();
-    setgroups(&groups).map_err(said("setting groups"))?;
-    prctl::set_keepcaps(true).map_err(said("keeping capabilities"))?;
-    let (uid, gid) = (Uid::from_raw(user.uid()), Gid::from_raw(user.gid()));
-    setresgid(gid, gid, gid).map_err(said("setting the group"))?;
-    setresuid(uid, uid, uid).map_err(said("setting the user"))?;
-    chdir(process.cwd()).map_err(said("entering the working directory"))?;
-    libcontainer::capabilities::reset_effective(syscall.as_ref())
-        .map_err(|e| format!("keeping capabilities: {e}"))?;
-    let seccomp = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
-    if let (Some(filter), false) = (seccomp, no_new_privileges) {
-        load(filter)?;
-    }
-    if let Some(capabilities) = process.capabilities() {
-        libcontainer::capabilities::drop_privileges(capabilities, syscall.as_ref())
-            .map_err(|e| format!("dropping capabilities: {e}"))?;
-    }
-    if let (Some(filter), true) = (seccomp, no_new_privileges) {
-        load(filter)?;
-    }
-    Ok(())
-}
-
-/// Lets the process open its own `/dev/stdout` by path. Not everything can be given away, which is
-/// no reason to refuse it.
-fn give_stream(stream: &OwnedFd, uid: u32) {
-    let null = (1, 3);
-    let device = fstat(stream.as_fd()).map(|s| (major(s.st_rdev), minor(s.st_rdev)));
-    if device.is_ok_and(|device| device != null) {
-        let _ = fchown(stream, Some(Uid::from_raw(uid)), None);
-    }
-}
-
-fn load(filter: &oci_spec::runtime::LinuxSeccomp) -> Result<(), String> {
-    match libcontainer::seccomp::initialize_seccomp(filter) {
-        Ok(Some(notify)) => {
-            let _ = nix::unistd::close(notify);
-            Err("seccomp notification is not supported for exec".to_owned())
-        }
-        Ok(None) => Ok(()),
-        Err(e) => Err(format!("loading the seccomp filter: {e}")),
     }
 }
 

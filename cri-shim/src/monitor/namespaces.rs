@@ -63,7 +63,7 @@ fn start_init() -> Result<i32, String> {
         None => {
             drop(reader);
             let made = unshare(CloneFlags::CLONE_NEWPID).map_err(std::io::Error::from);
-            match made.and_then(|()| sys::fork_sibling()) {
+            match made.and_then(|()| sys::fork_sibling(None)) {
                 Ok(None) => {
                     drop(writer);
                     reap_forever()

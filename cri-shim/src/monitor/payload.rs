@@ -1,57 +1,17 @@
 //! The last step of a container's or an exec's process: running its program.
 //!
-//! Takes the place of libcontainer's executor, so that a program that cannot be run is an error
-//! of the start (as with other runtimes), not a container that exits oddly.
+//! A program that cannot be run is an error of the start (as with other runtimes), not a container
+//! that exits oddly.
 
-use std::collections::HashMap;
 use std::ffi::CString;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use libcontainer::workload::{
-    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
-};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access, execve};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::Process;
 
-use super::launch::report_and_exit;
 use crate::spec::process::DEFAULT_PATH;
-
-/// Runs the spec's process; a failure goes to the pipe.
-#[derive(Clone)]
-pub(super) struct Payload {
-    report: Arc<OwnedFd>,
-}
-
-impl Payload {
-    pub(super) fn new(report: OwnedFd) -> Self {
-        Payload { report: Arc::new(report) }
-    }
-}
-
-impl Executor for Payload {
-    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let message = match spec.process() {
-            Some(process) => run(process),
-            None => "the spec has no process".to_owned(),
-        };
-        report_and_exit(&self.report, &message, 128)
-    }
-
-    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let process = spec.process().as_ref();
-        let checked = process.ok_or_else(|| "the spec has no process".to_owned()).and_then(find);
-        checked.map(|_| ()).map_err(ExecutorValidationError::ArgValidationError)
-    }
-
-    fn setup_envs(&self, _envs: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // The environment is given to execve as the spec has it, in its order.
-        Ok(())
-    }
-}
 
 /// Replaces this process by the program; returns only with the reason why not.
 pub(super) fn run(process: &Process) -> String {

@@ -443,7 +443,7 @@ impl Pod {
         }
     }
 
-    /// Ends everything of a launch that failed or was abandoned. Whatever libcontainer has forked is
+    /// Ends everything of a launch that failed or was abandoned. Whatever the maker has forked is
     /// still in the launch's process group, or has left it as the container's first process, which
     /// is in the container's cgroup by then: so first the group, then the cgroup.
     fn end_launch(&mut self, at: usize) {

@@ -2,7 +2,7 @@
 #![allow(unsafe_code, reason = "fork, _exit, SCM_RIGHTS and raw clone have no safe interface")]
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::signal::{SigHandler, SigSet, Signal};
@@ -19,25 +19,54 @@ pub fn fork() -> io::Result<Option<Pid>> {
     }
 }
 
-/// Forks a child of the caller's parent (`CLONE_PARENT`); `None` in the child.
-pub fn fork_sibling() -> io::Result<Option<Pid>> {
-    // SAFETY: clone without CLONE_VM and with a null stack is fork with another parent; the caller
-    // is single-threaded. With CLONE_PARENT the exit signal is the caller's.
+/// linux/sched.h; libc's constant has the wrong width.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// `struct clone_args` of linux/sched.h.
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Forks a child of the caller's parent (`CLONE_PARENT`); `None` in the child. It begins in the
+/// cgroup (v2) that is an open directory here, which costs no migration.
+pub fn fork_sibling(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Option<Pid>> {
+    // With CLONE_PARENT the exit signal is the caller's and may not be given.
+    let mut args = CloneArgs { flags: libc::CLONE_PARENT as u64, ..CloneArgs::default() };
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: without CLONE_VM and a stack this is fork with another parent; the caller is
+    // single-threaded. The arguments outlive the call.
     let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone,
-            libc::CLONE_PARENT | libc::SIGCHLD,
-            0usize,
-            0usize,
-            0usize,
-            0usize,
-        )
+        libc::syscall(libc::SYS_clone3, &args as *const CloneArgs, size_of::<CloneArgs>())
     };
     match pid {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),
         pid => Ok(Some(Pid::from_raw(pid as i32))),
     }
+}
+
+/// Has every descriptor but the standard streams closed by the next exec.
+pub fn close_others_on_exec() -> io::Result<()> {
+    // SAFETY: close_range(2) takes three integers.
+    let done = unsafe {
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+    };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Ends this process at once: a forked child must not run its parent's destructors.

@@ -6,7 +6,6 @@
 
 mod error;
 mod mount;
-mod sys;
 
 use std::{
     fs, io,

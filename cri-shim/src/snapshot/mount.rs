@@ -13,7 +13,8 @@ use nix::{
     unistd::chdir,
 };
 
-use super::{Rootfs, SnapshotError, sys};
+use super::{Rootfs, SnapshotError};
+use crate::mount::Detached;
 
 /// Mounts `rootfs` at its `merged` folder in the caller's mount namespace. An image without layers
 /// is its bare upper folder, bind mounted.
@@ -38,7 +39,7 @@ pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
     }
     let mounted = match Options::of(rootfs) {
         Some(options) if options.text.len() < PAGE - VOLATILE.len() => mount_by_options(&options),
-        _ => sys::mount_overlay(rootfs).map_err(explain),
+        _ => mount_by_layers(rootfs).map_err(explain),
     };
     mounted.map_err(SnapshotError::io("mount overlay", &rootfs.merged))
 }
@@ -94,6 +95,11 @@ fn mount_by_options(options: &Options<'_>) -> io::Result<()> {
             .join()
             .map_err(|_| io::Error::other("the mounting thread panicked"))?
     })
+}
+
+fn mount_by_layers(rootfs: &Rootfs) -> io::Result<()> {
+    let lower = rootfs.lowerdirs.iter().map(std::path::PathBuf::as_path);
+    Detached::overlay(lower, &rootfs.upper, &rootfs.work)?.attach_at(&rootfs.merged)
 }
 
 /// Says what a kernel without `lowerdir+` means by its refusal.

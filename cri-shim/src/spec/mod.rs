@@ -1,7 +1,7 @@
 //! CRI container config and image config to an OCI runtime spec: pure decisions.
 //!
 //! Everything the decision needs to know of the machine is in [`Host`], everything it needs of
-//! the sandbox in [`Pod`]; the result is what libcontainer is given. Where the CRI leaves a choice
+//! the sandbox in [`Pod`]; the result is what the maker or an OCI runtime is given. Where the CRI leaves a choice
 //! open, containerd's is taken, as that is what manifests in the field were written against.
 
 use std::path::PathBuf;

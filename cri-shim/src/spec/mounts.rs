@@ -49,7 +49,7 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
 }
 
 /// The container's view of its cgroups. On v1 each hierarchy is bound from the container's own
-/// directory: libcontainer would do the same, but writable for everybody.
+/// directory, as the runtimes do it.
 fn cgroups(inputs: &Inputs<'_>, access: &str) -> Result<Vec<Mount>, SpecError> {
     let mut options = SYS.to_vec();
     if inputs.host.cgroup_v2 {

@@ -53,7 +53,7 @@ pub(super) fn plan(
         process = process.apparmor_profile(profile);
     }
     let mut process = process.build()?;
-    // Absent, not false: libcontainer takes a present value as "the filter may be loaded without
+    // Absent, not false: some runtimes take a present value as "the filter may be loaded without
     // CAP_SYS_ADMIN".
     process
         .set_no_new_privileges(security.filter(|s| s.no_new_privs && !s.privileged).map(|_| true));

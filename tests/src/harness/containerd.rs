@@ -1,4 +1,5 @@
-//! Debian's containerd inside a node's namespaces, to drive the agent over another CRI.
+//! containerd inside a node's namespaces, to drive the agent over another CRI: Debian's, or for
+//! benchmarks the one in the folder `LONGSHORE_BENCH_PEERS`.
 
 use std::fs::File;
 use std::path::Path;
@@ -13,6 +14,13 @@ use super::node::Node;
 pub struct Containerd {
     process: Child,
 }
+
+/// The bridge network that it is given: Debian's plugins, with host ports.
+pub const CNI_NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "test", "plugins": [
+    {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+     "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.245.0.0/24"}]],
+              "routes": [{"dst": "0.0.0.0/0"}]}},
+    {"type": "portmap", "capabilities": {"portMappings": true}}]}"#;
 
 const SOCKET: &str = "/run/containerd/containerd.sock";
 
@@ -51,17 +59,18 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
         )?;
         let cni = node.path("/etc/cni/net.d");
         std::fs::create_dir_all(&cni)?;
-        std::fs::write(
-            cni.join("10-test.conflist"),
-            r#"{"cniVersion": "0.4.0", "name": "test", "plugins": [
-                {"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
-                 "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.245.0.0/24"}]],
-                          "routes": [{"dst": "0.0.0.0/0"}]}},
-                {"type": "portmap", "capabilities": {"portMappings": true}}]}"#,
-        )?;
+        std::fs::write(cni.join("10-test.conflist"), CNI_NETWORK)?;
         let log = File::create(node.dir().join("containerd.log"))?;
-        let process = node
-            .command("containerd")
+        let mut process = node.command("containerd");
+        if let Some(peers) = std::env::var_os("LONGSHORE_BENCH_PEERS")
+            && Path::new(&peers).join("containerd").exists()
+        {
+            process = node.command(Path::new(&peers).join("containerd"));
+            // Where it looks for its shim.
+            let path = std::env::var("PATH").unwrap_or_default();
+            process.env("PATH", format!("{}:{path}", peers.to_string_lossy()));
+        }
+        let process = process
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

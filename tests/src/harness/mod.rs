@@ -14,6 +14,7 @@ pub mod eventually;
 pub mod image;
 pub mod lab;
 pub mod leaks;
+pub mod measure;
 pub mod net;
 pub mod node;
 pub mod peers;

@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result};
 use futures::StreamExt as _;
 use serde_json::{Value, json};
 use tests::harness::cluster::{condition, fill_image, pod_ip};
-use tests::harness::command::processes_of;
+use tests::harness::measure::{cpu_seconds, p50, pss_megabytes};
 use tests::harness::node::Runtime;
 use tests::harness::peers::Peers;
 use tests::harness::{Cluster, Lab, Node, NodeOptions, eventually, net};
@@ -68,7 +68,7 @@ async fn main() -> Result<()> {
             let node = Node::new(&lab, node_options).await?;
             let _peers = Peers::start(&cluster, &node, &PathBuf::from(folder)).await?;
             node.import_example_image()?;
-            let stack = ["kubelet", "kube-proxy", "containerd", "containerd-shim", "sleep"];
+            let stack = ["kubelet", "kube-proxy", "containerd", "containerd-shim"];
             Some(measure(&cluster, &node, &options, &stack).await?)
         }
     };
@@ -265,56 +265,6 @@ async fn new_services(cluster: &Cluster, node: &Node, others: usize) -> Result<f
         times.push(start.elapsed());
     }
     Ok(p50(times))
-}
-
-fn p50(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64() * 1e3
-}
-
-/// The processes of the stack: those of these names, whatever they belong to.
-fn stack_pids(node: &Node, stack: &[&str]) -> Vec<u32> {
-    processes_of(node.init_pid())
-        .into_iter()
-        .filter(|pid| {
-            let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-            let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let command = tests::harness::command::command_line(*pid);
-            // The sandbox's own process, not a sleep of a container.
-            let pause = command.starts_with("sleep 1000000000");
-            pause || stack.iter().any(|s| *s != "sleep" && name.starts_with(s))
-        })
-        .collect()
-}
-
-fn cpu_seconds(node: &Node, stack: &[&str]) -> f64 {
-    stack_pids(node, stack)
-        .into_iter()
-        .map(|pid| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-            let ticks = |n: usize| {
-                rest.split_whitespace().nth(n).and_then(|t| t.parse::<f64>().ok()).unwrap_or(0.0)
-            };
-            (ticks(11) + ticks(12)) / 100.0
-        })
-        .sum()
-}
-
-fn pss_megabytes(node: &Node, stack: &[&str]) -> f64 {
-    stack_pids(node, stack)
-        .into_iter()
-        .map(|pid| {
-            let text =
-                std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
-            text.lines()
-                .find_map(|l| {
-                    l.strip_prefix("Pss:")?.split_whitespace().next()?.parse::<f64>().ok()
-                })
-                .unwrap_or(0.0)
-        })
-        .sum::<f64>()
-        / 1024.0
 }
 
 fn print(options: &Options, ours: &Figures, theirs: Option<&Figures>) -> Result<()> {

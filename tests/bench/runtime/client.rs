@@ -1,0 +1,126 @@
+//! A CRI client that does what a kubelet does for a pod of one container.
+
+use std::path::Path;
+
+use anyhow::Result;
+use cri_shim::api::runtime_service_client::RuntimeServiceClient;
+use cri_shim::api::*;
+use tests::harness::image::IMAGE;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+/// A connection to a runtime.
+#[derive(Clone)]
+pub(crate) struct Client(RuntimeServiceClient<Channel>);
+
+/// A running pod.
+pub(crate) struct Pod {
+    pub(crate) sandbox: String,
+    pub(crate) container: String,
+}
+
+impl Client {
+    pub(crate) async fn connect(socket: &Path) -> Result<Self> {
+        let socket = socket.to_owned();
+        let connector = tower::service_fn(move |_: Uri| {
+            let socket = socket.clone();
+            async move {
+                let stream = tokio::net::UnixStream::connect(socket).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+            }
+        });
+        let endpoint = Endpoint::from_static("http://cri.local");
+        Ok(Self(RuntimeServiceClient::new(endpoint.connect_with_connector(connector).await?)))
+    }
+
+    pub(crate) async fn version(&self) -> Result<String> {
+        let answer = self.0.clone().version(VersionRequest::default()).await?.into_inner();
+        Ok(format!("{} {}", answer.runtime_name, answer.runtime_version))
+    }
+
+    /// RunPodSandbox, CreateContainer and StartContainer of a pod with defaults as a kubelet gives
+    /// them, in the cgroup `parent`.
+    pub(crate) async fn start(&self, name: &str, parent: &str) -> Result<Pod> {
+        let mut runtime = self.0.clone();
+        let options = NamespaceOption {
+            network: NamespaceMode::Pod as i32,
+            pid: NamespaceMode::Container as i32,
+            ..Default::default()
+        };
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.into(),
+                namespace: "default".into(),
+                uid: format!("uid-{name}"),
+                attempt: 0,
+            }),
+            hostname: name.into(),
+            log_directory: format!("/var/log/pods/default_{name}_uid-{name}"),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: parent.into(),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options.clone()),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let sandbox = runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        let container = ContainerConfig {
+            metadata: Some(ContainerMetadata { name: "main".into(), attempt: 0 }),
+            image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
+            command: vec!["sleep".into(), "100000".into()],
+            log_path: "main/0.log".into(),
+            linux: Some(LinuxContainerConfig {
+                resources: Some(LinuxContainerResources {
+                    cpu_shares: 102,
+                    memory_limit_in_bytes: 64 << 20,
+                    oom_score_adj: 900,
+                    ..Default::default()
+                }),
+                security_context: Some(LinuxContainerSecurityContext {
+                    namespace_options: Some(options),
+                    seccomp: Some(SecurityProfile::default()),
+                    ..Default::default()
+                }),
+            }),
+            ..Default::default()
+        };
+        let request = CreateContainerRequest {
+            pod_sandbox_id: sandbox.clone(),
+            config: Some(container),
+            sandbox_config: Some(config),
+        };
+        let container = runtime.create_container(request).await?.into_inner().container_id;
+        let request = StartContainerRequest { container_id: container.clone() };
+        runtime.start_container(request).await?;
+        Ok(Pod { sandbox, container })
+    }
+
+    /// ExecSync of `true`.
+    pub(crate) async fn exec(&self, pod: &Pod) -> Result<()> {
+        let request = ExecSyncRequest {
+            container_id: pod.container.clone(),
+            cmd: vec!["true".into()],
+            timeout: 10,
+        };
+        let answer = self.0.clone().exec_sync(request).await?.into_inner();
+        anyhow::ensure!(answer.exit_code == 0, "true ended with {}", answer.exit_code);
+        Ok(())
+    }
+
+    /// StopContainer without grace, RemoveContainer, StopPodSandbox, RemovePodSandbox.
+    pub(crate) async fn remove(&self, pod: Pod) -> Result<()> {
+        let mut runtime = self.0.clone();
+        let container_id = pod.container;
+        let request = StopContainerRequest { container_id: container_id.clone(), timeout: 0 };
+        runtime.stop_container(request).await?;
+        runtime.remove_container(RemoveContainerRequest { container_id }).await?;
+        let pod_sandbox_id = pod.sandbox;
+        let request = StopPodSandboxRequest { pod_sandbox_id: pod_sandbox_id.clone() };
+        runtime.stop_pod_sandbox(request).await?;
+        runtime.remove_pod_sandbox(RemovePodSandboxRequest { pod_sandbox_id }).await?;
+        Ok(())
+    }
+}

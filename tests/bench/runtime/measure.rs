@@ -1,0 +1,84 @@
+//! What is measured of one runtime.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use tests::harness::Node;
+use tests::harness::measure::{p50, pss_megabytes};
+
+use crate::client::Client;
+
+/// What one stack measured, by the name of the figure.
+pub(crate) type Figures = BTreeMap<&'static str, f64>;
+
+/// A line of the table.
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) unit: &'static str,
+    pub(crate) more_is_better: bool,
+    /// How many times better than containerd it is to be.
+    pub(crate) bar: Option<f64>,
+}
+
+const fn row(name: &'static str, unit: &'static str, bar: f64) -> Row {
+    Row { name, unit, more_is_better: false, bar: Some(bar) }
+}
+
+/// Figures in the order of the table.
+pub(crate) const ROWS: &[Row] = &[
+    row("run + create + start, p50", "ms", 4.0),
+    Row { name: "all at once", unit: "pods/s", more_is_better: true, bar: Some(4.0) },
+    row("ExecSync, p50", "ms", 5.0),
+    row("stop + remove, p50", "ms", 4.0),
+    row("daemon, shims and pause, PSS", "MB", 10.0),
+];
+
+/// Drives `client`, a runtime in `node` whose processes have names that start with one of `stack`.
+pub(crate) async fn measure(
+    node: &Node,
+    client: &Client,
+    pods: usize,
+    stack: &[&str],
+) -> Result<Figures> {
+    let parent = format!("/{}", node.cgroup());
+    let mut figures = Figures::new();
+    // The first pods pay for what is loaded once.
+    for i in 0..3 {
+        client.remove(client.start(&format!("warm-{i}"), &parent).await?).await?;
+    }
+    let (mut starts, mut execs, mut removals) = (Vec::new(), Vec::new(), Vec::new());
+    for i in 0..30 {
+        let begin = Instant::now();
+        let pod = client.start(&format!("single-{i}"), &parent).await?;
+        starts.push(begin.elapsed());
+        for _ in 0..3 {
+            let begin = Instant::now();
+            client.exec(&pod).await?;
+            execs.push(begin.elapsed());
+        }
+        let begin = Instant::now();
+        client.remove(pod).await?;
+        removals.push(begin.elapsed());
+    }
+    figures.insert(ROWS[0].name, p50(starts));
+    figures.insert(ROWS[2].name, p50(execs));
+    figures.insert(ROWS[3].name, p50(removals));
+
+    let begin = Instant::now();
+    let started = (0..pods).map(|i| {
+        let (client, parent) = (client.clone(), parent.clone());
+        tokio::spawn(async move { client.start(&format!("burst-{i}"), &parent).await })
+    });
+    let mut running = Vec::new();
+    for pod in started.collect::<Vec<_>>() {
+        running.push(pod.await??);
+    }
+    figures.insert(ROWS[1].name, pods as f64 / begin.elapsed().as_secs_f64());
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    figures.insert(ROWS[4].name, pss_megabytes(node, stack));
+    for pod in running {
+        client.remove(pod).await?;
+    }
+    Ok(figures)
+}
