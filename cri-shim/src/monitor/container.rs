@@ -183,6 +183,11 @@ impl Container {
         }
     }
 
+    /// It was given up before it ran.
+    pub(super) fn never_ran(&self) {
+        self.log.forget();
+    }
+
     pub(super) fn reopen_log(&mut self) -> io::Result<()> {
         self.log.reopen()
     }

@@ -48,6 +48,14 @@ impl Log {
         Ok(())
     }
 
+    /// Takes away the log of a container that never ran: by its name it would count as a restart.
+    pub fn forget(&self) {
+        let empty = |path: &&PathBuf| std::fs::metadata(path).is_ok_and(|found| found.len() == 0);
+        if let Some(path) = self.path.as_ref().filter(empty) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
     fn append(&mut self, entries: &[u8]) {
         if let Some(file) = &mut self.file {
             // A full disk loses output rather than block the container.
@@ -165,5 +173,17 @@ mod tests {
         log.reopen().unwrap();
         lines.push(&mut log, Source::Stderr, "T", b"two\n");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "T stderr F two\n");
+    }
+
+    #[test]
+    fn only_a_log_that_says_nothing_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c/0.log");
+        Log::open(Some(path.clone())).unwrap().forget();
+        assert!(!path.exists());
+        let mut log = Log::open(Some(path.clone())).unwrap();
+        Lines::default().push(&mut log, Source::Stdout, "T", b"said\n");
+        log.forget();
+        assert!(path.exists());
     }
 }

@@ -528,6 +528,9 @@ impl Pod {
             if self.launches[at].connection == connection && !self.launches[at].done {
                 let message = "abandoned".to_owned();
                 self.advance(at, Progress::Failed { message });
+                if let Kind::Container(container) = &self.launches[at].kind {
+                    container.never_ran();
+                }
             }
         }
         self.followers.retain(|f| f.connection != connection);
@@ -536,8 +539,9 @@ impl Pod {
         }
         for exec in self.execs.iter().filter(|e| e.connection == connection) {
             let container = self.containers.iter().find(|c| c.id == exec.container);
-            let candidates = container.map(|c| self.cgroups.processes(&c.cgroup));
-            tree::kill_tree(exec.pid, &candidates.unwrap_or_default());
+            tree::kill_tree(exec.pid, || {
+                container.map(|c| self.cgroups.processes(&c.cgroup)).unwrap_or_default()
+            });
         }
     }
 }

@@ -73,11 +73,15 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
     drop((theirs, stdio));
     if !cgroups.v2 {
         for directory in cgroups.directories(&start.cgroup) {
-            fs::write(directory.join("cgroup.procs"), pid.as_raw().to_string())
-                .map_err(|e| format!("joining {}: {e}", directory.display()))?;
+            match fs::write(directory.join("cgroup.procs"), pid.as_raw().to_string()) {
+                // It has failed already, and says why.
+                Err(e) if e.raw_os_error() == Some(libc::ESRCH) => break,
+                joined => joined.map_err(|e| format!("joining {}: {e}", directory.display()))?,
+            }
         }
     }
-    go_on(&mut ours)?;
+    // One that has failed does not listen; what it said is read below.
+    let _ = go_on(&mut ours);
     let state =
         |status| hooks::State { id: &start.id, bundle: &start.bundle, status, pid: pid.as_raw() };
     let (user, terminal) = loop {
