@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::streaming::StreamConfig;
 
+/// The node's own state.
+const STATE_DIR: &str = "/var/lib/longshore";
+
 /// The shim's configuration. [`Config::default`] is the layout of a node; several nodes on one
 /// machine each take their own `state_dir` and `run_dir`.
 #[derive(Clone, Debug)]
@@ -32,6 +35,8 @@ pub struct Config {
     pub cni_conf_dir: PathBuf,
     /// CNI plugin binaries.
     pub cni_bin_dirs: Vec<PathBuf>,
+    /// Where CNI's library keeps results, which tools and other runtimes read.
+    pub cni_cache_dir: PathBuf,
     /// Registry configuration in containerd's `hosts.toml` layout, first existing directory wins.
     pub registry_config_dirs: Vec<PathBuf>,
     /// External OCI runtimes that pods may ask for by RuntimeClass: handler and program.
@@ -52,7 +57,7 @@ pub enum CgroupDriver {
 
 impl Default for Config {
     fn default() -> Self {
-        Config::at(PathBuf::from("/var/lib/longshore"), PathBuf::from("/run/longshore"))
+        Config::at(PathBuf::from(STATE_DIR), PathBuf::from("/run/longshore"))
     }
 }
 
@@ -61,6 +66,12 @@ impl Config {
     pub fn at(state_dir: PathBuf, run_dir: PathBuf) -> Self {
         Config {
             socket: run_dir.join("cri.sock"),
+            // The library's own place is the node's; several nodes on one machine each have theirs.
+            cni_cache_dir: if state_dir == Path::new(STATE_DIR) {
+                PathBuf::from("/var/lib/cni")
+            } else {
+                state_dir.join("cni")
+            },
             state_dir,
             run_dir,
             monitor_exe: PathBuf::from("/proc/self/exe"),

@@ -167,6 +167,7 @@ async fn open_network(config: &Config) -> Result<Arc<dyn Network>, ServeError> {
     let mut network = NetworkConfig::new(&config.state_dir);
     network.cni_conf_dir = config.cni_conf_dir.clone();
     network.cni_bin_dirs = config.cni_bin_dirs.clone();
+    network.cni_cache_dir = config.cni_cache_dir.clone();
     network.pod_cidrs = config
         .pod_cidrs
         .iter()

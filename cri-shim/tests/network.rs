@@ -2,189 +2,22 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something fails")]
 
+mod host;
+
 use std::{
-    fs::{self, File},
-    io::{Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    path::{Path, PathBuf},
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, UdpSocket},
+    path::PathBuf,
     process::Command,
     sync::Arc,
     time::Duration,
 };
 
-use cri_shim::network::{
-    self, Network, NetworkConfig, NetworkError, PortMapping, Protocol, SandboxNetwork, netns,
+use cri_shim::network::{self, NetworkConfig, NetworkError, Protocol, netns};
+use host::{
+    Host, call, eventually, inside, ip, nft, pause, port, sctp, sctp_server, serve, transfer,
 };
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, setns, unshare},
-};
-
-fn ip(args: &str) -> String {
-    let output = Command::new("ip").args(args.split_whitespace()).output().unwrap();
-    assert!(output.status.success(), "ip {args}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn nft(args: &str) -> String {
-    let output = Command::new("nft").args(args.split_whitespace()).output().unwrap();
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs `work` in a namespace, in a thread of its own.
-fn inside<T: Send + 'static>(ns: &Path, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let ns = File::open(ns).unwrap();
-    std::thread::spawn(move || {
-        setns(ns, CloneFlags::CLONE_NEWNET).unwrap();
-        work()
-    })
-    .join()
-    .unwrap()
-}
-
-/// A host in namespaces of the test's own, with a machine outside at 192.0.2.2 and 2001:db8::2.
-struct Host {
-    folder: tempfile::TempDir,
-    runtime: tokio::runtime::Runtime,
-}
-
-impl Host {
-    fn new() -> Self {
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("these tests need root");
-        let none = None::<&str>;
-        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
-        // /sys shows the network of the namespace it was mounted in.
-        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none).unwrap();
-        ip("link set lo up");
-        let folder = tempfile::tempdir().unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .unwrap();
-        let host = Self { folder, runtime };
-        let outside = host.outside();
-        netns::create(&outside).unwrap();
-        ip(&format!("link add up0 type veth peer name out0 netns {}", outside.display()));
-        ip("addr add 192.0.2.1/24 dev up0");
-        ip("addr add 2001:db8::1/64 dev up0 nodad");
-        ip("link set up0 up");
-        inside(&outside, || {
-            ip("addr add 192.0.2.2/24 dev out0");
-            ip("addr add 2001:db8::2/64 dev out0 nodad");
-            ip("link set out0 up");
-        });
-        host
-    }
-
-    fn outside(&self) -> PathBuf {
-        self.folder.path().join("outside")
-    }
-
-    fn config(&self) -> NetworkConfig {
-        let mut config = NetworkConfig::new(self.folder.path());
-        config.cni_conf_dir = self.folder.path().join("net.d");
-        config
-    }
-
-    fn open(&self) -> Arc<dyn Network> {
-        let _context = self.runtime.enter();
-        network::open(self.config()).unwrap()
-    }
-
-    fn sandbox(&self, id: &str, port_mappings: Vec<PortMapping>) -> SandboxNetwork {
-        let path = self.folder.path().join("ns").join(id);
-        netns::create(&path).unwrap();
-        SandboxNetwork {
-            id: id.to_owned(),
-            netns: path,
-            namespace: "default".to_owned(),
-            name: format!("pod-{id}"),
-            uid: "1-2-3".to_owned(),
-            hostname: String::new(),
-            port_mappings,
-            annotations: Default::default(),
-        }
-    }
-
-    fn setup(
-        &self,
-        network: &Arc<dyn Network>,
-        sandbox: &SandboxNetwork,
-    ) -> Result<Vec<IpAddr>, NetworkError> {
-        self.runtime.block_on(network.setup(sandbox)).map(|result| result.ips)
-    }
-
-    /// Pods' links on the host.
-    fn pod_links(&self) -> usize {
-        ip("-o link")
-            .lines()
-            .filter(|line| line.contains(": lsv") || line.contains(": veth"))
-            .count()
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        for folder in [self.folder.path().join("ns"), self.folder.path().to_owned()] {
-            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-                if netns::exists(&entry.path()) {
-                    let _ = netns::delete(&entry.path());
-                }
-            }
-        }
-    }
-}
-
-fn port(protocol: Protocol, host_ip: Option<&str>, host_port: u16, container: u16) -> PortMapping {
-    PortMapping {
-        protocol,
-        host_ip: host_ip.map(|ip| ip.parse().unwrap()),
-        host_port,
-        container_port: container,
-    }
-}
-
-/// Serves TCP in `ns`: each client is told its own address as the server sees it.
-fn serve(ns: &Path, port: u16) {
-    let listeners: Vec<TcpListener> = inside(ns, move || {
-        ["0.0.0.0", "[::]"]
-            .iter()
-            .filter_map(|ip| {
-                if *ip == "[::]" {
-                    // One socket takes both families.
-                    TcpListener::bind(format!("[::]:{port}")).ok()
-                } else {
-                    None
-                }
-            })
-            .collect()
-    });
-    for listener in listeners {
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let mut stream = stream;
-                let peer = stream.peer_addr().unwrap().ip().to_canonical();
-                let _ = write!(stream, "{peer}");
-            }
-        });
-    }
-}
-
-fn call(ns: Option<&Path>, to: &str) -> Result<IpAddr, std::io::Error> {
-    let to: SocketAddr = to.parse().unwrap();
-    let ask = move || {
-        let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(3))?;
-        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text.parse().unwrap())
-    };
-    match ns {
-        Some(ns) => inside(ns, ask),
-        None => ask(),
-    }
-}
 
 #[test]
 fn sandboxes_talk_to_each_other_the_host_and_outside() {
@@ -195,7 +28,7 @@ fn sandboxes_talk_to_each_other_the_host_and_outside() {
     assert_eq!(ips_a, ["10.88.0.2".parse::<IpAddr>().unwrap(), "fd00:10:88::2".parse().unwrap()]);
     assert_eq!(ips_b[0], "10.88.0.3".parse::<IpAddr>().unwrap());
     assert_eq!(host.setup(&network, &a).unwrap(), ips_a, "setup is idempotent");
-    network.status().unwrap();
+    host.status(&network).unwrap();
     serve(&b.netns, 80);
     serve(&host.outside(), 80);
     // Pod to pod with its own address, host to pod, pod to outside under the host's address.
@@ -390,90 +223,245 @@ fn fifty_sandboxes_at_once() {
 }
 
 #[test]
-fn cni_plugins_connect_and_disconnect() {
+fn sctp_host_ports_lead_to_the_pod_and_forget_it() {
     let host = Host::new();
-    let config = host.config();
-    fs::create_dir_all(&config.cni_conf_dir).unwrap();
     let network = host.open();
-    // Nothing there: the built-in network. Something unusable: not ready.
-    network.status().unwrap();
-    let file = config.cni_conf_dir.join("10-test.conflist");
-    fs::write(&file, "{").unwrap();
-    assert!(network.status().unwrap_err().contains("10-test.conflist"));
-    let data = host.folder.path().join("ipam");
-    let text = format!(
-        r#"{{"cniVersion":"1.0.0","name":"test","plugins":[
-            {{"type":"bridge","bridge":"cni0","isGateway":true,"ipMasq":true,"hairpinMode":true,
-              "ipam":{{"type":"host-local","dataDir":"{}","ranges":[[{{"subnet":"10.77.0.0/24"}}]],
-                "routes":[{{"dst":"0.0.0.0/0"}}]}}}},
-            {{"type":"portmap","capabilities":{{"portMappings":true}}}}]}}"#,
-        data.display()
-    );
-    fs::write(&file, &text).unwrap();
-    network.status().unwrap();
-    let (a, b) =
-        (host.sandbox("a", vec![port(Protocol::Tcp, None, 8080, 80)]), host.sandbox("b", vec![]));
-    let ips = host.setup(&network, &a).unwrap();
-    assert_eq!(ips, ["10.77.0.2".parse::<IpAddr>().unwrap()]);
-    host.setup(&network, &b).unwrap();
-    assert_eq!(host.setup(&network, &a).unwrap(), ips, "CHECK passes and nothing changes");
-    serve(&a.netns, 80);
-    call(Some(&b.netns), "10.77.0.2:80").unwrap();
-    call(Some(&host.outside()), "192.0.2.1:8080").unwrap();
-
-    // DEL uses what ADD used, also after a restart, with other or no configuration, twice, and
-    // without the namespace.
-    drop(network);
-    fs::remove_file(&file).unwrap();
-    let network = host.open();
-    netns::delete(&b.netns).unwrap();
-    for id in ["a", "a", "b"] {
-        host.runtime.block_on(network.teardown(id)).unwrap();
+    let client = inside(&host.outside(), || sctp("192.0.2.2:1000", "192.0.2.1:9000"));
+    // The kernel follows this one to the host itself.
+    client.send();
+    for id in ["first", "second"] {
+        let pod = host.sandbox(id, vec![port(Protocol::Sctp, Some("192.0.2.1"), 9000, 9001)]);
+        host.setup(&network, &pod).unwrap();
+        let server = inside(&pod.netns, sctp_server);
+        client.send();
+        assert_eq!(server.next(), 9001, "{id}");
+        host.teardown(&network, id).unwrap();
+        netns::delete(&pod.netns).unwrap();
     }
-    let left: Vec<_> = fs::read_dir(data.join("test"))
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().into_string().ok())
-        .filter(|name| name.starts_with("10."))
-        .collect();
-    assert!(left.is_empty(), "{left:?}");
-    assert_eq!(host.pod_links(), 0, "{}", ip("-o link"));
-    assert!(fs::read_dir(host.folder.path().join("network/sandboxes")).unwrap().next().is_none());
-    let c = host.sandbox("c", vec![]);
-    assert_eq!(host.setup(&network, &c).unwrap()[0], "10.88.0.2".parse::<IpAddr>().unwrap());
 }
 
 #[test]
-fn a_failing_plugin_says_why_and_leaves_nothing() {
+fn annotations_limit_the_bandwidth_both_ways() {
+    const MIB: usize = 1 << 20;
     let host = Host::new();
-    let config = host.config();
-    fs::create_dir_all(&config.cni_conf_dir).unwrap();
-    let bin = host.folder.path().join("bin");
-    fs::create_dir_all(&bin).unwrap();
-    let log = host.folder.path().join("log");
-    let script = format!(
-        "#!/bin/sh\necho $CNI_COMMAND >> {}\ncat > /dev/null\n[ $CNI_COMMAND = DEL ] && exit 0\n\
-         echo 'something on stderr' >&2\n\
-         echo '{{\"cniVersion\":\"1.0.0\",\"code\":11,\"msg\":\"no room\",\"details\":\"try later\"}}'\nexit 1\n",
-        log.display()
-    );
-    let plugin = bin.join("broken");
-    fs::write(&plugin, script).unwrap();
-    fs::set_permissions(&plugin, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let mut config = config;
-    config.cni_bin_dirs = vec![bin];
-    let network = {
-        let _context = host.runtime.enter();
-        network::open(config.clone()).unwrap()
-    };
-    let file = config.cni_conf_dir.join("a.conf");
-    fs::write(&file, r#"{"cniVersion":"1.0.0","name":"n","type":"broken"}"#).unwrap();
-    let sandbox = host.sandbox("a", vec![]);
-    let error = host.setup(&network, &sandbox).unwrap_err().to_string();
-    for want in ["plugin broken", "network n", "ADD", "no room: try later", "on stderr"] {
-        assert!(error.contains(want), "{want}: {error}");
+    let network = host.open();
+    let mut pod = host.sandbox("a", vec![]);
+    pod.annotations = BTreeMap::from([
+        ("kubernetes.io/ingress-bandwidth".to_owned(), "8M".to_owned()),
+        ("kubernetes.io/egress-bandwidth".to_owned(), "16M".to_owned()),
+    ]);
+    host.setup(&network, &pod).unwrap();
+    let free = host.sandbox("b", vec![]);
+    host.setup(&network, &free).unwrap();
+    // A second's worth may go at once; the rest takes its time.
+    let took = transfer(Some(&free.netns), &pod.netns, "10.88.0.2:5001", 3 * MIB);
+    assert!(took > Duration::from_secs(1), "1 MB/s was asked for: 3 MiB took {took:?}");
+    let took = transfer(Some(&pod.netns), &host.outside(), "[2001:db8::2]:5002", 6 * MIB);
+    assert!(took > Duration::from_secs(1), "2 MB/s was asked for: 6 MiB took {took:?}");
+    assert!(ip("-o link").contains(": lsi"));
+    // A crash leaves both devices.
+    drop(network);
+    let network = host.open();
+    host.collect(&network, &["b"]);
+    let links = ip("-o link");
+    assert!(!links.contains(": lsi") && host.pod_links() == 1, "{links}");
+    pod.annotations.insert("kubernetes.io/ingress-bandwidth".to_owned(), "10".to_owned());
+    let error = host.setup(&network, &pod).unwrap_err().to_string();
+    assert!(error.contains("ingress-bandwidth") && error.contains("less than"), "{error}");
+}
+
+#[test]
+fn links_take_the_uplinks_mtu_and_the_bridge_keeps_its_address() {
+    let host = Host::new();
+    ip("link set up0 mtu 1400");
+    ip("route add default via 192.0.2.2");
+    let network = host.open();
+    let bridge = || fs::read_to_string("/sys/class/net/longshore0/address").unwrap();
+    let a = host.sandbox("a", vec![]);
+    host.setup(&network, &a).unwrap();
+    let address = bridge();
+    assert_eq!(address.trim(), "0a:58:0a:58:00:01", "bound to the gateway's");
+    let link = inside(&a.netns, || ip("-o link show eth0"));
+    assert!(link.contains("mtu 1400") && link.contains("0a:58:0a:58:00:02"), "{link}");
+    // Ports with lower addresses come and go.
+    ip("link add low type veth peer name low1");
+    ip("link set low address 02:00:00:00:00:01 master longshore0 up");
+    assert_eq!(bridge(), address);
+    ip("link del low");
+    assert_eq!(bridge(), address);
+    // The gateway has both addresses; the pod's are usable at once.
+    let six = inside(&a.netns, || ip("-o -6 addr show dev eth0"));
+    assert!(six.contains("fd00:10:88::2/128") && !six.contains("tentative"), "{six}");
+    let lo = inside(&a.netns, || ip("-o addr show dev lo"));
+    assert!(lo.contains("127.0.0.1/8") && lo.contains("::1/128"), "{lo}");
+}
+
+#[test]
+fn one_family_alone_and_hardware_addresses_of_it() {
+    let host = Host::new();
+    let mut config = host.config();
+    config.pod_cidrs = vec!["fd00:7::/112".parse().unwrap()];
+    config.mtu = Some(1300);
+    let network = host.open_with(config);
+    let pods: Vec<_> = ["a", "b"].map(|id| host.sandbox(id, vec![])).into();
+    for (pod, want) in pods.iter().zip(["fd00:7::2", "fd00:7::3"]) {
+        assert_eq!(host.setup(&network, pod).unwrap(), [want.parse::<IpAddr>().unwrap()]);
     }
-    assert_eq!(fs::read_to_string(&log).unwrap(), "ADD\nDEL\n");
-    fs::write(&file, r#"{"cniVersion":"1.0.0","name":"n","type":"absent"}"#).unwrap();
-    let error = host.setup(&network, &sandbox).unwrap_err().to_string();
-    assert!(error.contains("absent") && error.contains("not found"), "{error}");
+    serve(&pods[1].netns, 80);
+    call(Some(&pods[0].netns), "[fd00:7::3]:80").unwrap();
+    let link = inside(&pods[1].netns, || ip("-o link show eth0"));
+    assert!(link.contains("0a:59:00:00:00:03") && link.contains("mtu 1300"), "{link}");
+}
+
+#[test]
+fn what_the_network_gave_is_shown_as_containerd_shows_it() {
+    let host = Host::new();
+    let network = host.open();
+    let pod = host.sandbox("a", vec![]);
+    let given = host.runtime.block_on(network.setup(&pod)).unwrap();
+    let eth0 = &given.shown["Interfaces"]["eth0"];
+    assert_eq!(
+        eth0["IPConfigs"],
+        serde_json::json!([{"IP": "10.88.0.2", "Gateway": "10.88.0.1"},
+            {"IP": "fd00:10:88::2", "Gateway": "fd00:10:88::1"}])
+    );
+    assert_eq!(eth0["Mac"], "0a:58:0a:58:00:02");
+    assert_eq!(
+        given.shown["Routes"][0],
+        serde_json::json!({"dst": "0.0.0.0/0", "gw": "10.88.0.1"})
+    );
+    drop(network);
+    let network = host.open();
+    assert_eq!(host.runtime.block_on(network.setup(&pod)).unwrap(), given, "after a restart, too");
+}
+
+#[test]
+fn half_of_a_sandbox_is_taken_away_and_what_is_others_stays() {
+    let host = Host::new();
+    let network = host.open();
+    host.setup(&network, &host.sandbox("base", vec![])).unwrap();
+    let before = nft("list ruleset");
+    ip("link add veth77 type veth peer name veth78");
+    nft("add table inet other");
+    let breakages: [(&str, Damage); 4] = [
+        ("no link", |veth| drop(ip(&format!("link del {veth}")))),
+        ("no rules", |_| drop(nft("flush ruleset"))),
+        ("no bridge", |_| drop(ip("link del longshore0"))),
+        ("not on the bridge", |veth| drop(ip(&format!("link set {veth} nomaster")))),
+    ];
+    for (n, (what, damage)) in breakages.into_iter().enumerate() {
+        let id = format!("p{n}");
+        let pod = host.sandbox(&id, vec![port(Protocol::Tcp, None, 80, 80)]);
+        host.setup(&network, &pod).unwrap_or_else(|error| panic!("{what}: {error}"));
+        let links = ip("-o link");
+        let veth = links.lines().rev().find_map(|line| {
+            let name = line.split(": ").nth(1)?.split('@').next()?;
+            name.starts_with("lsv").then(|| name.to_owned())
+        });
+        damage(&veth.unwrap());
+        host.teardown(&network, &id).unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(host.pod_links(), 3, "{what}: {}", ip("-o link"));
+        assert_eq!(host.records(), 1, "{what}");
+    }
+    let pod = host.sandbox("last", vec![port(Protocol::Tcp, None, 80, 80)]);
+    let ips = host.setup(&network, &pod).unwrap();
+    serve(&pod.netns, 80);
+    call(Some(&host.outside()), "192.0.2.1:80").unwrap();
+    call(None, &format!("{}:80", ips[0])).unwrap();
+    host.teardown(&network, "last").unwrap();
+    nft("add table inet other");
+    host.collect(&network, &["base"]);
+    let after = nft("list ruleset");
+    assert!(after.contains("table inet other"), "{after}");
+    assert_eq!(after.replace("table inet other {\n}\n", ""), before);
+    assert!(ip("-o link").contains("veth77"));
+}
+
+/// What somebody does to a sandbox's link.
+type Damage = fn(&str);
+
+/// Where the victim of the next test works; it is run in a process of its own.
+const VICTIM: &str = "LONGSHORE_TEST_VICTIM";
+
+#[test]
+#[ignore = "run by a_crash_at_any_moment_leaves_nothing"]
+fn victim() {
+    let Ok(folder) = std::env::var(VICTIM) else {
+        return;
+    };
+    let folder = PathBuf::from(folder);
+    let mut config = NetworkConfig::new(&folder);
+    config.cni_conf_dir = folder.join("net.d");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _context = runtime.enter();
+    let network = network::open(config).unwrap();
+    for n in 0.. {
+        let work = (0..3).map(|lane| {
+            let id = format!("v{lane}-{n}");
+            let mut pod = cri_shim::network::SandboxNetwork {
+                netns: folder.join("ns").join(&id),
+                id: id.clone(),
+                port_mappings: vec![port(Protocol::Udp, None, 9000 + lane, 80)],
+                ..Default::default()
+            };
+            if lane == 0 {
+                pod.annotations
+                    .insert("kubernetes.io/egress-bandwidth".to_owned(), "1M".to_owned());
+            }
+            let network = Arc::clone(&network);
+            async move {
+                netns::create(&pod.netns).unwrap();
+                network.setup(&pod).await.unwrap();
+                network.teardown(&id).await.unwrap();
+                netns::delete(&pod.netns).unwrap();
+            }
+        });
+        runtime.block_on(futures::future::join_all(work));
+    }
+}
+
+#[test]
+fn a_crash_at_any_moment_leaves_nothing() {
+    let host = Host::new();
+    let network = host.open();
+    // What stays: the bridge, the table, and the sandbox that is kept.
+    let kept = host.sandbox("kept", vec![port(Protocol::Tcp, None, 80, 80)]);
+    let ips = host.setup(&network, &kept).unwrap();
+    drop(network);
+    let rules = || {
+        let table = nft("list table inet longshore-pods");
+        assert!(table.contains("hostports4"), "{table}");
+        table
+    };
+    let (before, links) = (rules(), host.pod_links());
+    let own = std::env::current_exe().unwrap();
+    for round in 0u64..20 {
+        let mut child = Command::new(&own)
+            .args(["victim", "--exact", "--ignored", "--quiet"])
+            .env(VICTIM, host.folder.path())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Spread over the steps of its work, once that has begun.
+        let work = host.folder.path().join("ns/v0-0");
+        eventually("the victim works", || work.exists());
+        pause(Duration::from_micros(round * 3_700));
+        assert!(child.try_wait().unwrap().is_none(), "it failed by itself");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let network = host.open();
+        host.collect(&network, &["kept"]);
+        // Namespaces are their owner's; here, nobody's.
+        for entry in fs::read_dir(host.folder.path().join("ns")).unwrap().flatten() {
+            if entry.file_name() != "kept" {
+                netns::delete(&entry.path()).unwrap();
+            }
+        }
+        let now = ip("-o link");
+        assert!(host.pod_links() == links && !now.contains(": lsi"), "round {round}: {now}");
+        assert_eq!(host.records(), 1, "round {round}");
+        assert_eq!(rules(), before, "round {round}");
+        assert_eq!(host.setup(&network, &kept).unwrap(), ips, "round {round}");
+    }
 }

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::api;
+use crate::network::Dns;
 
 /// Files of the sandbox and where they appear in its containers.
 const FILES: [(&str, &str); 3] =
@@ -27,6 +28,23 @@ pub(super) fn write(
         _ => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
     };
     fs::write(directory.join("resolv.conf"), resolv)
+}
+
+/// Writes the resolver's configuration that came with the network, for a sandbox that has none.
+pub(super) fn take_dns(
+    directory: &Path,
+    config: &api::PodSandboxConfig,
+    dns: &Dns,
+) -> io::Result<()> {
+    if config.dns_config.is_some() {
+        return Ok(());
+    }
+    let dns = api::DnsConfig {
+        servers: dns.servers.clone(),
+        searches: dns.searches.clone(),
+        options: dns.options.clone(),
+    };
+    fs::write(directory.join("resolv.conf"), plan_resolv(&dns))
 }
 
 /// Where each file is bound.

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use serde_json::{Value, json};
 use tonic::Status;
 
 use super::store::Sandbox;
@@ -46,14 +47,7 @@ impl Shim {
         let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
         let mut info = HashMap::new();
         if request.verbose {
-            let record = sandbox.record();
-            let text = serde_json::json!({
-                "netns": self.layout.netns(&sandbox.id),
-                "monitor": sandbox.monitor.socket(),
-                "cgroup": record.cgroup,
-                "sharedPIDInit": sandbox.init,
-            });
-            info.insert("info".to_owned(), text.to_string());
+            info.insert("info".to_owned(), self.sandbox_info(&sandbox).to_string());
         }
         let containers = self.store.containers_of(&sandbox.id);
         Ok(api::PodSandboxStatusResponse {
@@ -61,6 +55,59 @@ impl Shim {
             info,
             containers_statuses: containers.iter().map(|c| self.container_status(c)).collect(),
             timestamp: record::now(),
+        })
+    }
+
+    /// What `crictl inspectp` and dashboards look for, under containerd's names, and what is ours.
+    fn sandbox_info(&self, sandbox: &Sandbox) -> Value {
+        let record = sandbox.record().clone();
+        let netns = (!sandbox.host_network()).then(|| self.layout.netns(&sandbox.id));
+        let mut namespaces = Vec::new();
+        if let Some(path) = &netns {
+            namespaces.push(json!({"type": "network", "path": path}));
+        }
+        namespaces.extend(["uts", "ipc", "pid"].map(|kind| json!({"type": kind})));
+        // A process inside the pod's network, as nsenter(1) is given it; there is none by itself.
+        let containers = self.store.containers_of(&sandbox.id);
+        let pid = containers.iter().find_map(|container| {
+            let status = container.status.borrow();
+            status.started.as_ref().filter(|_| status.exited.is_none()).map(|s| s.pid)
+        });
+        let metadata = sandbox.metadata();
+        json!({
+            "pid": pid.or(sandbox.init).unwrap_or_default(),
+            "processStatus": if sandbox.is_ready() { "running" } else { "deleted" },
+            "netNamespaceClosed": netns.as_ref().is_some_and(|path| !crate::network::netns::exists(path)),
+            "image": "",
+            "runtimeType": "longshore",
+            "runtimeHandler": record.runtime_handler,
+            "cniResult": record.network,
+            "config": {
+                "metadata": {"name": metadata.name, "namespace": metadata.namespace,
+                    "uid": metadata.uid, "attempt": metadata.attempt},
+                "hostname": sandbox.config.hostname,
+                "log_directory": sandbox.config.log_directory,
+                "labels": sandbox.config.labels,
+                "annotations": sandbox.config.annotations,
+                "linux": {"cgroup_parent":
+                    sandbox.config.linux.as_ref().map(|linux| &linux.cgroup_parent)},
+            },
+            "runtimeSpec": {
+                "ociVersion": "1.2.0",
+                "hostname": sandbox.config.hostname,
+                "linux": {"namespaces": namespaces, "cgroupsPath": record.cgroup},
+                "annotations": {
+                    "io.kubernetes.cri.container-type": "sandbox",
+                    "io.kubernetes.cri.sandbox-id": sandbox.id,
+                    "io.kubernetes.cri.sandbox-name": metadata.name,
+                    "io.kubernetes.cri.sandbox-namespace": metadata.namespace,
+                    "io.kubernetes.cri.sandbox-uid": metadata.uid,
+                },
+            },
+            "netns": netns,
+            "monitor": sandbox.monitor.socket(),
+            "cgroup": record.cgroup,
+            "sharedPIDInit": sandbox.init,
         })
     }
 

@@ -15,7 +15,7 @@ use super::{PATIENCE, Shim, blocking, internal, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::client::MonitorClient;
 use crate::monitor::protocol::{Reply, Request, SpawnMonitor, VERSION};
-use crate::network::{PortMapping, Protocol, SandboxNetwork};
+use crate::network::{Dns, PortMapping, Protocol, SandboxNetwork};
 use crate::spec::cgroup_path;
 use crate::state::{SandboxRecord, new_id};
 
@@ -113,11 +113,11 @@ impl Shim {
         };
         let network = async {
             if host_network {
-                return Ok(Vec::new());
+                return Ok(None);
             }
-            let request = sandbox_network(id, &config, &hostname, netns);
+            let request = sandbox_network(id, &config, netns);
             let result = self.network.setup(&request).await;
-            result.map(|r| r.ips).map_err(|e| internal("setting up the pod's network", e))
+            result.map(Some).map_err(|e| internal("setting up the pod's network", e))
         };
         let monitor = async {
             self.zygote
@@ -127,15 +127,22 @@ impl Shim {
             self.scope_monitor(id, &cgroup).await
         };
         // Both run to their end, so that what is cleared after a failure has stopped growing.
-        let (ips, monitor) = tokio::join!(network, monitor);
-        let (ips, ()) = (ips?, monitor?);
+        let (network, monitor) = tokio::join!(network, monitor);
+        let (network, ()) = (network?, monitor?);
+        if let Some(dns) = network.as_ref().and_then(|network| network.dns.as_ref()) {
+            sandbox_files::take_dns(&self.layout.sandbox(id), &config, dns)
+                .map_err(|e| internal("writing the sandbox's resolv.conf", e))?;
+        }
         let monitor = MonitorClient::new(self.layout.monitor(id));
         let init = if shared_pid { hello(&monitor).await? } else { None };
 
         let mut record = SandboxRecord::new(id, &config);
         record.boot_id = self.boot_id.clone();
         record.runtime_handler = handler;
-        record.ips = ips.iter().map(ToString::to_string).collect();
+        if let Some(network) = network {
+            record.ips = network.ips.iter().map(ToString::to_string).collect();
+            record.network = network.shown;
+        }
         record.cgroup = cgroup;
         record.own_cgroup = own_cgroup;
         let directory = self.layout.sandbox(id);
@@ -217,12 +224,7 @@ fn mount_shm(path: &std::path::Path) -> Result<(), Status> {
     .map_err(|e| internal("mounting the sandbox's /dev/shm", e))
 }
 
-fn sandbox_network(
-    id: &str,
-    config: &api::PodSandboxConfig,
-    hostname: &str,
-    netns: PathBuf,
-) -> SandboxNetwork {
+fn sandbox_network(id: &str, config: &api::PodSandboxConfig, netns: PathBuf) -> SandboxNetwork {
     let metadata = config.metadata.clone().unwrap_or_default();
     let port_mappings = config
         .port_mappings
@@ -246,7 +248,12 @@ fn sandbox_network(
         namespace: metadata.namespace,
         name: metadata.name,
         uid: metadata.uid,
-        hostname: hostname.to_owned(),
+        cgroup_parent: config.linux.as_ref().map(|l| l.cgroup_parent.clone()).unwrap_or_default(),
+        dns: config.dns_config.as_ref().map(|dns| Dns {
+            servers: dns.servers.clone(),
+            searches: dns.searches.clone(),
+            options: dns.options.clone(),
+        }),
         port_mappings,
         annotations: config.annotations.clone().into_iter().collect::<BTreeMap<_, _>>(),
     }

@@ -33,7 +33,7 @@ impl RuntimeService for Service {
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Answer<StatusResponse> {
-        Ok(Response::new(self.0.runtime_status(request.get_ref())))
+        Ok(Response::new(self.0.runtime_status(request.get_ref()).await))
     }
 
     async fn runtime_config(

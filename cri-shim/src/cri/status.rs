@@ -19,10 +19,12 @@ impl Shim {
         }
     }
 
-    pub(super) fn runtime_status(&self, request: &api::StatusRequest) -> api::StatusResponse {
-        let network = self.network.status();
-        let conditions =
-            vec![condition("RuntimeReady", Ok(())), condition("NetworkReady", network)];
+    pub(super) async fn runtime_status(&self, request: &api::StatusRequest) -> api::StatusResponse {
+        let network = self.network.status().await;
+        let conditions = vec![condition("RuntimeReady", "", Ok(())), {
+            // The word that containerd has for it, which people look for in a node's conditions.
+            condition("NetworkReady", "NetworkPluginNotReady", network)
+        }];
         let mut info = HashMap::new();
         if request.verbose {
             let text = serde_json::json!({
@@ -33,6 +35,11 @@ impl Shim {
                 "appArmor": self.host.apparmor,
             });
             info.insert("config".to_owned(), text.to_string());
+            let network = self.network.describe();
+            info.insert("cniconfig".to_owned(), network.cni.to_string());
+            let last = network.last_load.err().unwrap_or_else(|| "OK".to_owned());
+            info.insert("lastCNILoadStatus".to_owned(), last.clone());
+            info.insert("lastCNILoadStatus.default".to_owned(), last);
         }
         api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions }),
@@ -83,10 +90,10 @@ impl Shim {
     }
 }
 
-fn condition(kind: &str, state: Result<(), String>) -> api::RuntimeCondition {
+fn condition(kind: &str, reason: &str, state: Result<(), String>) -> api::RuntimeCondition {
     let (status, reason, message) = match state {
         Ok(()) => (true, String::new(), String::new()),
-        Err(message) => (false, format!("{}NotReady", kind.trim_end_matches("Ready")), message),
+        Err(message) => (false, reason.to_owned(), message),
     };
     api::RuntimeCondition { r#type: kind.to_owned(), status, reason, message }
 }

@@ -11,13 +11,16 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{
     Cidr, NetworkConfig, NetworkError, NetworkResult, Protocol, SandboxNetwork,
     allocate::{Cursors, allocate, gateway},
-    links::{Links, VETH_PREFIX, has_ipv6},
-    ports::{check_ports, plan_add, plan_remove, plan_table, stale_after, stale_before},
+    bandwidth::Bandwidth,
+    cni,
+    links::{Bridged, IFB_PREFIX, Links, VETH_PREFIX, has_ipv6, mac_for},
+    ports::{check_ports, lasting, plan_add, plan_remove, plan_table, stale_after, stale_before},
     records::{self, Kind, Record, Records},
 };
 
@@ -56,11 +59,13 @@ pub(crate) struct Bridge {
     /// The kernel's tables; blocking, but its calls take microseconds.
     nft: Mutex<Option<nft::Client>>,
     /// Held while the bridge and the table are made.
-    making: tokio::sync::Mutex<Option<u32>>,
+    making: tokio::sync::Mutex<Option<Bridged>>,
 }
 
 struct State {
     cidrs: Vec<Cidr>,
+    /// Those and the blocks of sandboxes from earlier, as they were last looked up.
+    all: Vec<Cidr>,
     cursors: Cursors,
     /// Why the bridge could not be made at the last try.
     failure: Option<String>,
@@ -73,6 +78,7 @@ impl Bridge {
         let cursor_path = config.state_dir.join("addresses.json");
         let state = State {
             cidrs: usable(config.pod_cidrs.clone()),
+            all: Vec::new(),
             cursors: records::read(&cursor_path).unwrap_or_default(),
             failure: None,
         };
@@ -95,7 +101,7 @@ impl Bridge {
         let existing = self.shared.known().get(&sandbox.id).cloned();
         if let Some(record) = existing {
             if record.ready && super::netns::exists(&sandbox.netns) {
-                return Ok(NetworkResult { ips: record.ips });
+                return Ok(self.given(&record));
             }
             // An earlier try was interrupted.
             self.teardown(&record).await?;
@@ -104,11 +110,8 @@ impl Bridge {
         self.state().failure = made.as_ref().err().map(ToString::to_string);
         let bridge = made?;
         let (mut record, gateways) = self.reserve(sandbox)?;
-        let Kind::Bridge { veth, .. } = &record.kind else {
-            return Ok(NetworkResult { ips: record.ips });
-        };
         let addresses: Vec<_> = record.ips.iter().copied().zip(gateways).collect();
-        let connected = self.connect(bridge, veth, sandbox, &addresses, &record).await;
+        let connected = self.connect(bridge, sandbox, &addresses, &record).await;
         if let Err(error) = connected {
             if let Err(second) = self.teardown(&record).await {
                 return Err(NetworkError::Several(vec![error, second]));
@@ -116,21 +119,67 @@ impl Bridge {
             return Err(error);
         }
         record.ready = true;
-        let ips = record.ips.clone();
+        let given = self.given(&record);
         self.shared.put(record)?;
-        Ok(NetworkResult { ips })
+        Ok(given)
+    }
+
+    /// What a sandbox got, also as containerd would show it of a bridge plugin.
+    fn given(&self, record: &Record) -> NetworkResult {
+        let mut cidrs = self.state().all.clone();
+        if cidrs.is_empty() {
+            cidrs = self.look_up_cidrs();
+        }
+        let gateway_of = |ip: &IpAddr| {
+            cidrs.iter().find(|c| c.contains(*ip)).and_then(gateway).map(|g| g.to_string())
+        };
+        let mac = |ip: Option<&IpAddr>| {
+            let bytes = ip.map(mac_for).unwrap_or_default();
+            bytes.map(|byte| format!("{byte:02x}")).join(":")
+        };
+        let inside = record.netns.display().to_string();
+        let Kind::Bridge { veth, .. } = &record.kind else {
+            return NetworkResult { ips: record.ips.clone(), dns: None, shown: Value::Null };
+        };
+        let mut eth0 =
+            cni::show_interface(&json!({"mac": mac(record.ips.first()), "sandbox": inside}));
+        let configs: Vec<_> = record
+            .ips
+            .iter()
+            .map(|ip| json!({"IP": ip.to_string(), "Gateway": gateway_of(ip).unwrap_or_default()}))
+            .collect();
+        eth0["IPConfigs"] = configs.into();
+        let mut lo = cni::show_interface(&json!({"mac": "00:00:00:00:00:00", "sandbox": inside}));
+        lo["IPConfigs"] = json!([{"IP": "127.0.0.1", "Gateway": ""}, {"IP": "::1", "Gateway": ""}]);
+        let routes: Vec<_> = record
+            .ips
+            .iter()
+            .map(|ip| {
+                let any = if ip.is_ipv4() { "0.0.0.0/0" } else { "::/0" };
+                json!({"dst": any, "gw": gateway_of(ip).unwrap_or_default()})
+            })
+            .collect();
+        let interfaces = json!({
+            self.name.as_str(): cni::show_interface(&Value::Null),
+            veth.as_str(): cni::show_interface(&Value::Null),
+            cni::INTERFACE: eth0,
+            "lo": lo,
+        });
+        let shown = json!({"Interfaces": interfaces, "DNS": [{}], "Routes": routes});
+        NetworkResult { ips: record.ips.clone(), dns: None, shown }
     }
 
     async fn connect(
         &self,
-        bridge: u32,
-        veth: &str,
+        bridge: Bridged,
         sandbox: &SandboxNetwork,
         addresses: &[(IpAddr, IpAddr)],
         record: &Record,
     ) -> Result<(), NetworkError> {
-        let connect =
-            |bridge| self.links.connect(bridge, veth, &sandbox.netns, addresses, self.mtu);
+        let Kind::Bridge { veth, bandwidth, .. } = &record.kind else {
+            return Ok(());
+        };
+        let connect = |bridge| self.links.connect(bridge, veth, &sandbox.netns, addresses);
         match connect(bridge).await {
             // Someone removed the bridge under us, or a link of that name was left.
             Err(NetworkError::Io { source, .. })
@@ -145,6 +194,9 @@ impl Bridge {
             }
             other => other?,
         }
+        if !bandwidth.is_none() {
+            self.links.limit(veth, &ifb_name(veth), bandwidth).await?;
+        }
         if record.ports().is_empty() {
             return Ok(());
         }
@@ -156,6 +208,7 @@ impl Bridge {
     /// Reserves addresses and host ports and writes them down, before anything is made.
     fn reserve(&self, sandbox: &SandboxNetwork) -> Result<(Record, Vec<IpAddr>), NetworkError> {
         records::check_id(&sandbox.id)?;
+        let bandwidth = Bandwidth::from_annotations(&sandbox.annotations)?;
         let mut known = self.shared.known();
         check_ports(&sandbox.port_mappings, known.values())?;
         let mut used: BTreeSet<IpAddr> =
@@ -170,8 +223,11 @@ impl Bridge {
             gateways.extend(gateway(&cidr));
         }
         records::write(&self.cursor_path, &state.cursors)?;
-        let kind =
-            Kind::Bridge { veth: veth_name(&sandbox.id), ports: sandbox.port_mappings.clone() };
+        let kind = Kind::Bridge {
+            veth: veth_name(&sandbox.id),
+            ports: sandbox.port_mappings.clone(),
+            bandwidth,
+        };
         let record = Record::new(sandbox, ips, kind);
         self.shared.records.put(&record)?;
         known.insert(record.id.clone(), record.clone());
@@ -185,7 +241,10 @@ impl Bridge {
             failures.extend(self.close_ports(record).err());
             self.forget_flows(record, stale_after);
         }
-        if let Kind::Bridge { veth, .. } = &record.kind {
+        if let Kind::Bridge { veth, bandwidth, .. } = &record.kind {
+            if bandwidth.egress.is_some() {
+                failures.extend(self.links.remove(&ifb_name(veth)).await.err());
+            }
             failures.extend(self.links.remove(veth).await.err());
         }
         if failures.is_empty() {
@@ -205,16 +264,18 @@ impl Bridge {
             .known()
             .values()
             .filter_map(|record| match &record.kind {
-                Kind::Bridge { veth, .. } => Some(veth.clone()),
+                Kind::Bridge { veth, .. } => Some([veth.clone(), ifb_name(veth)]),
                 Kind::Cni(_) => None,
             })
+            .flatten()
             .collect();
-        for veth in self.links.veths().await? {
-            if !wanted.contains(&veth) {
-                tracing::info!(veth, "removing a link that belongs to no sandbox");
-                self.links.remove(&veth).await?;
-            }
+        let left: Vec<_> =
+            self.links.own().await?.into_iter().filter(|link| !wanted.contains(link)).collect();
+        for link in &left {
+            tracing::info!(link, "removing a link that belongs to no sandbox");
         }
+        let removals = left.iter().map(|link| self.links.remove(link));
+        futures::future::try_join_all(removals).await?;
         if wanted.is_empty() {
             return Ok(());
         }
@@ -234,26 +295,37 @@ impl Bridge {
         *self.making.lock().await = None;
     }
 
-    /// The bridge's index; bridge and rules are made the first time.
-    async fn ensure(&self) -> Result<u32, NetworkError> {
-        if let Some(index) = *self.making.lock().await {
-            return Ok(index);
+    /// The bridge; it and the rules are made the first time.
+    async fn ensure(&self) -> Result<Bridged, NetworkError> {
+        if let Some(bridge) = *self.making.lock().await {
+            return Ok(bridge);
         }
         self.ensure_anew().await
     }
 
-    async fn ensure_anew(&self) -> Result<u32, NetworkError> {
+    async fn ensure_anew(&self) -> Result<Bridged, NetworkError> {
         let mut making = self.making.lock().await;
         let cidrs = self.all_cidrs();
-        let index = self.links.ensure_bridge(&self.name, &cidrs, self.mtu).await?;
+        let bridge = self.links.ensure_bridge(&self.name, &cidrs, self.mtu).await?;
         self.write_table(&cidrs)?;
-        *making = Some(index);
-        Ok(index)
+        *making = Some(bridge);
+        Ok(bridge)
     }
 
-    /// The node's blocks, and the single addresses of sandboxes from earlier ones: these keep
+    /// The node's blocks, and those that sandboxes from earlier have their addresses of: these keep
     /// their gateway and their masquerade.
     fn all_cidrs(&self) -> Vec<Cidr> {
+        let cidrs = self.look_up_cidrs();
+        let texts: Vec<_> = cidrs.iter().map(ToString::to_string).collect();
+        let path = self.cursor_path.with_file_name("blocks.json");
+        if let Err(error) = records::write(&path, &texts) {
+            tracing::warn!(%error, "cannot remember the pod CIDRs");
+        }
+        self.state().all = cidrs.clone();
+        cidrs
+    }
+
+    fn look_up_cidrs(&self) -> Vec<Cidr> {
         let mut cidrs = self.state().cidrs.clone();
         let old = records::read::<Vec<String>>(&self.cursor_path.with_file_name("blocks.json"))
             .unwrap_or_default();
@@ -263,11 +335,6 @@ impl Bridge {
             if lives && !cidrs.contains(&cidr) {
                 cidrs.push(cidr);
             }
-        }
-        let texts: Vec<_> = cidrs.iter().map(ToString::to_string).collect();
-        let path = self.cursor_path.with_file_name("blocks.json");
-        if let Err(error) = records::write(&path, &texts) {
-            tracing::warn!(%error, "cannot remember the pod CIDRs");
         }
         cidrs
     }
@@ -305,10 +372,15 @@ impl Bridge {
         Ok(())
     }
 
-    /// Forgets what the kernel remembers of datagrams to the host ports of `record`: a client that
+    /// Forgets what the kernel remembers of packets to the host ports of `record`: a client that
     /// keeps its socket would be sent where they went before for as long as it sends.
-    fn forget_flows(&self, record: &Record, stale: fn(&Record, SocketAddr, SocketAddr) -> bool) {
-        if !record.ports().iter().any(|port| port.protocol == Protocol::Udp) {
+    fn forget_flows(
+        &self,
+        record: &Record,
+        stale: fn(&Record, Protocol, SocketAddr, SocketAddr) -> bool,
+    ) {
+        let protocols = lasting(record);
+        if protocols.is_empty() {
             return;
         }
         let forget = || {
@@ -317,16 +389,18 @@ impl Bridge {
                 if !record.ips.iter().any(|ip| ip.is_ipv4() == (family == nft::Family::Ip)) {
                     continue;
                 }
-                for flow in client.flows(family, Protocol::Udp.number())? {
-                    if stale(record, flow.destination, flow.answering) {
-                        client.delete_flow(&flow)?;
+                for protocol in &protocols {
+                    for flow in client.flows(family, protocol.number())? {
+                        if stale(record, *protocol, flow.destination, flow.answering) {
+                            client.delete_flow(&flow)?;
+                        }
                     }
                 }
             }
             Ok::<_, nft::Error>(())
         };
         if let Err(error) = forget() {
-            tracing::warn!(sandbox = record.id, %error, "stale UDP flows of host ports may remain");
+            tracing::warn!(sandbox = record.id, %error, "stale flows of host ports may remain");
         }
     }
 
@@ -367,6 +441,11 @@ fn veth_name(id: &str) -> String {
         let _ = write!(name, "{byte:02x}");
         name
     })
+}
+
+/// The device for the bandwidth limit of what a pod sends.
+fn ifb_name(veth: &str) -> String {
+    format!("{IFB_PREFIX}{}", veth.strip_prefix(VETH_PREFIX).unwrap_or(veth))
 }
 
 fn rules(error: &nft::Error) -> NetworkError {

@@ -56,6 +56,16 @@ pub enum NetworkError {
         /// Why not.
         reason: &'static str,
     },
+    /// An annotation that can't be followed.
+    #[error("annotation {annotation}: {value:?}: {reason}; correct the pod's manifest")]
+    BadAnnotation {
+        /// The annotation's name.
+        annotation: &'static str,
+        /// Its value, shortened.
+        value: String,
+        /// What is wrong.
+        reason: &'static str,
+    },
     /// A CNI configuration that can't be used.
     #[error("CNI configuration {path}: {reason}")]
     CniConfig {
@@ -64,6 +74,16 @@ pub enum NetworkError {
         /// What is wrong.
         reason: String,
     },
+    /// A plugin of the configured network is not installed.
+    #[error("CNI plugin {plugin} of network {network} is not in {folders}; install it there")]
+    CniMissing {
+        /// The plugin's type.
+        plugin: String,
+        /// The network's name.
+        network: String,
+        /// Where it was looked for.
+        folders: String,
+    },
     /// A CNI plugin failed.
     #[error("CNI plugin {plugin} of network {network}: {command} failed: {reason}")]
     CniPlugin {
@@ -71,7 +91,7 @@ pub enum NetworkError {
         plugin: String,
         /// The network's name.
         network: String,
-        /// ADD, DEL or CHECK.
+        /// ADD, DEL, CHECK, GC, STATUS or VERSION.
         command: &'static str,
         /// The plugin's message, its standard error, or how it ended.
         reason: String,

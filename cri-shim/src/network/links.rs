@@ -1,24 +1,41 @@
 //! The built-in network's links, addresses and routes, over one kept rtnetlink connection.
 
-use std::{collections::BTreeSet, fs, io, net::IpAddr, os::fd::AsRawFd, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsRawFd, RawFd},
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::TryStreamExt;
 use rtnetlink::{
-    Error, Handle, LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth,
-    RouteMessageBuilder,
+    AddressMessageBuilder, Error, Handle, LinkBridge, LinkBridgePort, LinkIfb, LinkMessageBuilder,
+    LinkUnspec, LinkVeth, RouteMessageBuilder,
+    packet_core::{ErrorMessage, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE},
     packet_route::{
-        address::{AddressAttribute, AddressFlags, AddressHeaderFlags},
-        link::{InfoData, InfoVeth, LinkAttribute, LinkMessage},
-        route::RouteScope,
+        RouteNetlinkMessage,
+        address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage},
+        link::{InfoData, InfoPortKind, InfoVeth, LinkAttribute, LinkMessage},
+        route::{RouteAttribute, RouteScope},
     },
 };
-
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Cidr, NetworkError, allocate::gateway, netns};
+use super::{
+    Cidr, NetworkError,
+    allocate::gateway,
+    bandwidth::Bandwidth,
+    netns,
+    rtnl::{Batch, Connection, Refused},
+    shape,
+};
 
 /// Names of the host's ends start with this; `collect` goes by it.
 pub(crate) const VETH_PREFIX: &str = "lsv";
+/// Names of devices for bandwidth limits start with this, and end as the link they belong to.
+pub(crate) const IFB_PREFIX: &str = "lsi";
 /// The link group of links about to be removed together.
 const DOOMED: u32 = 0x4c53_4e44;
 /// The pods' end, as CNI names it.
@@ -28,7 +45,18 @@ const POD_LINK: &str = "eth0";
 #[derive(Clone)]
 pub(crate) struct Links {
     handle: Handle,
+    /// For batches. Locked for the time of a few system calls, in which the kernel's own lock on
+    /// links is held anyhow.
+    host: Arc<Mutex<Connection>>,
     removals: mpsc::UnboundedSender<Removal>,
+}
+
+/// The bridge as pods' links are put on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Bridged {
+    pub(crate) index: u32,
+    /// The links' MTU; the kernel's default when absent.
+    pub(crate) mtu: Option<u32>,
 }
 
 /// A link to be removed, and who waits for it.
@@ -42,34 +70,50 @@ impl Links {
         tokio::spawn(connection);
         let (removals, queue) = mpsc::unbounded_channel();
         tokio::spawn(remove_queued(handle.clone(), queue));
-        Ok(Self { handle, removals })
+        let host =
+            Connection::open().map_err(NetworkError::io("open netlink socket for", "links"))?;
+        Ok(Self { handle, host: Arc::new(Mutex::new(host)), removals })
     }
 
-    /// Makes sure that the bridge is there, up, with the gateways of `cidrs`; returns its index.
+    /// Makes sure that the bridge is there, up, with the gateways of `cidrs`. Without an `mtu` that of
+    /// the way out of the host is taken: larger packets would have to be broken up there.
     pub(crate) async fn ensure_bridge(
         &self,
         name: &str,
         cidrs: &[Cidr],
         mtu: Option<u32>,
-    ) -> Result<u32, NetworkError> {
-        let index = match self.index(name).await? {
-            Some(index) => index,
-            None => {
-                let mut bridge = LinkBridge::new(name).up();
-                if let Some(mtu) = mtu {
-                    bridge = bridge.mtu(mtu);
-                }
-                let made = self.handle.link().add(bridge.build()).execute().await;
-                ignore(made, libc::EEXIST).map_err(refused("create bridge", name))?;
-                self.index(name).await?.ok_or_else(|| NetworkError::Netlink {
-                    operation: "create bridge",
-                    object: name.to_owned(),
-                    reason: "it is not there".to_owned(),
-                })?
-            }
+    ) -> Result<Bridged, NetworkError> {
+        let mtu = match mtu {
+            Some(mtu) => Some(mtu),
+            None => self.uplink_mtu(cidrs).await,
         };
-        let up = LinkUnspec::new_with_index(index).up().build();
-        self.handle.link().change(up).execute().await.map_err(refused("bring up bridge", name))?;
+        let mut link = self.find(name).await?;
+        if link.is_none() {
+            let mut bridge = LinkBridge::new(name).up();
+            if let Some(mtu) = mtu {
+                bridge = bridge.mtu(mtu);
+            }
+            if let Some(gateway) = cidrs.first().and_then(gateway) {
+                bridge = bridge.address(mac_for(&gateway).to_vec());
+            }
+            let made = self.handle.link().add(bridge.build()).execute().await;
+            ignore(made, libc::EEXIST).map_err(refused("create bridge", name))?;
+            link = self.find(name).await?;
+        }
+        let link =
+            link.ok_or_else(|| refused("create bridge", name)(Error::NetlinkError(gone())))?;
+        let index = link.header.index;
+        let mut up = LinkUnspec::new_with_index(index).up();
+        // A bridge takes over addresses of its ports as they come and go, unless it was given one;
+        // pods would send to one that is no more.
+        if let Some(mac) = link.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(mac) => Some(mac.clone()),
+            _ => None,
+        }) {
+            up = up.address(mac);
+        }
+        let set = self.handle.link().change(up.build()).execute().await;
+        set.map_err(refused("bring up bridge", name))?;
         let wanted: BTreeSet<(IpAddr, u8)> =
             cidrs.iter().filter_map(|c| Some((gateway(c)?, c.prefix()))).collect();
         for (address, prefix) in &wanted {
@@ -95,7 +139,39 @@ impl Links {
             }
         }
         sysctls(name, cidrs)?;
-        Ok(index)
+        Ok(Bridged { index, mtu })
+    }
+
+    /// The MTU of the link by which the host reaches what lies outside; the least of both families'.
+    async fn uplink_mtu(&self, cidrs: &[Cidr]) -> Option<u32> {
+        let mut least = None;
+        for cidr in cidrs {
+            // Any address that no host has a route of its own to (TEST-NET-3, documentation).
+            let (outside, width): (IpAddr, u8) = if cidr.is_ipv4() {
+                (Ipv4Addr::new(203, 0, 113, 1).into(), 32)
+            } else {
+                (Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1).into(), 128)
+            };
+            let route = RouteMessageBuilder::<IpAddr>::new().destination_prefix(outside, width);
+            let Ok(route) = route else { continue };
+            let mut found = self.handle.route().get(route.build()).execute();
+            let Ok(Some(route)) = found.try_next().await else { continue };
+            let index = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            let Some(index) = index else { continue };
+            let mut links = self.handle.link().get().match_index(index).execute();
+            let Ok(Some(link)) = links.try_next().await else { continue };
+            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            });
+            // Loopback's is beyond what a veth takes; IPv6 needs 1280.
+            let mtu = mtu.filter(|mtu| (1280..=65535).contains(mtu));
+            least = [least, mtu].into_iter().flatten().min();
+        }
+        least
     }
 
     /// Connects the namespace `netns` by a veth pair: `veth` on the bridge, `eth0` in the pod with
@@ -106,59 +182,67 @@ impl Links {
     /// and which bridging alone would not give without the br_netfilter module.
     pub(crate) async fn connect(
         &self,
-        bridge: u32,
+        bridge: Bridged,
         veth: &str,
         netns: &Path,
         addresses: &[(IpAddr, IpAddr)],
-        mtu: Option<u32>,
     ) -> Result<(), NetworkError> {
-        let place = fs::File::open(netns)
-            .map_err(NetworkError::io("open network namespace", netns.display()))?;
-        let mut pod =
-            LinkMessageBuilder::<LinkUnspec>::new().name(POD_LINK).setns_by_fd(place.as_raw_fd());
-        let mut own = LinkVeth::new(veth, POD_LINK).controller(bridge).up();
-        if let Some(mac) = addresses.iter().find_map(|(ip, _)| mac_for(ip)) {
-            // Bound to the address, so that neighbours' caches stay right when it is given again.
-            pod = pod.address(mac.to_vec());
-        }
-        if let Some(mtu) = mtu {
-            (pod, own) = (pod.mtu(mtu), own.mtu(mtu));
-        }
-        let own = own.set_info_data(InfoData::Veth(InfoVeth::Peer(pod.build()))).build();
-        let made = self.handle.link().add(own).execute().await;
-        made.map_err(refused("create veth pair", veth))?;
-        let port = LinkMessageBuilder::<LinkBridgePort>::default()
-            .name(veth)
-            .set_port_kind(rtnetlink::packet_route::link::InfoPortKind::Bridge)
-            .hairpin(true)
-            .build();
-        let set = self.handle.link().set_port(port).execute().await;
-        set.map_err(refused("set hairpin mode of", veth))?;
-        self.configure_pod(netns, addresses).await
+        let (veth, netns, addresses) = (veth.to_owned(), netns.to_owned(), addresses.to_owned());
+        let host = Arc::clone(&self.host);
+        // Some milliseconds of system calls.
+        let done = tokio::task::spawn_blocking(move || {
+            let place = fs::File::open(&netns)
+                .map_err(NetworkError::io("open network namespace", netns.display()))?;
+            let batch = plan_veth(bridge, &veth, place.as_raw_fd(), &addresses);
+            let done = host.lock().unwrap_or_else(PoisonError::into_inner).run(batch);
+            done.map_err(|refused| refused.of(&veth))?;
+            configure_pod(&place, &netns, &addresses)
+        });
+        done.await.map_err(|error| {
+            NetworkError::io("configure", POD_LINK)(io::Error::other(error.to_string()))
+        })?
     }
 
-    async fn configure_pod(
+    /// Lets no more than `limits` pass a pod's link. `ifb` is the device for what the pod sends.
+    pub(crate) async fn limit(
         &self,
-        netns: &Path,
-        addresses: &[(IpAddr, IpAddr)],
+        veth: &str,
+        ifb: &str,
+        limits: &Bandwidth,
     ) -> Result<(), NetworkError> {
-        let runtime = tokio::runtime::Handle::current();
-        // The socket belongs to the namespace it is opened in, wherever it is used.
-        let opened = netns::within(netns, || {
-            let _context = runtime.enter();
-            // A pod's routes come from here, never from what another pod advertises.
-            let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{POD_LINK}/accept_ra"), "0");
-            rtnetlink::new_connection()
-        });
-        let object = netns.display();
-        let (connection, handle, _) = opened
-            .and_then(|opened| opened)
-            .map_err(NetworkError::io("enter network namespace", &object))?;
-        let connection = tokio::spawn(connection);
-        let done =
-            configure(&handle, addresses).await.map_err(refused("configure eth0 in", &object));
-        connection.abort();
-        done
+        let find = async |name: &str| {
+            self.index(name)
+                .await?
+                .ok_or_else(|| refused("limit bandwidth of", name)(Error::NetlinkError(gone())))
+        };
+        let link = find(veth).await?;
+        let mut batch = Batch::default();
+        if let Some(rate) = limits.ingress {
+            shape::add_bucket(&mut batch, "limit what the pod receives on", link, rate);
+        }
+        if let Some(rate) = limits.egress {
+            let made = self.handle.link().add(LinkIfb::new(ifb).up().build()).execute().await;
+            ignore(made, libc::EEXIST)
+                .map_err(refused("create device for bandwidth limit", ifb))?;
+            let device = find(ifb).await?;
+            shape::add_bucket(&mut batch, "limit what the pod sends on", device, rate);
+            let own = link.cast_signed();
+            let entry = self.handle.qdisc().add(own).ingress().execute().await;
+            ignore(entry, libc::EEXIST).map_err(refused("limit bandwidth of", veth))?;
+            self.handle
+                .traffic_filter(own)
+                .add()
+                .parent(0xffff_0000)
+                .priority(1)
+                .protocol((libc::ETH_P_ALL as u16).to_be())
+                .redirect(device)
+                .map_err(refused("limit bandwidth of", veth))?
+                .execute()
+                .await
+                .map_err(refused("redirect for its bandwidth limit", veth))?;
+        }
+        let done = self.host.lock().unwrap_or_else(PoisonError::into_inner).run(batch);
+        done.map_err(|refused| refused.of(veth))
     }
 
     /// Removes a link by name; one that is not there is a success.
@@ -169,15 +253,19 @@ impl Links {
         removed.await.unwrap_or(Err(Error::RequestFailed)).map_err(refused("remove link", name))
     }
 
-    /// The host's ends of pods' links.
-    pub(crate) async fn veths(&self) -> Result<Vec<String>, NetworkError> {
+    /// The host's ends of pods' links, and their devices for bandwidth limits.
+    pub(crate) async fn own(&self) -> Result<Vec<String>, NetworkError> {
         let mut names = Vec::new();
         let mut links = self.handle.link().get().execute();
         while let Some(link) =
             links.try_next().await.map_err(refused("list links", "of the host"))?
         {
             names.extend(link.attributes.into_iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) if name.starts_with(VETH_PREFIX) => Some(name),
+                LinkAttribute::IfName(name)
+                    if name.starts_with(VETH_PREFIX) || name.starts_with(IFB_PREFIX) =>
+                {
+                    Some(name)
+                }
                 _ => None,
             }));
         }
@@ -185,7 +273,16 @@ impl Links {
     }
 
     async fn index(&self, name: &str) -> Result<Option<u32>, NetworkError> {
-        index(&self.handle, name).await.map_err(refused("look up link", name))
+        Ok(self.find(name).await?.map(|link| link.header.index))
+    }
+
+    async fn find(&self, name: &str) -> Result<Option<LinkMessage>, NetworkError> {
+        let mut links = self.handle.link().get().match_name(name).execute();
+        match links.try_next().await {
+            Ok(link) => Ok(link),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(refused("look up link", name)(error)),
+        }
     }
 }
 
@@ -222,19 +319,71 @@ async fn remove_queued(handle: Handle, mut queue: mpsc::UnboundedReceiver<Remova
     }
 }
 
-async fn configure(handle: &Handle, addresses: &[(IpAddr, IpAddr)]) -> Result<(), Error> {
-    let index = index(handle, POD_LINK).await?.ok_or(Error::RequestFailed)?;
-    // A veth can be opened only once its peer is there, so not at its creation.
-    handle.link().change(LinkUnspec::new_with_index(index).up().build()).execute().await?;
+/// The requests on the host: the pair, and that what a pod sends to itself by a Service comes back.
+fn plan_veth(bridge: Bridged, veth: &str, netns: RawFd, addresses: &[(IpAddr, IpAddr)]) -> Batch {
+    let mut pod = LinkMessageBuilder::<LinkUnspec>::new().name(POD_LINK).setns_by_fd(netns);
+    let mut own = LinkVeth::new(veth, POD_LINK).controller(bridge.index).up();
+    if let Some(mac) = addresses.first().map(|(ip, _)| mac_for(ip)) {
+        // Bound to the address, so that neighbours' caches stay right when it is given again.
+        pod = pod.address(mac.to_vec());
+    }
+    if let Some(mtu) = bridge.mtu {
+        (pod, own) = (pod.mtu(mtu), own.mtu(mtu));
+    }
+    let own = own.set_info_data(InfoData::Veth(InfoVeth::Peer(pod.build()))).build();
+    let port = LinkMessageBuilder::<LinkBridgePort>::default()
+        .name(veth)
+        .set_port_kind(InfoPortKind::Bridge)
+        .hairpin(true)
+        .build();
+    let mut batch = Batch::default();
+    let request = RouteNetlinkMessage::NewLink(own);
+    batch.add("create veth pair", request, NLM_F_CREATE | NLM_F_EXCL);
+    batch.add("set hairpin mode of", RouteNetlinkMessage::NewLink(port), 0);
+    batch
+}
+
+/// Addresses and routes of the pod's end, from a thread in its namespace.
+fn configure_pod(
+    place: &fs::File,
+    netns: &Path,
+    addresses: &[(IpAddr, IpAddr)],
+) -> Result<(), NetworkError> {
+    let fail = |operation| NetworkError::io(operation, netns.display());
+    let done = netns::inside(place, || {
+        if addresses.iter().any(|(ip, _)| ip.is_ipv6()) {
+            let base = format!("/proc/sys/net/ipv6/conf/{POD_LINK}");
+            // A pod's routes come from here, never from what another pod advertises; its addresses
+            // are reserved on this node: no need to wait whether someone else has them.
+            for (name, value) in [("accept_ra", "0"), ("accept_dad", "0"), ("disable_ipv6", "0")] {
+                let path = format!("{base}/{name}");
+                fs::write(&path, value).map_err(NetworkError::io("set", path))?;
+            }
+        }
+        let index = nix::net::if_::if_nametoindex(POD_LINK)
+            .map_err(NetworkError::errno("look up link", POD_LINK))?;
+        let batch = plan_pod(index, addresses).map_err(refused("configure", POD_LINK))?;
+        let mut connection = Connection::open().map_err(fail("open netlink socket in"))?;
+        connection.run(batch).map_err(|refused| refused.of(POD_LINK))
+    });
+    done.map_err(fail("enter network namespace"))?
+}
+
+/// The requests in the pod. A veth can be opened only once its peer is there, so not at its creation.
+fn plan_pod(index: u32, addresses: &[(IpAddr, IpAddr)]) -> Result<Batch, Error> {
+    let mut batch = Batch::default();
+    let up = LinkUnspec::new_with_index(index).up().build();
+    batch.add("bring up", RouteNetlinkMessage::SetLink(up), 0);
     for (address, gateway) in addresses {
         let width = if address.is_ipv4() { 32 } else { 128 };
-        add_address(handle, index, *address, width).await?;
+        let invalid = |error: &dyn std::error::Error| Error::InvalidNla(error.to_string());
+        let new = RouteNetlinkMessage::NewAddress(address_message(index, *address, width));
+        batch.add("add address to", new, NLM_F_CREATE | NLM_F_EXCL).accepting(libc::EEXIST);
         let on_link = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(*gateway, width)
-            .map_err(|error| Error::InvalidNla(error.to_string()))?
+            .map_err(|error| invalid(&error))?
             .scope(RouteScope::Link)
             .output_interface(index);
-        handle.route().add(on_link.build()).replace().execute().await?;
         let any: IpAddr = if address.is_ipv4() {
             std::net::Ipv4Addr::UNSPECIFIED.into()
         } else {
@@ -243,11 +392,38 @@ async fn configure(handle: &Handle, addresses: &[(IpAddr, IpAddr)]) -> Result<()
         let default = RouteMessageBuilder::<IpAddr>::new()
             .destination_prefix(any, 0)
             .and_then(|route| route.gateway(*gateway))
-            .map_err(|error| Error::InvalidNla(error.to_string()))?
+            .map_err(|error| invalid(&error))?
             .output_interface(index);
-        handle.route().add(default.build()).replace().execute().await?;
+        for route in [on_link.build(), default.build()] {
+            let route = RouteNetlinkMessage::NewRoute(route);
+            batch.add("add route of", route, NLM_F_CREATE | NLM_F_REPLACE);
+        }
     }
-    Ok(())
+    Ok(batch)
+}
+
+fn address_message(index: u32, address: IpAddr, prefix: u8) -> AddressMessage {
+    match address {
+        IpAddr::V4(address) => {
+            AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(address, prefix).build()
+        }
+        IpAddr::V6(address) => {
+            let mut message = AddressMessageBuilder::<Ipv6Addr>::new()
+                .index(index)
+                .address(address, prefix)
+                .build();
+            // Reserved on this node: no need to wait a second for whether someone else has it.
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+            message
+        }
+    }
+}
+
+fn gone() -> ErrorMessage {
+    let mut message = ErrorMessage::default();
+    message.code = std::num::NonZeroI32::new(-libc::ENODEV);
+    message
 }
 
 async fn add_address(
@@ -257,22 +433,8 @@ async fn add_address(
     prefix: u8,
 ) -> Result<(), Error> {
     let mut request = handle.address().add(index, address, prefix);
-    if address.is_ipv6() {
-        // Reserved on this node: no need to wait a second for whether someone else has it.
-        let message = request.message_mut();
-        message.header.flags |= AddressHeaderFlags::Nodad;
-        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-    }
+    *request.message_mut() = address_message(index, address, prefix);
     ignore(request.execute().await, libc::EEXIST)
-}
-
-async fn index(handle: &Handle, name: &str) -> Result<Option<u32>, Error> {
-    let mut links = handle.link().get().match_name(name).execute();
-    match links.try_next().await {
-        Ok(link) => Ok(link.map(|link| link.header.index)),
-        Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
-        Err(error) => Err(error),
-    }
 }
 
 /// What forwarding for pods needs of the host.
@@ -323,14 +485,18 @@ pub(crate) fn has_ipv6() -> bool {
         .is_ok_and(|disabled| disabled.trim() == "0")
 }
 
-/// A locally administered MAC address made of an IPv4 address.
-fn mac_for(ip: &IpAddr) -> Option<[u8; 6]> {
+/// A locally administered MAC address made of an IP address.
+pub(crate) fn mac_for(ip: &IpAddr) -> [u8; 6] {
     match ip {
         IpAddr::V4(ip) => {
             let [a, b, c, d] = ip.octets();
-            Some([0x0a, 0x58, a, b, c, d])
+            [0x0a, 0x58, a, b, c, d]
         }
-        IpAddr::V6(_) => None,
+        // A block's addresses differ in their ends.
+        IpAddr::V6(ip) => {
+            let [.., a, b, c, d] = ip.octets();
+            [0x0a, 0x59, a, b, c, d]
+        }
     }
 }
 
@@ -349,6 +515,25 @@ fn ignore(result: Result<(), Error>, accepted: i32) -> Result<(), Error> {
     match result {
         Err(error) if errno(&error) == Some(accepted) => Ok(()),
         other => other,
+    }
+}
+
+impl Refused {
+    fn of(self, object: &str) -> NetworkError {
+        let Self { operation, source, message } = self;
+        let object = object.to_owned();
+        match message {
+            // The number is looked at elsewhere.
+            Some(message)
+                if !matches!(
+                    source.raw_os_error(),
+                    Some(libc::ENODEV | libc::EINVAL | libc::EEXIST)
+                ) =>
+            {
+                NetworkError::Netlink { operation, object, reason: format!("{source}: {message}") }
+            }
+            _ => NetworkError::Io { operation, object, source },
+        }
     }
 }
 

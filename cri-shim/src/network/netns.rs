@@ -89,9 +89,13 @@ pub fn delete(path: &Path) -> Result<(), NetworkError> {
 /// # Errors
 /// Of opening or entering the namespace; `work`'s own result is the inner one.
 pub(crate) fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-    let file = File::open(path)?;
+    inside(&File::open(path)?, work)
+}
+
+/// As [`within`], for a namespace that is open already.
+pub(crate) fn inside<T: Send>(place: &File, work: impl FnOnce() -> T + Send) -> io::Result<T> {
     in_thread(|| {
-        setns(&file, CloneFlags::CLONE_NEWNET)?;
+        setns(place, CloneFlags::CLONE_NEWNET)?;
         Ok(work())
     })
     .and_then(|entered| entered)

@@ -40,9 +40,6 @@ pub(crate) fn check_ports<'a>(
         if port.host_port == 0 || port.container_port == 0 {
             return Err(bad("ports are between 1 and 65535"));
         }
-        if port.protocol == Protocol::Sctp {
-            return Err(bad("host ports are TCP or UDP on the built-in network"));
-        }
         if ports[..n].iter().any(|other| conflict(port, other)) {
             return Err(bad("the pod asks for it twice"));
         }
@@ -62,8 +59,10 @@ pub(crate) fn check_ports<'a>(
 }
 
 fn conflict(a: &PortMapping, b: &PortMapping) -> bool {
-    let overlap = match (host_ip(a), host_ip(b)) {
-        (Some(a), Some(b)) => a == b,
+    let overlap = match (a.host_ip, b.host_ip) {
+        (Some(a), Some(b)) => {
+            a.is_ipv4() == b.is_ipv4() && (a == b || a.is_unspecified() || b.is_unspecified())
+        }
         _ => true,
     };
     a.protocol == b.protocol && a.host_port == b.host_port && overlap
@@ -74,19 +73,36 @@ fn host_ip(port: &PortMapping) -> Option<IpAddr> {
     port.host_ip.filter(|ip| !ip.is_unspecified())
 }
 
-/// Whether a UDP flow from before the ports of `record` were open stands in their way: its packets
-/// go where they went when it began.
-pub(crate) fn stale_before(record: &Record, to: SocketAddr, answering: SocketAddr) -> bool {
+/// The protocols of `record`'s ports whose flows the kernel keeps translating as they began: those
+/// of a client that sends from the same port again belong to the same one.
+pub(crate) fn lasting(record: &Record) -> Vec<Protocol> {
+    let is_used = |p: &Protocol| record.ports().iter().any(|port| port.protocol == *p);
+    [Protocol::Udp, Protocol::Sctp].into_iter().filter(is_used).collect()
+}
+
+/// Whether a flow from before the ports of `record` were open stands in their way: its packets go
+/// where they went when it began.
+pub(crate) fn stale_before(
+    record: &Record,
+    protocol: Protocol,
+    to: SocketAddr,
+    answering: SocketAddr,
+) -> bool {
     to == answering
         && record.ports().iter().any(|port| {
-            port.protocol == Protocol::Udp
+            port.protocol == protocol
                 && port.host_port == to.port()
                 && host_ip(port).is_none_or(|ip| ip == to.ip())
         })
 }
 
-/// Whether a UDP flow leads to the pod of `record`, which is no more.
-pub(crate) fn stale_after(record: &Record, to: SocketAddr, answering: SocketAddr) -> bool {
+/// Whether a flow leads to the pod of `record`, which is no more.
+pub(crate) fn stale_after(
+    record: &Record,
+    _: Protocol,
+    to: SocketAddr,
+    answering: SocketAddr,
+) -> bool {
     to != answering && record.ips.contains(&answering.ip())
 }
 
@@ -338,12 +354,15 @@ mod tests {
             namespace: "ns".to_owned(),
             name: format!("pod-{id}"),
             uid: "u".to_owned(),
-            hostname: String::new(),
             port_mappings: ports.clone(),
-            annotations: Default::default(),
+            ..SandboxNetwork::default()
         };
         let ips = vec![ip.parse().unwrap()];
-        Record::new(&sandbox, ips, Kind::Bridge { veth: "v".to_owned(), ports })
+        Record::new(
+            &sandbox,
+            ips,
+            Kind::Bridge { veth: "v".to_owned(), ports, bandwidth: Default::default() },
+        )
     }
 
     fn port(protocol: Protocol, host_ip: Option<&str>, host_port: u16) -> PortMapping {
@@ -367,8 +386,10 @@ mod tests {
             (port(Tcp, None, 80), false),
             (port(Tcp, Some("1.1.1.2"), 80), false),
             (port(Tcp, Some("0.0.0.0"), 81), false),
+            (port(Tcp, Some("::"), 81), true),
+            (port(Tcp, Some("::"), 80), false),
             (port(Tcp, Some("1.1.1.1"), 81), false),
-            (port(Sctp, None, 9), false),
+            (port(Sctp, None, 80), true),
             (port(Tcp, None, 0), false),
         ] {
             let result = check_ports(std::slice::from_ref(&asked), [&other].into_iter());

@@ -14,7 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{NetworkError, PortMapping, SandboxNetwork, cni::Attachment};
+use super::{NetworkError, PortMapping, SandboxNetwork, bandwidth::Bandwidth, cni::Attachment};
 
 const VERSION: u32 = 1;
 
@@ -37,7 +37,12 @@ pub(crate) struct Record {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Kind {
-    Bridge { veth: String, ports: Vec<PortMapping> },
+    Bridge {
+        veth: String,
+        ports: Vec<PortMapping>,
+        #[serde(default, skip_serializing_if = "Bandwidth::is_none")]
+        bandwidth: Bandwidth,
+    },
     Cni(Box<Attachment>),
 }
 

@@ -106,6 +106,9 @@ pub struct SandboxRecord {
     pub boot_id: String,
     pub runtime_handler: String,
     pub ips: Vec<String>,
+    /// What the network gave, as `crictl inspectp` shows it.
+    #[serde(default)]
+    pub network: serde_json::Value,
     /// Stopped for good.
     pub stopped: bool,
     /// The cgroup its containers are in.
@@ -140,6 +143,7 @@ impl SandboxRecord {
             boot_id: String::new(),
             runtime_handler: String::new(),
             ips: Vec::new(),
+            network: serde_json::Value::Null,
             stopped: false,
             cgroup: PathBuf::new(),
             own_cgroup: false,

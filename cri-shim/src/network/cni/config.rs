@@ -1,70 +1,154 @@
-//! CNI network configurations: finding, reading and checking them, and what goes to a plugin.
-//! Pure, but for [`read_folder`]. Source: the CNI specification 1.1, sections 1 and 2.
+//! CNI network configurations: what a file says, and what goes to a plugin. Pure.
+//! Source: the CNI specification 1.1, section 1.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::network::{NetworkError, SandboxNetwork};
+use super::version::{Version, plan_choices};
 
 /// A network: its plugins in the order of ADD.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct NetworkList {
     pub(crate) name: String,
+    /// The version that plugins are run with.
     pub(crate) cni_version: String,
+    /// All versions the configuration may be run with, newest first; one or none when there is
+    /// nothing to choose.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) choices: Vec<String>,
     pub(crate) plugins: Vec<Map<String, Value>>,
     #[serde(default)]
     pub(crate) disable_check: bool,
+    #[serde(default)]
+    pub(crate) disable_gc: bool,
+    /// The file's text, for those that read it elsewhere.
+    #[serde(default)]
+    pub(crate) source: String,
 }
 
-impl NetworkList {
-    /// Reads a `.conflist`, or a `.conf` with a single plugin.
+/// A file as read, whose plugins may be continued in a folder beside it.
+#[derive(Debug)]
+pub(crate) struct File {
+    network: NetworkList,
+    only_inlined: bool,
+}
+
+impl File {
+    /// Reads a list of plugins, or a configuration of a single one.
     ///
     /// # Errors
     /// What is wrong, for a message that names the file.
     pub(crate) fn parse(text: &str) -> Result<Self, String> {
         let value: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| error.to_string())?;
-        let name = match value.get("name").and_then(Value::as_str) {
-            Some(name) if is_name(name) => name.to_owned(),
-            Some(name) => return Err(format!("{name:?} is no network name")),
+        let name = match value.get("name") {
+            Some(Value::String(name)) if is_name(name) => name.clone(),
+            Some(name) => return Err(format!("{name} is no network name")),
             None => return Err("it has no name".to_owned()),
         };
-        let cni_version =
-            value.get("cniVersion").and_then(Value::as_str).unwrap_or("0.1.0").to_owned();
-        let disable_check = match value.get("disableCheck") {
-            Some(Value::Bool(disable)) => *disable,
-            Some(Value::String(text)) => text == "true",
-            _ => false,
+        let one = match value.get("cniVersion") {
+            None => None,
+            Some(Value::String(text)) => Some(text.as_str()),
+            Some(_) => return Err("its cniVersion is no text".to_owned()),
         };
+        let list: Vec<&str> = match value.get("cniVersions") {
+            None => Vec::new(),
+            Some(Value::Array(list)) => list
+                .iter()
+                .map(|version| version.as_str().ok_or("its cniVersions are no list of texts"))
+                .collect::<Result<_, _>>()?,
+            Some(_) => return Err("its cniVersions are no list of texts".to_owned()),
+        };
+        let choices: Vec<String> =
+            plan_choices(one, &list)?.iter().map(ToString::to_string).collect();
+        // Plugins see the version in the words of whoever wrote it, where there is no choice.
+        let cni_version = match one {
+            Some(text) if list.is_empty() && !text.is_empty() => text.to_owned(),
+            _ => choices.first().cloned().unwrap_or_default(),
+        };
+        let disable_check = read_bool(&value, "disableCheck")?;
+        let disable_gc = read_bool(&value, "disableGC")?;
+        let only_inlined = read_bool(&value, "loadOnlyInlinedPlugins")?;
         let plugins = match value.get("plugins") {
+            Some(Value::Array(plugins)) if plugins.is_empty() => {
+                return Err("it has no plugins".to_owned());
+            }
             Some(Value::Array(plugins)) => plugins
                 .iter()
                 .map(|plugin| plugin.as_object().cloned().ok_or("a plugin is no object"))
                 .collect::<Result<Vec<_>, _>>()?,
             Some(_) => return Err("its plugins are no list".to_owned()),
-            None => vec![value],
-        };
-        if plugins.is_empty() {
-            return Err("it has no plugins".to_owned());
-        }
-        for plugin in &plugins {
-            match plugin.get("type").and_then(Value::as_str) {
-                Some(kind) if is_name(kind) => {}
-                _ => return Err("a plugin has no valid type".to_owned()),
+            None if value.contains_key("type") => vec![value.clone()],
+            None if only_inlined => {
+                return Err("loadOnlyInlinedPlugins is set, but it has no plugins".to_owned());
             }
-        }
-        Ok(Self { name, cni_version, plugins, disable_check })
+            None => Vec::new(),
+        };
+        // Only lists have a folder of further plugins.
+        let only_inlined = only_inlined || value.contains_key("type");
+        plugins.iter().try_for_each(check_plugin)?;
+        let network = NetworkList {
+            name,
+            cni_version,
+            choices: if choices.len() > 1 { choices } else { Vec::new() },
+            plugins,
+            disable_check,
+            disable_gc,
+            source: text.to_owned(),
+        };
+        Ok(Self { network, only_inlined })
     }
 
-    /// Whether plugins of this version know CHECK and DEL's prevResult (0.4.0).
-    pub(crate) fn knows_check(&self) -> bool {
-        let mut parts = self.cni_version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
-        let version = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
-        version >= (0, 4)
+    /// The name of the folder beside the file whose `.conf` files are further plugins, if there may
+    /// be one.
+    pub(crate) fn folder(&self) -> Option<&str> {
+        (!self.only_inlined).then_some(self.network.name.as_str())
+    }
+
+    /// The network, with the texts of its folder, in order.
+    ///
+    /// # Errors
+    /// What is wrong; with the file of the folder where it is in one.
+    pub(crate) fn finish(self, folder: &[(&Path, String)]) -> Result<NetworkList, String> {
+        let mut network = self.network;
+        for (path, text) in folder {
+            let plugin = serde_json::from_str::<Map<String, Value>>(text)
+                .map_err(|error| error.to_string())
+                .and_then(|plugin| check_plugin(&plugin).map(|()| plugin));
+            network.plugins.push(plugin.map_err(|reason| format!("{}: {reason}", path.display()))?);
+        }
+        if network.plugins.is_empty() {
+            return Err("it has no plugins".to_owned());
+        }
+        Ok(network)
+    }
+}
+
+impl NetworkList {
+    /// Whether its plugins know what came with `version`.
+    pub(crate) fn knows(&self, version: Version) -> bool {
+        self.cni_version.parse::<Version>().is_ok_and(|own| own >= version)
+    }
+}
+
+/// The program's name of a plugin.
+pub(crate) fn kind(plugin: &Map<String, Value>) -> &str {
+    plugin.get("type").and_then(Value::as_str).unwrap_or_default()
+}
+
+fn check_plugin(plugin: &Map<String, Value>) -> Result<(), String> {
+    if is_name(kind(plugin)) { Ok(()) } else { Err("a plugin has no valid type".to_owned()) }
+}
+
+/// As upstream's library reads it: true or false, or their names.
+fn read_bool(value: &Map<String, Value>, key: &str) -> Result<bool, String> {
+    match value.get(key) {
+        None => Ok(false),
+        Some(Value::Bool(is)) => Ok(*is),
+        Some(Value::String(text)) if text.eq_ignore_ascii_case("true") => Ok(true),
+        Some(Value::String(text)) if text.eq_ignore_ascii_case("false") => Ok(false),
+        Some(other) => Err(format!("{key} is neither true nor false: {other}")),
     }
 }
 
@@ -74,16 +158,14 @@ fn is_name(name: &str) -> bool {
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-'))
 }
 
-/// What a plugin reads on its standard input.
+/// What a plugin reads on its standard input about a sandbox.
 pub(crate) fn plan_input(
     network: &NetworkList,
     plugin: &Map<String, Value>,
     capabilities: &Map<String, Value>,
     previous: Option<&Value>,
 ) -> Value {
-    let mut input = plugin.clone();
-    input.insert("name".to_owned(), json!(network.name));
-    input.insert("cniVersion".to_owned(), json!(network.cni_version));
+    let mut input = base(network, plugin);
     let wanted: Map<String, Value> = plugin
         .get("capabilities")
         .and_then(Value::as_object)
@@ -92,7 +174,6 @@ pub(crate) fn plan_input(
         .filter(|(_, on)| on.as_bool() == Some(true))
         .filter_map(|(name, _)| Some((name.clone(), capabilities.get(name)?.clone())))
         .collect();
-    input.remove("capabilities");
     if !wanted.is_empty() {
         input.insert("runtimeConfig".to_owned(), Value::Object(wanted));
     }
@@ -102,125 +183,40 @@ pub(crate) fn plan_input(
     Value::Object(input)
 }
 
-/// What the sandbox has to give to plugins that ask for it
-/// (CNI conventions: portMappings, bandwidth, pod annotations).
-pub(crate) fn plan_capabilities(sandbox: &SandboxNetwork) -> Map<String, Value> {
-    let mut capabilities = Map::new();
-    let ports: Vec<_> = sandbox
-        .port_mappings
+/// What a plugin reads for GC: all attachments that are still wanted, as container and interface.
+pub(crate) fn plan_gc_input(
+    network: &NetworkList,
+    plugin: &Map<String, Value>,
+    valid: &[(String, String)],
+) -> Value {
+    let valid: Vec<_> = valid
         .iter()
-        .map(|port| {
-            json!({
-                "hostPort": port.host_port,
-                "containerPort": port.container_port,
-                "protocol": port.protocol.to_string(),
-                "hostIP": port.host_ip.map(|ip| ip.to_string()).unwrap_or_default(),
-            })
-        })
+        .map(|(container, interface)| json!({"containerID": container, "ifname": interface}))
         .collect();
-    if !ports.is_empty() {
-        capabilities.insert("portMappings".to_owned(), Value::Array(ports));
+    let mut input = base(network, plugin);
+    // The specification and upstream's first implementation called it differently.
+    for key in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+        input.insert(key.to_owned(), Value::Array(valid.clone()));
     }
-    let rate = |name: &str| sandbox.annotations.get(name).and_then(|text| bits(text));
-    let mut bandwidth = Map::new();
-    for (annotation, key) in [
-        ("kubernetes.io/ingress-bandwidth", "ingress"),
-        ("kubernetes.io/egress-bandwidth", "egress"),
-    ] {
-        if let Some(rate) = rate(annotation) {
-            bandwidth.insert(format!("{key}Rate"), json!(rate));
-            // As much as one second may burst: what the kubelet's own shaping gave.
-            bandwidth.insert(format!("{key}Burst"), json!(rate.min(u64::from(u32::MAX))));
-        }
-    }
-    if !bandwidth.is_empty() {
-        capabilities.insert("bandwidth".to_owned(), Value::Object(bandwidth));
-    }
-    capabilities.insert("io.kubernetes.cri.pod-annotations".to_owned(), json!(sandbox.annotations));
-    capabilities
+    Value::Object(input)
 }
 
-/// A Kubernetes quantity such as `10M`, in bits per second.
-fn bits(text: &str) -> Option<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match &text[digits.len()..] {
-        "" => 1,
-        "k" => 1_000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        _ => return None,
-    };
-    digits.parse::<u64>().ok()?.checked_mul(unit)
+/// What a plugin reads for STATUS.
+pub(crate) fn plan_status_input(network: &NetworkList, plugin: &Map<String, Value>) -> Value {
+    Value::Object(base(network, plugin))
 }
 
-/// The pod's addresses in a result of any version.
-pub(crate) fn read_ips(result: &Value) -> Vec<std::net::IpAddr> {
-    let address = |text: &Value| text.as_str()?.split('/').next()?.parse().ok();
-    let interfaces = result.get("interfaces").and_then(Value::as_array);
-    let in_pod = |ip: &Value| {
-        let at = ip.get("interface").and_then(Value::as_u64);
-        match (at.and_then(|at| usize::try_from(at).ok()), interfaces) {
-            (Some(at), Some(interfaces)) => interfaces
-                .get(at)
-                .and_then(|interface| interface.get("sandbox")?.as_str())
-                .is_some_and(|sandbox| !sandbox.is_empty()),
-            _ => true,
-        }
-    };
-    let mut ips: Vec<_> = result
-        .get("ips")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .filter(|ip| in_pod(ip))
-        .filter_map(|ip| address(ip.get("address")?))
-        .collect();
-    // Version 0.2 and before.
-    ips.extend(["ip4", "ip6"].iter().filter_map(|key| address(result.get(key)?.get("ip")?)));
-    ips
+fn base(network: &NetworkList, plugin: &Map<String, Value>) -> Map<String, Value> {
+    let mut input = plugin.clone();
+    input.remove("capabilities");
+    input.insert("name".to_owned(), json!(network.name));
+    input.insert("cniVersion".to_owned(), json!(network.cni_version));
+    input
 }
 
-/// The network of a folder: the first file, by name, that can be used. None when there is no file.
-///
-/// # Errors
-/// [`NetworkError::CniConfig`] when there are files, but none can be used.
-pub(crate) fn read_folder(folder: &Path) -> Result<Option<NetworkList>, NetworkError> {
-    let fail = |path: PathBuf, reason: String| NetworkError::CniConfig { path, reason };
-    let mut failure = None;
-    for path in list(folder).map_err(|error| fail(folder.to_owned(), error.to_string()))? {
-        let read = fs::read_to_string(&path)
-            .map_err(|error| error.to_string())
-            .and_then(|text| NetworkList::parse(&text));
-        match read {
-            Ok(network) => return Ok(Some(network)),
-            Err(reason) => {
-                tracing::warn!(path = %path.display(), reason, "CNI configuration left out");
-                failure.get_or_insert_with(|| fail(path, reason));
-            }
-        }
-    }
-    failure.map_or(Ok(None), Err)
-}
-
-/// The configuration files of a folder, by name.
-pub(crate) fn list(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let mut paths: Vec<_> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| {
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            matches!(extension, Some("conf" | "conflist" | "json"))
-        })
-        .collect();
-    paths.sort();
-    Ok(paths)
+#[cfg(test)]
+pub(crate) fn list(text: &str) -> Result<NetworkList, String> {
+    File::parse(text)?.finish(&[])
 }
 
 #[cfg(test)]
@@ -229,30 +225,72 @@ mod tests {
 
     #[test]
     fn lists_and_single_plugins_are_read() {
-        let list = NetworkList::parse(
+        let network = list(
             r#"{"cniVersion":"1.0.0","name":"n","plugins":[{"type":"bridge"},{"type":"portmap"}]}"#,
         )
         .unwrap();
-        assert_eq!((list.plugins.len(), list.knows_check()), (2, true));
-        let one = NetworkList::parse(r#"{"cniVersion":"0.3.1","name":"n","type":"ptp"}"#).unwrap();
-        assert_eq!((one.plugins.len(), one.knows_check()), (1, false));
+        assert_eq!((network.plugins.len(), network.knows(Version::CHECK)), (2, true));
+        assert!(!network.knows(Version::GC));
+        let one = list(r#"{"cniVersion":"0.3.1","name":"n","type":"ptp"}"#).unwrap();
+        assert_eq!((one.plugins.len(), one.knows(Version::CHECK)), (1, false));
+        let none = list(r#"{"name":"n","type":"ptp"}"#).unwrap();
+        assert_eq!(none.cni_version, "0.1.0");
         for (text, want) in [
             ("{", "EOF"),
+            ("[]", "map"),
             (r#"{"plugins":[]}"#, "no name"),
             (r#"{"name":"../x","type":"y"}"#, "network name"),
+            (r#"{"name":7,"type":"y"}"#, "network name"),
             (r#"{"name":"n","plugins":[]}"#, "no plugins"),
+            (r#"{"name":"n","plugins":{}}"#, "no list"),
+            (r#"{"name":"n","plugins":[7]}"#, "no object"),
+            (r#"{"name":"n"}"#, "no plugins"),
             (r#"{"name":"n","plugins":[{}]}"#, "no valid type"),
             (r#"{"name":"n","type":"../../bin/sh"}"#, "no valid type"),
+            (r#"{"name":"n","type":"t","cniVersion":1}"#, "no text"),
+            (r#"{"name":"n","type":"t","cniVersion":"7.0.0"}"#, "newer than"),
+            (r#"{"name":"n","type":"t","cniVersions":[1]}"#, "list of texts"),
+            (r#"{"name":"n","type":"t","disableCheck":1}"#, "disableCheck"),
+            (r#"{"name":"n","type":"t","disableGC":"yes"}"#, "disableGC"),
+            (r#"{"name":"n","loadOnlyInlinedPlugins":true}"#, "loadOnlyInlinedPlugins"),
         ] {
-            let error = NetworkList::parse(text).unwrap_err();
+            let error = list(text).unwrap_err();
             assert!(error.contains(want), "{text}: {error}");
         }
     }
 
     #[test]
+    fn one_of_several_versions_is_chosen() {
+        let network = list(
+            r#"{"cniVersion":"0.4.0","cniVersions":["1.0.0","1.1.0","9.9.9"],"name":"n",
+                "disableGC":"TRUE","disableCheck":true,"plugins":[{"type":"a"}]}"#,
+        )
+        .unwrap();
+        assert_eq!(network.cni_version, "1.1.0");
+        assert_eq!(network.choices, ["1.1.0", "1.0.0", "0.4.0"]);
+        assert!(network.disable_gc && network.disable_check && network.knows(Version::GC));
+    }
+
+    #[test]
+    fn a_folder_continues_the_list_unless_it_may_not() {
+        let folder = |text: &str| vec![(Path::new("/f/10-a.conf"), text.to_owned())];
+        let file = File::parse(r#"{"cniVersion":"1.1.0","name":"n"}"#).unwrap();
+        assert_eq!(file.folder(), Some("n"));
+        assert_eq!(kind(&file.finish(&folder(r#"{"type":"a"}"#)).unwrap().plugins[0]), "a");
+        let text = r#"{"cniVersion":"1.1.0","name":"n","plugins":[{"type":"x"}]}"#;
+        let file = File::parse(text).unwrap();
+        assert_eq!(file.finish(&folder(r#"{"type":"a"}"#)).unwrap().plugins.len(), 2);
+        let error = File::parse(text).unwrap().finish(&folder("{}")).unwrap_err();
+        assert!(error.contains("/f/10-a.conf") && error.contains("no valid type"), "{error}");
+        let text = r#"{"name":"n","loadOnlyInlinedPlugins":true,"plugins":[{"type":"x"}]}"#;
+        assert_eq!(File::parse(text).unwrap().folder(), None);
+        assert_eq!(File::parse(r#"{"name":"n","type":"x"}"#).unwrap().folder(), None);
+    }
+
+    #[test]
     fn plugins_get_what_they_ask_for() {
-        let network = NetworkList::parse(
-            r#"{"cniVersion":"1.0.0","name":"n","plugins":[
+        let network = list(
+            r#"{"cniVersion":"1.1.0","name":"n","plugins":[
                 {"type":"a","capabilities":{"portMappings":true,"bandwidth":false}},{"type":"b"}]}"#,
         )
         .unwrap();
@@ -262,27 +300,22 @@ mod tests {
         let previous = json!({"ips": []});
         assert_eq!(
             plan_input(&network, &network.plugins[0], &capabilities, Some(&previous)),
-            json!({"type": "a", "name": "n", "cniVersion": "1.0.0",
+            json!({"type": "a", "name": "n", "cniVersion": "1.1.0",
                 "runtimeConfig": {"portMappings": [1]}, "prevResult": {"ips": []}})
         );
         assert_eq!(
             plan_input(&network, &network.plugins[1], &capabilities, None),
-            json!({"type": "b", "name": "n", "cniVersion": "1.0.0"})
+            json!({"type": "b", "name": "n", "cniVersion": "1.1.0"})
         );
-    }
-
-    #[test]
-    fn addresses_are_read_from_every_version() {
-        let result = json!({
-            "interfaces": [{"name": "br"}, {"name": "eth0", "sandbox": "/ns"}],
-            "ips": [{"address": "10.0.0.1/24", "interface": 0},
-                {"address": "10.0.0.2/24", "interface": 1}, {"address": "fd00::2/64"}]});
-        let ips: Vec<_> = read_ips(&result).iter().map(ToString::to_string).collect();
-        assert_eq!(ips, ["10.0.0.2", "fd00::2"]);
-        let old = json!({"ip4": {"ip": "10.0.0.3/24"}});
-        assert_eq!(read_ips(&old).len(), 1);
-        assert!(read_ips(&json!(null)).is_empty());
-        assert_eq!(bits("10M"), Some(10_000_000));
-        assert_eq!(bits("x"), None);
+        assert_eq!(
+            plan_status_input(&network, &network.plugins[0]),
+            json!({"type": "a", "name": "n", "cniVersion": "1.1.0"})
+        );
+        let valid = json!([{"containerID": "c", "ifname": "eth0"}]);
+        assert_eq!(
+            plan_gc_input(&network, &network.plugins[1], &[("c".to_owned(), "eth0".to_owned())]),
+            json!({"type": "b", "name": "n", "cniVersion": "1.1.0",
+                "cni.dev/valid-attachments": valid, "cni.dev/attachments": valid})
+        );
     }
 }
