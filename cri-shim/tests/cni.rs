@@ -623,3 +623,62 @@ fn a_failing_plugin_says_why_and_leaves_nothing() {
     let error = host.setup(&network, &sandbox).unwrap_err().to_string();
     assert!(error.contains("absent") && error.contains("not found"), "{error}");
 }
+
+/// Prints what a sandbox's network costs, built in and by Debian's bridge plugin: wall time of one
+/// after the other, and processor time of this process and its children.
+#[test]
+#[ignore = "a measurement: cargo test --release -p cri-shim --test cni -- --ignored --nocapture cost"]
+fn what_connecting_costs() {
+    use nix::sys::resource::{UsageWho, getrusage};
+    use std::time::Instant;
+
+    const PODS: usize = 40;
+    let processor = || {
+        let of = |who| {
+            let usage = getrusage(who).unwrap();
+            let (user, system) = (usage.user_time(), usage.system_time());
+            (user.tv_sec() + system.tv_sec()) * 1_000_000 + user.tv_usec() + system.tv_usec()
+        };
+        of(UsageWho::RUSAGE_SELF) + of(UsageWho::RUSAGE_CHILDREN)
+    };
+    let row = |what: &str, work: &mut dyn FnMut(usize)| {
+        let mut times: Vec<Duration> = Vec::new();
+        let before = processor();
+        for n in 0..PODS {
+            let started = Instant::now();
+            work(n);
+            times.push(started.elapsed());
+        }
+        times.sort();
+        let cpu = (processor() - before) / PODS as i64;
+        println!(
+            "{what:32} p50 {:>9.3?}  p95 {:>9.3?}  processor {cpu} us",
+            times[PODS / 2],
+            times[PODS * 95 / 100]
+        );
+    };
+    let measure = |host: &Host, network: &Arc<dyn Network>, what: &str| {
+        let ports = vec![port(Protocol::Tcp, None, 8000, 80)];
+        host.setup(network, &host.sandbox("warm", vec![])).unwrap();
+        let mut pods = Vec::new();
+        row(&format!("{what}: netns"), &mut |n| pods.push(host.sandbox(&format!("p{n}"), vec![])));
+        row(&format!("{what}: connect"), &mut |n| drop(host.setup(network, &pods[n]).unwrap()));
+        row(&format!("{what}: disconnect"), &mut |n| host.teardown(network, &pods[n].id).unwrap());
+        row(&format!("{what}: netns away"), &mut |n| netns::delete(&pods[n].netns).unwrap());
+        let mut pod = host.sandbox("ports", ports.clone());
+        row(&format!("{what}: both, with a host port"), &mut |n| {
+            pod.id = format!("q{n}");
+            host.setup(network, &pod).unwrap();
+            host.teardown(network, &pod.id).unwrap();
+        });
+    };
+    let host = Host::new();
+    measure(&host, &host.open(), "built in");
+    let ipam = host_local(&host, &["10.77.0.0/24", "fd00:77::/64"]);
+    let network = debian(
+        &host,
+        json!([{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "ipam": ipam},
+            {"type": "portmap", "capabilities": {"portMappings": true}}]),
+    );
+    measure(&host, &network, "bridge + portmap");
+}

@@ -75,7 +75,7 @@ impl Shim {
         });
         let metadata = sandbox.metadata();
         json!({
-            "pid": pid.or(sandbox.init).unwrap_or_default(),
+            "pid": pid.unwrap_or_default(),
             "processStatus": if sandbox.is_ready() { "running" } else { "deleted" },
             "netNamespaceClosed": netns.as_ref().is_some_and(|path| !crate::network::netns::exists(path)),
             "image": "",

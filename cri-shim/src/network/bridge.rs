@@ -8,7 +8,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -23,6 +27,9 @@ use super::{
     ports::{check_ports, lasting, plan_add, plan_remove, plan_table, stale_after, stale_before},
     records::{self, Kind, Record, Records},
 };
+
+/// By when an address that is being given back is looked for again.
+const FREED_IN: Duration = Duration::from_secs(1);
 
 /// What the bridges and CNI share: all records.
 pub(crate) struct Shared {
@@ -58,6 +65,10 @@ pub(crate) struct Bridge {
     state: Mutex<State>,
     /// The kernel's tables; blocking, but its calls take microseconds.
     nft: Mutex<Option<nft::Client>>,
+    /// An address was given back.
+    freed: tokio::sync::Notify,
+    /// How many sandboxes are just being taken away.
+    pub(crate) leaving: AtomicUsize,
     /// Held while the bridge and the table are made.
     making: tokio::sync::Mutex<Option<Bridged>>,
 }
@@ -90,6 +101,8 @@ impl Bridge {
             cursor_path,
             state: Mutex::new(state),
             nft: Mutex::new(None),
+            freed: tokio::sync::Notify::new(),
+            leaving: AtomicUsize::new(0),
             making: tokio::sync::Mutex::new(None),
         })
     }
@@ -109,7 +122,16 @@ impl Bridge {
         let made = self.ensure().await;
         self.state().failure = made.as_ref().err().map(ToString::to_string);
         let bridge = made?;
-        let (mut record, gateways) = self.reserve(sandbox)?;
+        let (mut record, gateways) = loop {
+            let freed = self.freed.notified();
+            match self.reserve(sandbox) {
+                // One that is just being taken away gives its address back.
+                Err(NetworkError::Exhausted { .. }) if self.leaving.load(Ordering::Relaxed) > 0 => {
+                    let _ = tokio::time::timeout(FREED_IN, freed).await;
+                }
+                other => break other?,
+            }
+        };
         let addresses: Vec<_> = record.ips.iter().copied().zip(gateways).collect();
         let connected = self.connect(bridge, sandbox, &addresses, &record).await;
         if let Err(error) = connected {
@@ -236,25 +258,36 @@ impl Bridge {
 
     /// Takes a sandbox's ports, link, addresses and record away, as far as they are there.
     pub(crate) async fn teardown(&self, record: &Record) -> Result<(), NetworkError> {
-        let mut failures = Vec::new();
-        if !record.ports().is_empty() {
-            failures.extend(self.close_ports(record).err());
-            self.forget_flows(record, stale_after);
+        self.close(record)?;
+        self.finish(record).await
+    }
+
+    /// Closes a sandbox's ports: from here on another one may have them.
+    pub(crate) fn close(&self, record: &Record) -> Result<(), NetworkError> {
+        if record.ports().is_empty() {
+            return Ok(());
         }
+        self.close_ports(record)?;
+        self.forget_flows(record, stale_after);
+        let mut closed = record.clone();
+        if let Kind::Bridge { ports, .. } = &mut closed.kind {
+            ports.clear();
+        }
+        closed.ready = false;
+        self.shared.put(closed)
+    }
+
+    /// Takes the rest away. That takes the kernel some 20 ms, in which nothing but its own clocks
+    /// is waited for.
+    pub(crate) async fn finish(&self, record: &Record) -> Result<(), NetworkError> {
         if let Kind::Bridge { veth, bandwidth, .. } = &record.kind {
-            if bandwidth.egress.is_some() {
-                failures.extend(self.links.remove(&ifb_name(veth)).await.err());
-            }
-            failures.extend(self.links.remove(veth).await.err());
+            let ifb = bandwidth.egress.map(|_| ifb_name(veth));
+            let links = ifb.iter().chain([veth]).map(|link| self.links.remove(link));
+            futures::future::try_join_all(links).await?;
         }
-        if failures.is_empty() {
-            failures.extend(self.shared.forget(&record.id).err());
-        }
-        match failures.len() {
-            0 => Ok(()),
-            1 => Err(failures.remove(0)),
-            _ => Err(NetworkError::Several(failures)),
-        }
+        let forgotten = self.shared.forget(&record.id);
+        self.freed.notify_waiters();
+        forgotten
     }
 
     /// Removes links that belong to no record, and writes the rules anew.

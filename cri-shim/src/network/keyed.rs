@@ -13,17 +13,17 @@ type Locks = HashMap<String, Arc<tokio::sync::Mutex<()>>>;
 pub(super) struct Keyed(Mutex<Locks>);
 
 /// A held lock.
-pub(super) struct Held<'a> {
-    keyed: &'a Keyed,
+pub(super) struct Held {
+    keyed: Arc<Keyed>,
     name: String,
     guard: Option<OwnedMutexGuard<()>>,
 }
 
 impl Keyed {
-    pub(super) async fn lock(&self, name: &str) -> Held<'_> {
+    pub(super) async fn lock(self: &Arc<Self>, name: &str) -> Held {
         let lock = Arc::clone(self.locks().entry(name.to_owned()).or_default());
         // Counted from here on, so that a wait that is given up forgets its entry, too.
-        let mut held = Held { keyed: self, name: name.to_owned(), guard: None };
+        let mut held = Held { keyed: Arc::clone(self), name: name.to_owned(), guard: None };
         held.guard = Some(lock.lock_owned().await);
         held
     }
@@ -33,7 +33,7 @@ impl Keyed {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         let mut locks = self.keyed.locks();
         self.guard = None;
@@ -49,7 +49,7 @@ mod tests {
 
     #[tokio::test]
     async fn names_wait_for_themselves_only_and_are_forgotten() {
-        let keyed = Keyed::default();
+        let keyed = Arc::new(Keyed::default());
         let first = keyed.lock("a").await;
         let other = keyed.lock("b").await;
         let mut again = Box::pin(keyed.lock("a"));

@@ -183,7 +183,8 @@ pub trait Network: Send + Sync {
     async fn setup(&self, sandbox: &SandboxNetwork) -> Result<NetworkResult, NetworkError>;
     /// Takes away all that `setup` made for sandbox `id`; nothing to do is a success. The netns
     /// itself is the caller's ([`netns::delete`]) and may be gone already. After a failure it is
-    /// tried again by itself, until it is done or `setup` is called for the sandbox.
+    /// tried again by itself, until it is done or `setup` is called for the sandbox. The built-in
+    /// network's link may go a little later; its address and its record stay until it has.
     async fn teardown(&self, id: &str) -> Result<(), NetworkError>;
     /// Whether a sandbox could be connected now; the text is the CRI's `NetworkReady` message.
     async fn status(&self) -> Result<(), String>;

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::Path,
     thread,
 };
@@ -21,7 +21,7 @@ use nix::{
 use super::{NetworkError, sys};
 
 /// Makes a network namespace with its loopback up and pins it at `path`. One that is there already
-/// is kept. Blocks for about a millisecond.
+/// is kept. Blocks for a millisecond or two when none was made ahead.
 ///
 /// # Errors
 /// [`NetworkError::Io`]; nothing is left behind then.
@@ -39,17 +39,83 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(fail("create network namespace file")(error)),
     }
-    let made = in_thread(|| {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-        sys::loopback_up()?;
-        mount(Some("/proc/thread-self/ns/net"), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+    let made = spare::take().map_or_else(make, Ok).and_then(|namespace| {
+        let source = format!("/proc/thread-self/fd/{}", namespace.as_raw_fd());
+        mount(Some(source.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
             .map_err(io::Error::from)
-    })
-    .and_then(|made| made);
+    });
     made.map_err(|error| {
         let _ = fs::remove_file(path);
         fail("create network namespace")(error)
     })
+}
+
+/// Makes a network namespace that lives as long as its descriptor.
+fn make() -> io::Result<File> {
+    in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
+        sys::loopback_up()?;
+        File::open("/proc/thread-self/ns/net")
+    })
+    .and_then(|made| made)
+}
+
+/// Namespaces made ahead, as making one takes a millisecond and more. They are mere descriptors:
+/// the end of this process is theirs.
+mod spare {
+    use std::{
+        fs::File,
+        sync::{Mutex, MutexGuard, PoisonError},
+        thread,
+        time::Duration,
+    };
+
+    /// How many are kept. More would help few: pods that start together outrun any number.
+    const KEPT: usize = 2;
+    /// After what time one is made again: what it was taken for is done by then, and needs the
+    /// kernel's locks itself.
+    const LATER: Duration = Duration::from_millis(50);
+
+    #[derive(Default)]
+    struct Spare {
+        made: Vec<File>,
+        making: bool,
+    }
+
+    fn spare() -> MutexGuard<'static, Spare> {
+        static SPARE: Mutex<Spare> = Mutex::new(Spare { made: Vec::new(), making: false });
+        SPARE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One that is there already.
+    pub(super) fn take() -> Option<File> {
+        let mut spare = spare();
+        let taken = spare.made.pop();
+        if !spare.making {
+            let started = thread::Builder::new()
+                .name("netns-spare".to_owned())
+                .stack_size(64 * 1024)
+                .spawn(fill);
+            spare.making = started.is_ok();
+        }
+        taken
+    }
+
+    #[allow(clippy::disallowed_methods, reason = "a thread of its own, which nobody waits for")]
+    fn fill() {
+        loop {
+            thread::sleep(LATER);
+            let made = super::make();
+            let mut spare = spare();
+            // A failure is for the next to meet, which tells it.
+            let failed = made.is_err();
+            spare.made.extend(made);
+            if failed || spare.made.len() >= KEPT {
+                spare.making = false;
+                return;
+            }
+        }
+    }
 }
 
 /// Whether a namespace is pinned at `path`.
@@ -132,6 +198,18 @@ mod tests {
         .unwrap();
         assert_ne!(own, inside.0);
         assert!(inside.1.unwrap());
+        // Those made ahead are as good, and each pod's own.
+        let more: Vec<_> = (0..4).map(|n| folder.path().join(format!("more{n}"))).collect();
+        let mut seen = std::collections::BTreeSet::from([own.clone(), inside.0]);
+        for path in &more {
+            create(path).unwrap();
+            let (name, up) = within(path, || {
+                (fs::read_link("/proc/thread-self/ns/net").unwrap(), sys::loopback_is_up())
+            })
+            .unwrap();
+            assert!(up.unwrap() && seen.insert(name));
+            delete(path).unwrap();
+        }
         assert_eq!(own, fs::read_link("/proc/thread-self/ns/net").unwrap());
         delete(&path).unwrap();
         delete(&path).unwrap();

@@ -45,7 +45,7 @@ pub fn open(config: NetworkConfig) -> Result<Arc<dyn Network>, NetworkError> {
         bridge,
         cni,
         cidrs: Mutex::default(),
-        sandboxes: Keyed::default(),
+        sandboxes: Arc::default(),
         gone: Mutex::default(),
         collect: AtomicBool::default(),
         at_once: AtomicBool::default(),
@@ -74,7 +74,7 @@ struct Inner {
     /// Blocks that came since the last setup.
     cidrs: Mutex<Option<Vec<Cidr>>>,
     /// Setup and teardown of one sandbox never overlap.
-    sandboxes: Keyed,
+    sandboxes: Arc<Keyed>,
     /// Sandboxes whose teardown failed.
     gone: Mutex<BTreeSet<String>>,
     /// The plugins are to collect garbage.
@@ -206,8 +206,26 @@ impl Network for NodeNetwork {
     }
 
     async fn teardown(&self, id: &str) -> Result<(), NetworkError> {
-        let _alone = self.inner.sandboxes.lock(id).await;
-        self.inner.teardown(id).await
+        let alone = self.inner.sandboxes.lock(id).await;
+        let record = self.inner.record(id);
+        match record.filter(|record| matches!(record.kind, Kind::Bridge { .. })) {
+            None => self.inner.teardown(id).await,
+            Some(record) => {
+                let done = self.inner.bridge.close(&record);
+                let inner = Arc::clone(&self.inner);
+                inner.bridge.leaving.fetch_add(1, Ordering::Relaxed);
+                // Nobody needs to see the link go; until it has, its address is not given away.
+                tokio::spawn(async move {
+                    let _alone = alone;
+                    if let Err(error) = inner.teardown(&record.id).await {
+                        tracing::warn!(sandbox = record.id, %error,
+                            "removing a sandbox's network failed and is tried again");
+                    }
+                    inner.bridge.leaving.fetch_sub(1, Ordering::Relaxed);
+                });
+                done
+            }
+        }
     }
 
     async fn status(&self) -> Result<(), String> {

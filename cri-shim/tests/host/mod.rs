@@ -143,6 +143,13 @@ impl Host {
         folder.into_iter().flatten().count()
     }
 
+    /// Waits until the built-in network is rid of what was torn down.
+    pub fn settled(&self, links: usize, records: usize) {
+        eventually("what was torn down is gone", || {
+            self.pod_links() == links && self.records() == records
+        });
+    }
+
     pub fn status(&self, network: &Arc<dyn Network>) -> Result<(), String> {
         self.runtime.block_on(network.status())
     }
