@@ -467,3 +467,46 @@ fn a_crash_at_any_moment_leaves_nothing() {
         assert_eq!(host.setup(&network, &kept).unwrap(), ips, "round {round}");
     }
 }
+
+/// Runs iptables; what it prints.
+fn iptables(args: &str) -> String {
+    let output = Command::new("iptables").args(args.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn pods_pass_another_firewall_that_drops_what_is_forwarded() {
+    let host = Host::new();
+    // As Docker leaves it, with a rule of the operator's.
+    iptables("-P FORWARD DROP");
+    iptables("-A FORWARD -p tcp --dport 81 -j REJECT");
+    nft("add table inet mine");
+    nft("add chain inet mine forward { type filter hook forward priority 5 ; policy drop ; }");
+    let network = host.open();
+    let (a, b) =
+        (host.sandbox("a", vec![port(Protocol::Tcp, None, 8080, 80)]), host.sandbox("b", vec![]));
+    host.setup(&network, &a).unwrap();
+    host.setup(&network, &b).unwrap();
+    for port in [80, 81] {
+        serve(&a.netns, port);
+    }
+    assert!(call(Some(&b.netns), "10.88.0.2:80").is_err(), "the operator's table is left alone");
+    nft("delete table inet mine");
+    call(Some(&b.netns), "10.88.0.2:80").unwrap();
+    call(Some(&host.outside()), "192.0.2.1:8080").unwrap();
+    assert!(call(Some(&b.netns), "10.88.0.2:81").is_err(), "what a rule refuses stays refused");
+    let rules = iptables("-S FORWARD");
+    for way in ["-i longshore0", "-o longshore0"] {
+        assert!(rules.lines().any(|rule| rule.contains(way) && rule.contains("ACCEPT")), "{rules}");
+    }
+    // Once, however often the network is opened, and gone with it.
+    drop(network);
+    let network = host.open();
+    host.collect(&network, &["a", "b"]);
+    assert_eq!(iptables("-S FORWARD"), rules);
+    let failures =
+        host.runtime.block_on(network::cleanup("longshore0", &host.folder.path().join("none")));
+    assert!(failures.is_empty(), "{failures:?}");
+    assert!(!iptables("-S FORWARD").contains("longshore0"));
+}

@@ -89,4 +89,17 @@ mod tests {
             "search default.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n"
         );
     }
+
+    #[test]
+    fn dns_of_the_network_is_for_sandboxes_without_their_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let dns = Dns { servers: vec!["10.9.0.1".into()], ..Dns::default() };
+        let read = || fs::read_to_string(folder.path().join("resolv.conf")).unwrap_or_default();
+        let own = api::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() };
+        let with = api::PodSandboxConfig { dns_config: Some(own), ..Default::default() };
+        take_dns(folder.path(), &with, &dns).unwrap();
+        assert_eq!(read(), "");
+        take_dns(folder.path(), &api::PodSandboxConfig::default(), &dns).unwrap();
+        assert_eq!(read(), "nameserver 10.9.0.1\n");
+    }
 }

@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -22,11 +22,14 @@ use super::{
     Cidr, NetworkConfig, NetworkError, NetworkResult, Protocol, SandboxNetwork,
     allocate::{Cursors, allocate, gateway},
     bandwidth::Bandwidth,
-    cni,
+    cni, forward,
     links::{Bridged, IFB_PREFIX, Links, VETH_PREFIX, has_ipv6, mac_for},
     ports::{check_ports, lasting, plan_add, plan_remove, plan_table, stale_after, stale_before},
     records::{self, Kind, Record, Records},
 };
+
+/// How long the host's other firewalls are not looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
 /// By when an address that is being given back is looked for again.
 const FREED_IN: Duration = Duration::from_secs(1);
@@ -65,12 +68,20 @@ pub(crate) struct Bridge {
     state: Mutex<State>,
     /// The kernel's tables; blocking, but its calls take microseconds.
     nft: Mutex<Option<nft::Client>>,
+    forwards: Mutex<Forwards>,
     /// An address was given back.
     freed: tokio::sync::Notify,
     /// How many sandboxes are just being taken away.
     pub(crate) leaving: AtomicUsize,
     /// Held while the bridge and the table are made.
     making: tokio::sync::Mutex<Option<Bridged>>,
+}
+
+/// When other firewalls were looked at, and what was said of them.
+#[derive(Default)]
+struct Forwards {
+    looked: Option<Instant>,
+    said: Option<String>,
 }
 
 struct State {
@@ -101,6 +112,7 @@ impl Bridge {
             cursor_path,
             state: Mutex::new(state),
             nft: Mutex::new(None),
+            forwards: Mutex::default(),
             freed: tokio::sync::Notify::new(),
             leaving: AtomicUsize::new(0),
             making: tokio::sync::Mutex::new(None),
@@ -315,7 +327,26 @@ impl Bridge {
         self.ensure_anew().await.map(drop)
     }
 
+    /// Has other firewalls of the host forward what pods send and get, also those that came since.
+    fn let_through(&self) {
+        let mut last = self.forwards.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.looked.is_some_and(|when| when.elapsed() < LOOK_AGAIN) {
+            return;
+        }
+        last.looked = Some(Instant::now());
+        let said = forward::accept(&self.name).err();
+        if said != last.said
+            && let Some(reason) = &said
+        {
+            tracing::warn!(reason, "a firewall of this host may stop pods' traffic");
+        }
+        last.said = said;
+    }
+
     pub(crate) fn status(&self) -> Result<(), String> {
+        if self.making.try_lock().is_ok_and(|made| made.is_some()) {
+            self.let_through();
+        }
         self.state().failure.clone().map_or(Ok(()), Err)
     }
 
@@ -341,6 +372,7 @@ impl Bridge {
         let cidrs = self.all_cidrs();
         let bridge = self.links.ensure_bridge(&self.name, &cidrs, self.mtu).await?;
         self.write_table(&cidrs)?;
+        self.let_through();
         *making = Some(bridge);
         Ok(bridge)
     }

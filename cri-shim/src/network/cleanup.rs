@@ -28,6 +28,7 @@ pub async fn cleanup(bridge: &str, netns_dir: &Path) -> Vec<String> {
         transaction.ensure_no_table();
         Client::new().and_then(|mut client| client.apply(&transaction))
     });
+    failures.extend(tokio::task::spawn_blocking(super::forward::remove).await.unwrap_or_default());
     match removed.await {
         Ok(Ok(())) => {}
         // A kernel without nf_tables has none of ours.

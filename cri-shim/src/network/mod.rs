@@ -10,6 +10,7 @@ mod cidr;
 mod cleanup;
 mod cni;
 mod error;
+mod forward;
 mod keyed;
 mod links;
 pub mod netns;

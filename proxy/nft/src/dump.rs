@@ -122,6 +122,40 @@ impl Client {
         Ok(tables.into_inner())
     }
 
+    /// Chains of whatever table that drop what is forwarded and no rule of theirs decided about:
+    /// what one table accepts goes on to the others.
+    ///
+    /// # Errors
+    /// If the kernel cannot be read.
+    pub fn dropping_forwards(&mut self) -> Result<Vec<(Table, String)>, Error> {
+        const FORWARD: u32 = 2;
+        const DROP: u32 = 0;
+        let mut found = Vec::new();
+        for family in [crate::Family::Ip, crate::Family::Ip6, crate::Family::Inet] {
+            let more = std::cell::RefCell::new(Vec::new());
+            self.dump(
+                msg::GETCHAIN,
+                family,
+                "chains",
+                |_| {},
+                || more.borrow_mut().clear(),
+                |message| {
+                    let attributes = message.attributes();
+                    if is(message, msg::NEWCHAIN)
+                        && attributes.nested(4).u32(1) == Some(FORWARD)
+                        && attributes.u32(5) == Some(DROP)
+                        && let (Some(table), Some(chain)) =
+                            (attributes.string(1), attributes.string(3))
+                    {
+                        more.borrow_mut().push((Table { family, name: table }, chain));
+                    }
+                },
+            )?;
+            found.append(&mut more.into_inner());
+        }
+        Ok(found)
+    }
+
     /// Chains, rules and sets of `table`; `None` if it is not there.
     ///
     /// # Errors
