@@ -115,7 +115,7 @@ impl Shim {
             if host_network {
                 return Ok(None);
             }
-            let request = sandbox_network(id, &config, netns);
+            let request = sandbox_network(id, &config, netns)?;
             let result = self.network.setup(&request).await;
             result.map(Some).map_err(|e| internal("setting up the pod's network", e))
         };
@@ -224,25 +224,15 @@ fn mount_shm(path: &std::path::Path) -> Result<(), Status> {
     .map_err(|e| internal("mounting the sandbox's /dev/shm", e))
 }
 
-fn sandbox_network(id: &str, config: &api::PodSandboxConfig, netns: PathBuf) -> SandboxNetwork {
+fn sandbox_network(
+    id: &str,
+    config: &api::PodSandboxConfig,
+    netns: PathBuf,
+) -> Result<SandboxNetwork, Status> {
     let metadata = config.metadata.clone().unwrap_or_default();
-    let port_mappings = config
-        .port_mappings
-        .iter()
-        .filter_map(|port| {
-            Some(PortMapping {
-                protocol: match port.protocol() {
-                    api::Protocol::Tcp => Protocol::Tcp,
-                    api::Protocol::Udp => Protocol::Udp,
-                    api::Protocol::Sctp => Protocol::Sctp,
-                },
-                host_ip: port.host_ip.parse().ok(),
-                host_port: u16::try_from(port.host_port).ok().filter(|p| *p > 0)?,
-                container_port: u16::try_from(port.container_port).ok()?,
-            })
-        })
-        .collect();
-    SandboxNetwork {
+    let used = config.port_mappings.iter().filter(|port| port.host_port > 0);
+    let port_mappings = used.map(port_mapping).collect::<Result<_, _>>()?;
+    Ok(SandboxNetwork {
         id: id.to_owned(),
         netns,
         namespace: metadata.namespace,
@@ -256,5 +246,60 @@ fn sandbox_network(id: &str, config: &api::PodSandboxConfig, netns: PathBuf) -> 
         }),
         port_mappings,
         annotations: config.annotations.clone().into_iter().collect::<BTreeMap<_, _>>(),
+    })
+}
+
+/// A host port. What is none is refused: left out, or opened on all addresses, it would be another
+/// pod than was asked for.
+fn port_mapping(port: &api::PortMapping) -> Result<PortMapping, Status> {
+    let bad = |what: &str| {
+        let api::PortMapping { host_ip, host_port, container_port, .. } = port;
+        Status::invalid_argument(format!(
+            "host port {host_port} on {host_ip:?} to container port {container_port}: {what}"
+        ))
+    };
+    let number = |port: i32| u16::try_from(port).ok().filter(|port| *port > 0);
+    Ok(PortMapping {
+        protocol: match api::Protocol::try_from(port.protocol) {
+            Ok(api::Protocol::Tcp) => Protocol::Tcp,
+            Ok(api::Protocol::Udp) => Protocol::Udp,
+            Ok(api::Protocol::Sctp) => Protocol::Sctp,
+            Err(_) => return Err(bad("the protocol is not known")),
+        },
+        host_ip: match port.host_ip.as_str() {
+            "" => None,
+            text => Some(text.parse().map_err(|_| bad("the host's address is none"))?),
+        },
+        host_port: number(port.host_port).ok_or_else(|| bad("ports are between 1 and 65535"))?,
+        container_port: number(port.container_port)
+            .ok_or_else(|| bad("ports are between 1 and 65535"))?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_ports_that_are_none_are_refused_not_widened() {
+        let port = |host_ip: &str, host_port, container_port| api::PortMapping {
+            protocol: api::Protocol::Udp as i32,
+            host_ip: host_ip.to_owned(),
+            host_port,
+            container_port,
+        };
+        let good = port_mapping(&port("::1", 80, 8080)).unwrap();
+        assert_eq!((good.host_ip, good.container_port), ("::1".parse().ok(), 8080));
+        assert_eq!(port_mapping(&port("", 80, 8080)).unwrap().host_ip, None);
+        for bad in [port("localhost", 80, 80), port("", 70_000, 80), port("", 80, 0)] {
+            let error = port_mapping(&bad).unwrap_err();
+            assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
+        }
+        let config = api::PodSandboxConfig {
+            port_mappings: vec![port("", 0, 80), port("", 81, 81)],
+            ..Default::default()
+        };
+        let network = sandbox_network("id", &config, PathBuf::new()).unwrap();
+        assert_eq!(network.port_mappings.len(), 1);
     }
 }

@@ -17,6 +17,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{NetworkError, PortMapping, SandboxNetwork, bandwidth::Bandwidth, cni::Attachment};
 
 const VERSION: u32 = 1;
+/// How names of files begin that are being written.
+const UNFINISHED: &str = ".new";
 
 /// A connected sandbox.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -80,6 +82,9 @@ impl Records {
         let folder = state.join("sandboxes");
         let fail = NetworkError::io("open network state", folder.display());
         fs::create_dir_all(&folder).map_err(fail)?;
+        for place in [state, &folder] {
+            remove_unfinished(place, UNFINISHED);
+        }
         let mut records = BTreeMap::new();
         let entries = fs::read_dir(&folder)
             .map_err(NetworkError::io("read network state", folder.display()))?;
@@ -124,12 +129,23 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<(), NetworkError> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(".new").tempfile_in(folder)?;
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
         file.write_all(&serde_json::to_vec(value)?)?;
         file.persist(path)?;
         Ok(())
     };
     write().map_err(NetworkError::io("write", path.display()))
+}
+
+/// Removes what a crash left of files that were being written.
+pub(crate) fn remove_unfinished(folder: &Path, prefix: &str) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix)
+            && let Err(error) = fs::remove_file(entry.path())
+        {
+            tracing::warn!(path = %entry.path().display(), %error, "cannot remove what a crash left");
+        }
+    }
 }
 
 fn set_aside(path: &Path) {
@@ -151,5 +167,36 @@ pub(crate) fn check_id(id: &str) -> Result<(), NetworkError> {
     } else {
         let error = io::Error::new(io::ErrorKind::InvalidInput, "not a sandbox id");
         Err(NetworkError::io("connect sandbox", id)(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_crash_left_unfinished_is_removed_and_the_unreadable_set_aside() {
+        let state = tempfile::tempdir().unwrap();
+        let folder = state.path().join("sandboxes");
+        fs::create_dir_all(&folder).unwrap();
+        for path in [state.path().join(".newAbC"), folder.join(".newDeF"), folder.join("a.json")] {
+            fs::write(path, "{").unwrap();
+        }
+        let (records, known) = Records::open(state.path()).unwrap();
+        assert!(known.is_empty());
+        let names = |folder: &Path| -> Vec<_> {
+            let entries = fs::read_dir(folder).unwrap().flatten();
+            entries.map(|e| e.file_name().into_string().unwrap()).collect()
+        };
+        assert_eq!(names(state.path()), ["sandboxes"]);
+        assert_eq!(names(&folder), ["a.unreadable"]);
+        let sandbox = SandboxNetwork { id: "b".to_owned(), ..SandboxNetwork::default() };
+        let kind =
+            Kind::Bridge { veth: "v".to_owned(), ports: vec![], bandwidth: Bandwidth::default() };
+        records.put(&Record::new(&sandbox, vec![], kind)).unwrap();
+        assert_eq!(Records::open(state.path()).unwrap().1.len(), 1);
+        records.remove("b").unwrap();
+        records.remove("b").unwrap();
+        assert!(Records::open(state.path()).unwrap().1.is_empty());
     }
 }

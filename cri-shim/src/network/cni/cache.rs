@@ -17,9 +17,11 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use super::result::INTERFACE;
-use crate::network::netns;
+use crate::network::{netns, records::remove_unfinished};
 
 const KIND: &str = "cniCacheV1";
+/// How names of files begin that are being written; the folder is shared.
+const UNFINISHED: &str = ".longshore-";
 
 /// The library's folder.
 #[derive(Debug, Clone)]
@@ -42,7 +44,9 @@ pub(crate) struct Entry<'a> {
 impl Cache {
     /// The cache beneath `folder`, such as `/var/lib/cni`.
     pub(crate) fn new(folder: &Path) -> Self {
-        Self { folder: folder.join("results") }
+        let folder = folder.join("results");
+        remove_unfinished(&folder, UNFINISHED);
+        Self { folder }
     }
 
     /// Writes an attachment down. That it cannot is not the pod's to fail by.
@@ -69,7 +73,7 @@ impl Cache {
         });
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
         let mut file = tempfile::Builder::new()
-            .prefix(".new")
+            .prefix(UNFINISHED)
             .permissions(fs::Permissions::from_mode(0o600))
             .tempfile_in(&self.folder)?;
         io::Write::write_all(&mut file, &serde_json::to_vec(&value)?)?;
