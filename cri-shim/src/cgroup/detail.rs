@@ -32,7 +32,6 @@ pub struct Detail {
     pub file_descriptors: u64,
     pub sockets: u64,
     pub io: Vec<DeviceIo>,
-    pub pressure: Vec<Pressure>,
 }
 
 /// What was read from and written to one device.
@@ -44,17 +43,6 @@ pub struct DeviceIo {
     pub written_bytes: u64,
     pub reads: u64,
     pub writes: u64,
-}
-
-/// How long tasks stalled for one resource (PSI), in microseconds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pressure {
-    /// `cpu`, `memory` or `io`.
-    pub resource: &'static str,
-    /// Some tasks waited.
-    pub waiting: u64,
-    /// All tasks waited.
-    pub stalled: u64,
 }
 
 /// Reads a cgroup.
@@ -81,14 +69,6 @@ fn unified(file: impl Fn(&str, &str) -> String) -> Detail {
         (file("", "cpu.stat"), file("", "memory.stat"), file("", "memory.events"));
     let of = |text: &str, name: &str| field(text, name).unwrap_or(0);
     let number = |name: &str| file("", name).trim().parse().unwrap_or(0);
-    let pressure = ["cpu", "memory", "io"].into_iter().filter_map(|resource| {
-        let text = file("", &format!("{resource}.pressure"));
-        let total = |kind: &str| {
-            let line = text.lines().find(|line| line.starts_with(kind))?;
-            line.rsplit_once("total=")?.1.trim().parse().ok()
-        };
-        Some(Pressure { resource, waiting: total("some")?, stalled: total("full").unwrap_or(0) })
-    });
     Detail {
         cpu_user_nanoseconds: of(&cpu, "user_usec") * 1000,
         cpu_system_nanoseconds: of(&cpu, "system_usec") * 1000,
@@ -105,7 +85,6 @@ fn unified(file: impl Fn(&str, &str) -> String) -> Detail {
         threads: number("pids.current"),
         threads_max: number("pids.max"),
         io: io_stat(&file("", "io.stat")),
-        pressure: pressure.collect(),
         ..Detail::default()
     }
 }
@@ -203,9 +182,6 @@ mod tests {
                 "memory.peak" => "9999\n",
                 "pids.current" => "4\n",
                 "io.stat" => "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
-                "cpu.pressure" => {
-                    "some avg10=0.00 avg60=0.00 avg300=0.00 total=12\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=5\n"
-                }
                 _ => "",
             };
             text.to_owned()
@@ -233,12 +209,9 @@ mod tests {
         });
         assert_eq!((v2.cpu_user_nanoseconds, v2.cpu_system_nanoseconds), (3_000_000, 2_000_000));
         assert_eq!((v1.cpu_user_nanoseconds, v1.cpu_system_nanoseconds), (10_000_000, 20_000_000));
-        let pressure = Pressure { resource: "cpu", waiting: 12, stalled: 5 };
-        assert_eq!(v2.pressure, [pressure]);
         let same = |detail: Detail| Detail {
             cpu_user_nanoseconds: 0,
             cpu_system_nanoseconds: 0,
-            pressure: Vec::new(),
             ..detail
         };
         assert_eq!(same(v1), same(v2));

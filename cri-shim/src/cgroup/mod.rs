@@ -15,6 +15,8 @@ pub mod create;
 pub mod detail;
 pub mod devices;
 pub mod limits;
+pub mod pressure;
+pub mod rate;
 pub mod stats;
 mod sys;
 

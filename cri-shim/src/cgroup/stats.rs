@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use super::pressure::{self, Pressure};
 use super::{Hierarchies, field};
 use crate::api;
 use crate::monitor::record;
@@ -24,6 +25,11 @@ pub struct Usage {
     pub page_faults: u64,
     pub major_page_faults: u64,
     pub swap: Option<u64>,
+    /// None when unlimited, or when the kernel does not count swap.
+    pub swap_limit: Option<u64>,
+    pub cpu_pressure: Option<Pressure>,
+    pub memory_pressure: Option<Pressure>,
+    pub io_pressure: Option<Pressure>,
 }
 
 impl Usage {
@@ -56,20 +62,29 @@ pub fn read(cgroups: &Hierarchies, cgroup: &Path) -> Usage {
             page_faults: field(&stat, "pgfault").unwrap_or(0),
             major_page_faults: field(&stat, "pgmajfault").unwrap_or(0),
             swap: number("", "memory.swap.current"),
+            swap_limit: limit(number("", "memory.swap.max")),
+            cpu_pressure: pressure::read(cgroups, cgroup, "cpu"),
+            memory_pressure: pressure::read(cgroups, cgroup, "memory"),
+            io_pressure: pressure::read(cgroups, cgroup, "io"),
         };
     }
     let stat = file("memory", "memory.stat");
     let total = |name: &str| field(&stat, name).unwrap_or(0);
+    let memory_limit = limit(number("memory", "memory.limit_in_bytes"));
+    // v1 limits memory and swap together.
+    let both = limit(number("memory", "memory.memsw.limit_in_bytes"));
     Usage {
         timestamp,
         cpu_nanoseconds: number("cpuacct", "cpuacct.usage").unwrap_or(0),
         memory: number("memory", "memory.usage_in_bytes").unwrap_or(0),
         inactive_file: total("total_inactive_file"),
         rss: total("total_rss"),
-        memory_limit: limit(number("memory", "memory.limit_in_bytes")),
+        memory_limit,
         page_faults: total("total_pgfault"),
         major_page_faults: total("total_pgmajfault"),
         swap: field(&stat, "total_swap"),
+        swap_limit: both.zip(memory_limit).map(|(both, memory)| both.saturating_sub(memory)),
+        ..Usage::default()
     }
 }
 

@@ -1,12 +1,14 @@
 //! ContainerStats, ListContainerStats, PodSandboxStats, ListPodSandboxStats.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tonic::Status;
 
 use super::store::{Container, Sandbox};
 use super::{Shim, blocking, selected};
 use crate::api::{self, ContainerState};
+use crate::cgroup::pressure::{Pressure, Stall};
+use crate::cgroup::rate::Rate;
 use crate::cgroup::stats::{self, Usage};
 use crate::monitor::record;
 
@@ -74,7 +76,7 @@ impl Shim {
                 labels: config.labels.clone(),
                 annotations: config.annotations.clone(),
             }),
-            cpu: Some(cpu(&usage)),
+            cpu: Some(cpu(&usage, &container.cpu)),
             memory: Some(memory(&usage)),
             writable_layer: Some(api::FilesystemUsage {
                 timestamp: usage.timestamp,
@@ -86,10 +88,13 @@ impl Shim {
             }),
             swap: usage.swap.map(|swap| api::SwapUsage {
                 timestamp: usage.timestamp,
-                swap_available_bytes: None,
+                swap_available_bytes: usage
+                    .swap_limit
+                    .map(|limit| limit.saturating_sub(swap))
+                    .and_then(value),
                 swap_usage_bytes: value(swap),
             }),
-            io: None,
+            io: io(&usage),
         }
     }
 
@@ -115,7 +120,7 @@ impl Shim {
                 annotations: sandbox.config.annotations.clone(),
             }),
             linux: Some(api::LinuxPodSandboxStats {
-                cpu: Some(cpu(&usage)),
+                cpu: Some(cpu(&usage, &sandbox.cpu)),
                 memory: Some(memory(&usage)),
                 network: Some(api::NetworkUsage {
                     timestamp,
@@ -127,7 +132,7 @@ impl Shim {
                     process_count: value(self.cgroups.processes(&cgroup).len() as u64),
                 }),
                 containers: running.map(|c| self.stats_of(c)).collect(),
-                io: None,
+                io: io(&usage),
             }),
             windows: None,
         }
@@ -138,12 +143,13 @@ fn value(value: u64) -> Option<api::UInt64Value> {
     Some(api::UInt64Value { value })
 }
 
-fn cpu(usage: &Usage) -> api::CpuUsage {
+fn cpu(usage: &Usage, rate: &Mutex<Rate>) -> api::CpuUsage {
+    let mut rate = rate.lock().unwrap_or_else(PoisonError::into_inner);
     api::CpuUsage {
         timestamp: usage.timestamp,
         usage_core_nano_seconds: value(usage.cpu_nanoseconds),
-        usage_nano_cores: None,
-        psi: None,
+        usage_nano_cores: rate.at(usage.timestamp, usage.cpu_nanoseconds).and_then(value),
+        psi: usage.cpu_pressure.as_ref().map(psi),
     }
 }
 
@@ -159,6 +165,22 @@ fn memory(usage: &Usage) -> api::MemoryUsage {
         rss_bytes: value(usage.rss),
         page_faults: value(usage.page_faults),
         major_page_faults: value(usage.major_page_faults),
-        psi: None,
+        psi: usage.memory_pressure.as_ref().map(psi),
     }
+}
+
+fn io(usage: &Usage) -> Option<api::IoUsage> {
+    let pressure = usage.io_pressure.as_ref()?;
+    Some(api::IoUsage { timestamp: usage.timestamp, psi: Some(psi(pressure)) })
+}
+
+/// The kernel counts microseconds, the CRI nanoseconds.
+fn psi(pressure: &Pressure) -> api::PsiStats {
+    let data = |stall: &Stall| api::PsiData {
+        total: stall.total.saturating_mul(1000),
+        avg10: stall.avg10,
+        avg60: stall.avg60,
+        avg300: stall.avg300,
+    };
+    api::PsiStats { full: Some(data(&pressure.full)), some: Some(data(&pressure.some)) }
 }

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tonic::Status;
 
 use crate::api;
+use crate::cgroup::rate::Rate;
 use crate::client::MonitorClient;
 use crate::monitor::protocol::{Exited, Started};
 use crate::state::{ContainerRecord, SandboxRecord};
@@ -20,6 +21,8 @@ pub struct Sandbox {
     pub init: Option<i32>,
     record: Mutex<SandboxRecord>,
     ready: watch::Sender<bool>,
+    /// CPU use between the last two looks.
+    pub cpu: Mutex<Rate>,
     /// Held by verbs that change the sandbox.
     pub changing: tokio::sync::Mutex<()>,
 }
@@ -39,6 +42,7 @@ impl Sandbox {
             init,
             record: Mutex::new(record),
             ready: watch::Sender::new(ready),
+            cpu: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
         }
     }
@@ -103,6 +107,8 @@ pub struct Container {
     pub stdin_ended: watch::Sender<bool>,
     /// Held by verbs that change the container.
     pub changing: tokio::sync::Mutex<()>,
+    /// CPU use between the last two looks.
+    pub cpu: Mutex<Rate>,
 }
 
 impl Container {
@@ -121,6 +127,7 @@ impl Container {
             stdin_ended: watch::Sender::new(false),
             changing: tokio::sync::Mutex::new(()),
         }
+            cpu: Mutex::default(),
     }
 
     pub fn config(&self) -> Arc<api::ContainerConfig> {

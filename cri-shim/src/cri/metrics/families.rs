@@ -185,23 +185,28 @@ pub fn of_cgroup(usage: &Usage, detail: &Detail) -> Vec<Sample> {
             samples.push(labelled("container_blkio_device_usage_total", &labels, bytes));
         }
     }
-    for pressure in &detail.pressure {
-        let (waiting, stalled) = match pressure.resource {
-            "cpu" => (
-                "container_pressure_cpu_waiting_seconds_total",
-                "container_pressure_cpu_stalled_seconds_total",
-            ),
-            "memory" => (
-                "container_pressure_memory_waiting_seconds_total",
-                "container_pressure_memory_stalled_seconds_total",
-            ),
-            _ => (
-                "container_pressure_io_waiting_seconds_total",
-                "container_pressure_io_stalled_seconds_total",
-            ),
-        };
-        samples.push(sample(waiting, pressure.waiting / 1_000_000));
-        samples.push(sample(stalled, pressure.stalled / 1_000_000));
+    let pressures = [
+        (
+            &usage.cpu_pressure,
+            "container_pressure_cpu_waiting_seconds_total",
+            "container_pressure_cpu_stalled_seconds_total",
+        ),
+        (
+            &usage.memory_pressure,
+            "container_pressure_memory_waiting_seconds_total",
+            "container_pressure_memory_stalled_seconds_total",
+        ),
+        (
+            &usage.io_pressure,
+            "container_pressure_io_waiting_seconds_total",
+            "container_pressure_io_stalled_seconds_total",
+        ),
+    ];
+    for (pressure, waiting, stalled) in pressures {
+        if let Some(pressure) = pressure {
+            samples.push(sample(waiting, pressure.some.total / 1_000_000));
+            samples.push(sample(stalled, pressure.full.total / 1_000_000));
+        }
     }
     samples
 }
@@ -268,15 +273,18 @@ pub fn render(samples: Vec<Sample>, labels: &[String; 6], timestamp: i64) -> Vec
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cgroup::detail::{DeviceIo, Pressure};
+    use crate::cgroup::detail::DeviceIo;
+    use crate::cgroup::pressure::Pressure;
 
     #[test]
     fn every_sample_is_of_a_family_and_has_its_labels() {
-        let pressure = ["cpu", "memory", "io"]
-            .map(|resource| Pressure { resource, ..Pressure::default() })
-            .to_vec();
-        let detail =
-            Detail { cfs_periods: 1, io: vec![DeviceIo::default()], pressure, ..Detail::default() };
+        let usage = Usage {
+            cpu_pressure: Some(Pressure::default()),
+            memory_pressure: Some(Pressure::default()),
+            io_pressure: Some(Pressure::default()),
+            ..Usage::default()
+        };
+        let detail = Detail { cfs_periods: 1, io: vec![DeviceIo::default()], ..Detail::default() };
         let network = "eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16";
         let resources = api::LinuxContainerResources {
             cpu_period: 1,
@@ -293,7 +301,7 @@ mod tests {
             "container_start_time_seconds",
         ];
         let samples = [
-            of_cgroup(&Usage::default(), &detail),
+            of_cgroup(&usage, &detail),
             of_limits(&resources),
             of_network(network),
             other.map(|family| sample(family, 0)).to_vec(),
