@@ -200,19 +200,33 @@ async fn events_tell_what_happened_in_order() -> anyhow::Result<()> {
         let next = tokio::time::timeout(Duration::from_secs(10), events.message()).await??;
         let Some(event) = next else { break };
         if event.container_id == id {
-            seen.push(event.container_event_type());
+            let status = event.pod_sandbox_status.clone().context("no sandbox status")?;
+            assert_eq!(status.state(), PodSandboxState::SandboxReady);
+            let states = event.containers_statuses.iter().map(ContainerStatus::state);
+            let states: Vec<_> = states.collect();
+            seen.push((event.container_event_type(), states));
         }
     }
     use ContainerEventType::*;
+    use ContainerState::*;
     assert_eq!(
         seen,
         [
-            ContainerCreatedEvent,
-            ContainerStartedEvent,
-            ContainerStoppedEvent,
-            ContainerDeletedEvent
+            (ContainerCreatedEvent, vec![ContainerCreated]),
+            (ContainerStartedEvent, vec![ContainerRunning]),
+            (ContainerStoppedEvent, vec![ContainerExited]),
+            (ContainerDeletedEvent, vec![]),
         ]
     );
+    let remove = RemovePodSandboxRequest { pod_sandbox_id: pod.0.clone() };
+    node.runtime.remove_pod_sandbox(remove).await?;
+    for kind in [ContainerStoppedEvent, ContainerDeletedEvent] {
+        let next = tokio::time::timeout(Duration::from_secs(10), events.message()).await??;
+        let event = next.context("the stream ended")?;
+        assert_eq!((event.container_id.as_str(), event.container_event_type()), (&*pod.0, kind));
+        let status = event.pod_sandbox_status.context("no sandbox status")?;
+        assert_eq!(status.state(), PodSandboxState::SandboxNotready);
+    }
     Ok(())
 }
 

@@ -49,8 +49,10 @@ impl Shim {
                 .map_err(|e| internal("removing the container's root file system", e))
         })
         .await??;
-        self.emit(ContainerEventType::ContainerDeletedEvent, &container.id, &container.sandbox.id);
+        container.end_told().await;
+        // The event shows the pod without it.
         self.store.drop_container(&container.id);
+        self.emit(ContainerEventType::ContainerDeletedEvent, &container.id, &container.sandbox.id);
         Ok(())
     }
 }

@@ -98,12 +98,15 @@ impl Shim {
             tracing::error!(container = record.id, %error, "unreadable record");
             None
         };
+        let exited = record::read(&directory, record::EXITED).unwrap_or_else(|error| {
+            tracing::error!(container = record.id, %error, "unreadable record");
+            None
+        });
         let status = ContainerStatus {
             started: record::read(&directory, record::STARTED).unwrap_or_else(read_failed),
-            exited: record::read(&directory, record::EXITED).unwrap_or_else(|error| {
-                tracing::error!(container = record.id, %error, "unreadable record");
-                None
-            }),
+            // Nobody is subscribed yet.
+            end_told: exited.is_some(),
+            exited,
             starting: false,
         };
         let ended_unseen =

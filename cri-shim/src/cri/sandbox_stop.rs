@@ -125,8 +125,8 @@ impl Shim {
         } {
             self.cgroups.remove(&cgroup);
         }
-        self.emit(ContainerEventType::ContainerDeletedEvent, &sandbox.id, &sandbox.id);
         self.store.drop_sandbox(&sandbox.id);
+        self.emit_of(ContainerEventType::ContainerDeletedEvent, &sandbox.id, Some(sandbox));
         Ok(())
     }
 

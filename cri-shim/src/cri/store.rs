@@ -84,6 +84,8 @@ pub struct ContainerStatus {
     pub exited: Option<Exited>,
     /// A start is under way.
     pub starting: bool,
+    /// The event of its end has been sent: only now may the event of its removal.
+    pub end_told: bool,
 }
 
 impl ContainerStatus {
@@ -105,10 +107,10 @@ pub struct Container {
     pub status: watch::Sender<ContainerStatus>,
     /// Its standard input has been ended for all its clients.
     pub stdin_ended: watch::Sender<bool>,
-    /// Held by verbs that change the container.
-    pub changing: tokio::sync::Mutex<()>,
     /// CPU use between the last two looks.
     pub cpu: Mutex<Rate>,
+    /// Held by verbs that change the container.
+    pub changing: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -125,9 +127,9 @@ impl Container {
             record: Mutex::new(record),
             status: watch::Sender::new(status),
             stdin_ended: watch::Sender::new(false),
+            cpu: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
         }
-            cpu: Mutex::default(),
     }
 
     pub fn config(&self) -> Arc<api::ContainerConfig> {
@@ -157,6 +159,12 @@ impl Container {
             Ok(status) => status.exited.clone().unwrap_or_default(),
             Err(_) => Exited::default(),
         }
+    }
+
+    /// Waits until the event of the end of a container that has ended has been sent.
+    pub async fn end_told(&self) {
+        let mut status = self.status.subscribe();
+        let _ = status.wait_for(|s| s.exited.is_none() || s.end_told).await;
     }
 }
 

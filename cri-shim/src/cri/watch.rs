@@ -66,6 +66,7 @@ impl Shim {
             self.durability.sync(self.layout.container(&container.id));
             let id = &container.id;
             self.emit(ContainerEventType::ContainerStoppedEvent, id, &container.sandbox.id);
+            container.status.send_modify(|status| status.end_told = true);
         }
     }
 
