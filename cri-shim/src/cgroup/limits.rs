@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxResources};
 
@@ -121,10 +121,39 @@ fn plan_memory(writes: &mut Writes, memory: &LinuxMemory, v2: bool) {
 /// # Errors
 /// With the file and the value.
 pub fn apply(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) -> io::Result<()> {
+    set(cgroups, cgroup, resources, |_| {})
+}
+
+/// Changes limits of what runs: all, or after a failure none, as far as the kernel takes the old
+/// ones back.
+///
+/// # Errors
+/// With the file and the value.
+pub fn change(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) -> io::Result<()> {
+    let mut before: Vec<(PathBuf, String)> = Vec::new();
+    let changed = set(cgroups, cgroup, resources, |path| {
+        before.extend(fs::read_to_string(path).ok().map(|value| (path.to_path_buf(), value)));
+    });
+    if changed.is_err() {
+        for (path, value) in before.iter().rev() {
+            // Best effort: the first error is the one to tell.
+            let _ = fs::write(path, value.trim_end());
+        }
+    }
+    changed
+}
+
+fn set(
+    cgroups: &Hierarchies,
+    cgroup: &Path,
+    resources: &LinuxResources,
+    mut before_write: impl FnMut(&Path),
+) -> io::Result<()> {
     let writes = plan(resources, cgroups.v2);
     for (at, write) in writes.iter().enumerate() {
         let path = cgroups.controller(write.controller, cgroup).join(&write.file);
         let again = writes[at + 1..].iter().any(|later| later.file == write.file);
+        before_write(&path);
         match fs::write(&path, &write.value) {
             Ok(()) => {}
             Err(_) if again || (write.optional && !path.exists()) => {}

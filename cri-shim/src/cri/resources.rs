@@ -16,9 +16,6 @@ impl Shim {
         let _changing = container.changing.lock().await;
         let asked = request.linux.unwrap_or_default();
         let state = container.state();
-        if state == ContainerState::ContainerExited {
-            return Err(Status::failed_precondition("the container has exited"));
-        }
         let mut config = (*container.config()).clone();
         let linux = config.linux.get_or_insert_default();
         let resources = linux.resources.get_or_insert_default();
@@ -29,9 +26,12 @@ impl Shim {
                 .map_err(|e| Status::invalid_argument(e.to_string()))?;
             let cgroup = container.record().cgroup.clone();
             self.limit_scope(&cgroup, &asked).await?;
-            blocking(move || limits::apply(&cgroups, &cgroup, &planned))
-                .await?
-                .map_err(|e| internal("updating the container's limits", e))?;
+            let applied = blocking(move || limits::change(&cgroups, &cgroup, &planned)).await?;
+            match applied {
+                // It ended meanwhile, and its cgroup with it.
+                Err(_) if container.state() != ContainerState::ContainerRunning => {}
+                applied => applied.map_err(|e| internal("updating the container's limits", e))?,
+            }
         }
         {
             let mut record = container.record();
@@ -68,6 +68,12 @@ fn merge(current: &mut api::LinuxContainerResources, asked: &api::LinuxContainer
     number(&mut current.memory_limit_in_bytes, asked.memory_limit_in_bytes);
     number(&mut current.memory_swap_limit_in_bytes, asked.memory_swap_limit_in_bytes);
     number(&mut current.oom_score_adj, asked.oom_score_adj);
+    // The limit of memory and swap together is never below that of memory, and without a number of
+    // its own it is the same.
+    let (memory, both) = (current.memory_limit_in_bytes, &mut current.memory_swap_limit_in_bytes);
+    if asked.memory_limit_in_bytes != 0 && asked.memory_swap_limit_in_bytes == 0 && *both != 0 {
+        *both = memory;
+    }
     if !asked.cpuset_cpus.is_empty() {
         current.cpuset_cpus = asked.cpuset_cpus.clone();
     }
@@ -78,4 +84,44 @@ fn merge(current: &mut api::LinuxContainerResources, asked: &api::LinuxContainer
         current.hugepage_limits = asked.hugepage_limits.clone();
     }
     current.unified.extend(asked.unified.clone());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_asked_for_stays_and_swap_follows_memory() {
+        let mut current = api::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 20_000,
+            cpu_shares: 512,
+            memory_limit_in_bytes: 64 << 20,
+            memory_swap_limit_in_bytes: 64 << 20,
+            cpuset_cpus: "0-1".to_owned(),
+            ..Default::default()
+        };
+        let asked = api::LinuxContainerResources {
+            cpu_quota: 30_000,
+            memory_limit_in_bytes: 80 << 20,
+            ..Default::default()
+        };
+        merge(&mut current, &asked);
+        let expected = api::LinuxContainerResources {
+            cpu_quota: 30_000,
+            memory_limit_in_bytes: 80 << 20,
+            memory_swap_limit_in_bytes: 80 << 20,
+            ..current.clone()
+        };
+        assert_eq!(current, expected);
+        assert_eq!((current.cpu_period, current.cpu_shares), (100_000, 512));
+        assert_eq!(current.cpuset_cpus, "0-1");
+        let both = api::LinuxContainerResources {
+            memory_limit_in_bytes: 32 << 20,
+            memory_swap_limit_in_bytes: 96 << 20,
+            ..Default::default()
+        };
+        merge(&mut current, &both);
+        assert_eq!(current.memory_swap_limit_in_bytes, 96 << 20);
+    }
 }
