@@ -41,11 +41,17 @@ impl Shim {
         if request.verbose {
             let status = container.status.borrow().clone();
             let record = container.record().clone();
+            // Names as containerd has them, where there is such a thing: scripts read them.
+            let spec = std::fs::read(self.layout.bundle(&container.id).join("config.json"));
+            let spec = spec.ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
+            let running = status.state() == ContainerState::ContainerRunning;
             let text = serde_json::json!({
                 "sandboxID": container.sandbox.id,
-                "pid": status.started.as_ref().map_or(0, |s| s.pid),
+                "pid": status.started.as_ref().filter(|_| running).map_or(0, |s| s.pid),
                 "cgroup": record.cgroup,
                 "imageID": record.image_id,
+                "runtimeType": container.sandbox.record().runtime_handler,
+                "runtimeSpec": spec,
             });
             info.insert("info".to_owned(), text.to_string());
         }

@@ -66,7 +66,12 @@ impl Shim {
         if let Some(path) = &netns {
             namespaces.push(json!({"type": "network", "path": path}));
         }
-        namespaces.extend(["uts", "ipc", "pid"].map(|kind| json!({"type": kind})));
+        namespaces.extend(["uts", "ipc"].map(|kind| json!({"type": kind})));
+        let shared = sandbox.init.map(|init| format!("/proc/{init}/ns/pid"));
+        namespaces.push(match shared {
+            Some(path) => json!({"type": "pid", "path": path}),
+            None => json!({"type": "pid"}),
+        });
         // A process inside the pod's network, as nsenter(1) is given it; there is none by itself.
         let containers = self.store.containers_of(&sandbox.id);
         let pid = containers.iter().find_map(|container| {
