@@ -152,6 +152,7 @@ async fn statistics_tell_use_as_counters_and_as_a_rate() -> anyhow::Result<()> {
     let stats = node.runtime.pod_sandbox_stats(request).await?.into_inner().stats;
     let linux = stats.and_then(|s| s.linux).context("no statistics of the sandbox")?;
     assert_eq!(linux.containers.len(), 1);
+    assert_eq!(linux.network, None, "the pod is in the node's network");
     assert!(value(&linux.process.context("no processes")?.process_count) > 0);
     assert!(used(&linux.cpu.context("no CPU use")?) >= used(&cpu));
     Ok(())

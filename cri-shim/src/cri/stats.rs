@@ -122,11 +122,7 @@ impl Shim {
             linux: Some(api::LinuxPodSandboxStats {
                 cpu: Some(cpu(&usage, &sandbox.cpu)),
                 memory: Some(memory(&usage)),
-                network: Some(api::NetworkUsage {
-                    timestamp,
-                    default_interface: interfaces.first().cloned(),
-                    interfaces,
-                }),
+                network: network(timestamp, interfaces),
                 process: Some(api::ProcessUsage {
                     timestamp,
                     process_count: value(self.cgroups.processes(&cgroup).len() as u64),
@@ -137,6 +133,16 @@ impl Shim {
             windows: None,
         }
     }
+}
+
+/// A pod's own network. None in the node's: a kubelet takes it that a network has an interface, and
+/// crashes where it does not.
+fn network(
+    timestamp: i64,
+    interfaces: Vec<api::NetworkInterfaceUsage>,
+) -> Option<api::NetworkUsage> {
+    let default_interface = Some(interfaces.first()?.clone());
+    Some(api::NetworkUsage { timestamp, default_interface, interfaces })
 }
 
 fn value(value: u64) -> Option<api::UInt64Value> {
