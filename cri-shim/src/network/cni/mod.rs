@@ -255,7 +255,7 @@ impl Cni {
         };
         if !record.ready {
             // An ADD that an earlier shim began may still run.
-            processes::kill_of(&record.id);
+            processes::kill_of(&record.id, &record.netns.display().to_string());
         }
         let network = &attachment.network;
         let previous = attachment.result.as_ref().filter(|_| network.knows(Version::CHECK));

@@ -92,7 +92,7 @@ pub(crate) async fn run(kind: &str, call: &Call<'_>, input: &Value) -> Result<Va
         let reason = format!("not found in {}; install it there", folders.join(", "));
         Failed { reason, absent: true }
     })?;
-    let mark = processes::Mark::new(call.container);
+    let mark = processes::Mark::new(call.container, &call.netns);
     let mut child = spawn(&program, call, &mark)
         .await
         .map_err(|error| Failed { reason: format!("cannot be run: {error}"), absent: true })?;
@@ -318,11 +318,16 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     }
 
+    /// Each test is a process.
+    fn netns() -> String {
+        format!("/ns{}", std::process::id())
+    }
+
     fn call(path: &[PathBuf], seconds: f32) -> Call<'_> {
         Call {
             command: "ADD",
             container: "c",
-            netns: "/ns".to_owned(),
+            netns: netns(),
             interface: "eth0",
             arguments: "",
             path,
@@ -369,7 +374,7 @@ mod tests {
         let path = [folder.path().to_owned()];
         let result = run("p", &call(&path, 15.0), &Value::Null).await.unwrap();
         assert_eq!(result, serde_json::json!({"a": 1}));
-        processes::kill_of("c");
+        processes::kill_of("c", &netns());
     }
 
     #[tokio::test]

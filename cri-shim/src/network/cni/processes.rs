@@ -19,11 +19,11 @@ pub(crate) const VARIABLE: &str = "LONGSHORE_CNI_CALL";
 pub(crate) struct Mark(String);
 
 impl Mark {
-    /// A mark of a call about `container`, which no other call has.
-    pub(crate) fn new(container: &str) -> Self {
+    /// A mark of a call about `container` and its network namespace, which no other call has.
+    pub(crate) fn new(container: &str, netns: &str) -> Self {
         static CALLS: AtomicU64 = AtomicU64::new(0);
         let call = CALLS.fetch_add(1, Ordering::Relaxed);
-        Self(format!("{container}/{}/{call}", std::process::id()))
+        Self(format!("{}{}/{call}", subject(container, netns), std::process::id()))
     }
 
     pub(crate) fn value(&self) -> &str {
@@ -36,9 +36,15 @@ pub(crate) fn kill(mark: &Mark) {
     kill_where(|value| value == mark.0.as_bytes());
 }
 
+/// What all marks about a container begin with. The namespace's path tells it from a container of
+/// another shim on this machine.
+fn subject(container: &str, netns: &str) -> String {
+    format!("{container}@{netns}/")
+}
+
 /// Kills all processes of calls about `container`, of earlier shims too.
-pub(crate) fn kill_of(container: &str) {
-    let prefix = format!("{container}/");
+pub(crate) fn kill_of(container: &str, netns: &str) {
+    let prefix = subject(container, netns);
     kill_where(|value| value.starts_with(prefix.as_bytes()));
 }
 
