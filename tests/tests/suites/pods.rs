@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use tests::harness::cluster::{condition, pod_ip};
+use tests::harness::eventually;
 use tests::harness::leaks::hierarchies;
 use tests::harness::net;
 
@@ -308,9 +309,11 @@ async fn host_network_and_host_ports() {
     assert_eq!(host["status"]["podIP"], world.node.address().to_string());
     world.ready_pod("port", json!({"containers": [web(8080, json!({"ports": [{"containerPort": 8080, "hostPort": 8071}]}))]})).await;
     for (port, name) in [(8070, world.node.name()), (8071, "port")] {
-        let answer =
+        // Running is not listening.
+        let answer = eventually("the host's port answers", async || {
             net::http_get(&world.lab.outside().path(), (world.node.address(), port).into(), "/")
-                .unwrap();
+        })
+        .await;
         assert_eq!(answer.body.split(' ').next(), Some(name), "{port}: {answer:?}");
     }
     world.end(&["host", "port"]).await;
