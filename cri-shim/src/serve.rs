@@ -16,7 +16,7 @@ use crate::Config;
 use crate::api::image_service_server::ImageServiceServer;
 use crate::api::runtime_service_server::RuntimeServiceServer;
 use crate::cgroup::{Hierarchies, ROOT};
-use crate::cri::{Events, Service, Shim, Store};
+use crate::cri::{Events, Service, Shim, Store, UsernsSupport};
 use crate::image::{ImageStore, StoreConfig};
 use crate::network::{Network, NetworkConfig};
 use crate::seccomp::Programs;
@@ -159,6 +159,7 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
         programs,
         urls,
         systemd: Systemd::default(),
+        userns: UsernsSupport::default(),
         config,
     })
 }

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::monitor::frame;
-use crate::monitor::protocol::{SpawnMonitor, Spawned};
+use crate::monitor::protocol::{SpawnMonitor, Spawned, ZygoteRequest};
 
 /// The zygote of this shim.
 #[derive(Clone)]
@@ -40,13 +40,25 @@ impl Zygote {
 
     /// Forks a monitor and returns once it listens.
     pub async fn spawn(&self, spawn: SpawnMonitor) -> io::Result<()> {
+        self.ask(ZygoteRequest::Spawn(Box::new(spawn))).await
+    }
+
+    /// Tries whether pods can have user namespaces.
+    ///
+    /// # Errors
+    /// What is missing.
+    pub async fn probe_userns(&self, layers: PathBuf, area: PathBuf) -> io::Result<()> {
+        self.ask(ZygoteRequest::ProbeUserns { layers, area }).await
+    }
+
+    async fn ask(&self, request: ZygoteRequest) -> io::Result<()> {
         let this = self.clone();
-        tokio::task::spawn_blocking(move || this.spawn_blocking(&spawn))
+        tokio::task::spawn_blocking(move || this.ask_blocking(&request))
             .await
             .map_err(io::Error::other)?
     }
 
-    fn spawn_blocking(&self, spawn: &SpawnMonitor) -> io::Result<()> {
+    fn ask_blocking(&self, request: &ZygoteRequest) -> io::Result<()> {
         let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         let mut last = None;
         for _ in 0..2 {
@@ -54,7 +66,7 @@ impl Zygote {
                 *process = Some(execute(&self.exe)?);
             }
             let Some(running) = process.as_ref() else { continue };
-            let answer = frame::send(&running.requests, spawn, &[])
+            let answer = frame::send(&running.requests, request, &[])
                 .and_then(|()| frame::receive::<Spawned>(&running.requests));
             match answer {
                 Ok(Some(spawned)) if spawned.error.is_empty() => return Ok(()),

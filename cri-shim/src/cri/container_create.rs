@@ -74,7 +74,7 @@ impl Shim {
         let defaults = defaults(&image);
         // What cannot be run should not be created.
         crate::spec::process::arguments(&config, &defaults)
-            .and_then(|_| crate::spec::check(&config, &self.host))
+            .and_then(|_| crate::spec::check(&config, &sandbox.namespaces(), &self.host))
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
         let mut record = ContainerRecord::new(id, &sandbox.id, &config);
         record.image_id = image.id.to_string();

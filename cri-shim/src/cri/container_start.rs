@@ -12,8 +12,8 @@ use super::store::{Container, Sandbox};
 use super::{Shim, blocking, devices, internal, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::monitor::protocol::{Exited, Overlay, Reply, Request, StartContainer, Started};
-use crate::monitor::record;
-use crate::spec::{Inputs, PidNamespace, Pod, plan_spec, seccomp, user};
+use crate::monitor::{protocol, record};
+use crate::spec::{Inputs, PidNamespace, Pod, Userns, plan_spec, seccomp, user, userns};
 
 /// How long a start may take on a node that is very busy.
 const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(120);
@@ -116,7 +116,11 @@ impl Shim {
         let sandbox_directory = self.layout.sandbox(&sandbox.id);
         let hostname = fs::read_to_string(sandbox_directory.join("hostname"));
         let host_ipc = sandbox.namespaces().ipc() == NamespaceMode::Node;
+        let users = userns::plan(Some(&sandbox.namespaces()))
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let path = self.layout.userns(&sandbox.id);
         let pod = Pod {
+            userns: users.map(|map| Userns { path: path.clone(), map }),
             netns: (!host_network).then(|| self.layout.netns(&sandbox.id)),
             pid: self.pid_namespace(sandbox, security)?,
             hostname: hostname.unwrap_or_default().trim().to_owned(),
@@ -180,6 +184,7 @@ impl Shim {
             stdin: config.stdin,
             tty: config.tty,
             runtime,
+            userns: users.map(|map| protocol::Userns { path, map }),
         })
     }
 

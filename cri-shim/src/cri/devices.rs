@@ -73,6 +73,7 @@ fn one(host: &Path, inside: &Path, access: &str) -> Option<HostDevice> {
         return None;
     }
     Some(HostDevice {
+        host: host.to_path_buf(),
         path: inside.to_path_buf(),
         block: kind.is_block_device(),
         major: major(meta.rdev()) as i64,

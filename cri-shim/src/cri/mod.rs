@@ -49,10 +49,12 @@ mod stats;
 mod status;
 pub mod store;
 mod stream;
+mod userns;
 mod watch;
 
 pub use events::Events;
 pub use store::Store;
+pub use userns::UsernsSupport;
 
 /// How long a monitor or the kernel may take for something that takes milliseconds.
 pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
@@ -74,6 +76,7 @@ pub struct Shim {
     pub programs: Programs,
     pub urls: Arc<Urls>,
     pub systemd: Systemd,
+    pub userns: UsernsSupport,
 }
 
 /// The services, over one shared [`Shim`].

@@ -130,9 +130,11 @@ impl Shim {
             tracing::warn!(%error, "collecting networks of sandboxes that are gone");
         }
         let known: HashSet<String> = sandboxes.iter().map(|s| s.id.clone()).collect();
-        for id in listed(&self.layout.run.join("netns")) {
-            if !known.contains(&id) {
-                self.clear_sandbox(&id).await;
+        for kind in ["netns", "userns"] {
+            for id in listed(&self.layout.run.join(kind)) {
+                if !known.contains(&id) {
+                    self.clear_sandbox(&id).await;
+                }
             }
         }
         for id in listed(&self.layout.mounts().join("shm")) {

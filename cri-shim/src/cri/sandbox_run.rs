@@ -14,9 +14,10 @@ use super::store::{Sandbox, SandboxName};
 use super::{PATIENCE, Shim, blocking, internal, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::client::MonitorClient;
-use crate::monitor::protocol::{Reply, Request, SpawnMonitor, VERSION};
+use crate::monitor::protocol::{Reply, Request, SpawnMonitor, Userns, VERSION};
 use crate::network::{Dns, PortMapping, Protocol, SandboxNetwork};
-use crate::spec::cgroup_path;
+use crate::spec::userns::IdMap;
+use crate::spec::{cgroup_path, userns};
 use crate::state::{SandboxRecord, new_id};
 
 impl Shim {
@@ -73,8 +74,10 @@ impl Shim {
     ) -> Result<(), Status> {
         let linux = config.linux.clone().unwrap_or_default();
         let options = linux.security_context.and_then(|s| s.namespace_options).unwrap_or_default();
-        if options.userns_options.as_ref().is_some_and(|u| u.mode() != NamespaceMode::Node) {
-            return Err(Status::unimplemented("hostUsers: false needs user namespaces"));
+        let users =
+            userns::plan(Some(&options)).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        if users.is_some() {
+            self.can_have_userns(&handler).await?;
         }
         let host_network = options.network() == NamespaceMode::Node;
         let host_ipc = options.ipc() == NamespaceMode::Node;
@@ -92,9 +95,10 @@ impl Shim {
             sandbox_files::write(&directory, &files, &name, host_network)
                 .map_err(|e| internal("writing the sandbox's files", e))?;
             if !host_ipc {
-                mount_shm(&layout.shm(&sandbox_id))?;
+                mount_shm(&layout.shm(&sandbox_id), users.as_ref())?;
             }
-            if !host_network {
+            // That of a user namespace can only be made in it, which the monitor does.
+            if !host_network && users.is_none() {
                 crate::network::netns::create(&pinned)
                     .map_err(|e| internal("making the network namespace", e))?;
             }
@@ -107,6 +111,7 @@ impl Shim {
             hostname: (!host_network).then(|| hostname.clone()),
             ipc: !host_ipc,
             shared_pid,
+            userns: users.map(|map| Userns { path: self.layout.userns(id), map }),
             netns: (!host_network).then(|| netns.clone()),
             sysctls: linux.sysctls.into_iter().collect(),
             cgroup_procs: self.monitor_cgroup(id, &cgroup, own_cgroup),
@@ -126,9 +131,15 @@ impl Shim {
                 .map_err(|e| internal("starting the pod's monitor", e))?;
             self.scope_monitor(id, &cgroup).await
         };
-        // Both run to their end, so that what is cleared after a failure has stopped growing.
-        let (network, monitor) = tokio::join!(network, monitor);
-        let (network, ()) = (network?, monitor?);
+        let network = if users.is_some() {
+            // The monitor makes the namespace.
+            monitor.await?;
+            network.await?
+        } else {
+            // Both run to their end, so that what is cleared after a failure has stopped growing.
+            let (network, monitor) = tokio::join!(network, monitor);
+            monitor.and(network)?
+        };
         if let Some(dns) = network.as_ref().and_then(|network| network.dns.as_ref()) {
             sandbox_files::take_dns(&self.layout.sandbox(id), &config, dns)
                 .map_err(|e| internal("writing the sandbox's resolv.conf", e))?;
@@ -212,14 +223,19 @@ async fn hello(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
     }
 }
 
-fn mount_shm(path: &std::path::Path) -> Result<(), Status> {
+/// It belongs to root of the pod.
+fn mount_shm(path: &std::path::Path, users: Option<&IdMap>) -> Result<(), Status> {
+    let (uid, gid) = users
+        .map_or(Ok((0, 0)), IdMap::root)
+        .map_err(|e| Status::invalid_argument(e.to_string()))?;
+    let options = format!("mode=1777,size=65536k,uid={uid},gid={gid}");
     std::fs::create_dir_all(path).map_err(|e| internal("making the shm directory", e))?;
     mount(
         Some("shm"),
         path,
         Some("tmpfs"),
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
-        Some("mode=1777,size=65536k"),
+        Some(options.as_str()),
     )
     .map_err(|e| internal("mounting the sandbox's /dev/shm", e))
 }

@@ -67,7 +67,11 @@ impl Shim {
         // Goes on after an error, so that as little as possible is left, and tells the first one.
         let cleared = blocking(move || {
             let unpinned = crate::network::netns::delete(&layout.netns(&id))
-                .map_err(|e| internal("removing the network namespace", e));
+                .map_err(|e| internal("removing the network namespace", e))
+                .and(
+                    crate::network::netns::delete(&layout.userns(&id))
+                        .map_err(|e| internal("removing the user namespace", e)),
+                );
             let shm = layout.shm(&id);
             let _ = umount2(&shm, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
             let unmounted = ignore_absent(std::fs::remove_dir(&shm))

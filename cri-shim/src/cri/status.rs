@@ -20,6 +20,7 @@ impl Shim {
     }
 
     pub(super) async fn runtime_status(&self, request: &api::StatusRequest) -> api::StatusResponse {
+        let userns = self.userns_support().await;
         let network = self.network.status().await;
         let conditions = vec![condition("RuntimeReady", "", Ok(())), {
             // The word that containerd has for it, which people look for in a node's conditions.
@@ -33,6 +34,7 @@ impl Shim {
                 "cgroupV2": self.cgroups.v2,
                 "swapAccounting": self.host.swap_accounting,
                 "appArmor": self.host.apparmor,
+                "userNamespaces": userns.as_ref().err().map_or("supported", String::as_str),
             });
             info.insert("config".to_owned(), text.to_string());
             let network = self.network.describe();
@@ -50,7 +52,7 @@ impl Shim {
                     name: name.clone(),
                     features: Some(api::RuntimeHandlerFeatures {
                         recursive_read_only_mounts: true,
-                        user_namespaces: false,
+                        user_namespaces: userns.is_ok() && self.handler_userns(name).is_ok(),
                     }),
                 })
                 .collect(),

@@ -12,6 +12,7 @@ use super::launch::Stdio;
 use super::log::{Lines, Log, MAX_PIECE, Source};
 use super::protocol::StartContainer;
 use super::record;
+use crate::spec::userns::IdMap;
 
 /// One stream of output.
 struct Output {
@@ -27,6 +28,8 @@ pub(super) struct Container {
     pub(super) bundle: PathBuf,
     pub(super) cgroup: PathBuf,
     pub(super) records: PathBuf,
+    /// The ids of the pod's user namespace.
+    pub(super) userns: Option<IdMap>,
     /// Those of its pod that were killed for want of memory before it was made.
     pub(super) oom_kills_before: Option<u64>,
     log: Log,
@@ -52,6 +55,7 @@ impl Container {
             bundle: start.bundle.clone(),
             cgroup: start.cgroup.clone(),
             records: start.records.clone(),
+            userns: start.userns.as_ref().map(|userns| userns.map),
             oom_kills_before: None,
             log,
             outputs: [None, None],

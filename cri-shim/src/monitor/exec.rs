@@ -9,16 +9,18 @@ use std::path::Path;
 
 use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl;
 use nix::sys::stat::{fstat, major, minor};
 use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
 use nix::unistd::chdir;
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
 use super::launch::{Progress, report_and_exit};
-use super::{frame, payload, process, sys};
+use super::{frame, payload, process, sys, userns};
 use crate::cgroup::Hierarchies;
 use crate::seccomp::{self, Program};
 use crate::spec::user::Identity;
+use crate::spec::userns::IdMap;
 
 /// The environment of a process with a terminal says what the terminal is like.
 const TERM: &str = "TERM=xterm";
@@ -37,6 +39,8 @@ pub(super) struct Target<'a> {
     pub init: i32,
     pub bundle: &'a Path,
     pub cgroup: &'a Path,
+    /// The ids of its user namespace.
+    pub userns: Option<&'a IdMap>,
 }
 
 /// The child's whole life: forks the process as the monitor's child and tells whether its program
@@ -86,11 +90,24 @@ fn start(
     let namespaces = open_namespaces(target.init, &spec)?;
     let proc = process::open_proc()?;
     process::before_entering(process)?;
+    if let (Some(users), Streams::Given(stdio)) = (target.userns, &streams)
+        && let Ok((uid, _)) = users.to_host(process.user().uid(), process.user().gid())
+    {
+        // What it is inside, it cannot tell the node.
+        stdio.iter().for_each(|stream| process::give_stream(stream, uid));
+    }
     let (mut failure, report) = std::io::pipe().map_err(|e| format!("making a pipe: {e}"))?;
     // The process must not run before its id is known here, or its end could be missed.
     let (mut go, mut ready) = std::io::pipe().map_err(|e| format!("making a pipe: {e}"))?;
+    if target.userns.is_some() {
+        // Root of the user namespace must not look into this process on its way in.
+        prctl::set_dumpable(false).map_err(|e| format!("hiding from the container: {e}"))?;
+    }
     for (name, fd, flag) in &namespaces {
         setns(fd, *flag).map_err(|e| format!("entering the container's {name} namespace: {e}"))?;
+    }
+    if target.userns.is_some() {
+        userns::become_root()?;
     }
     let (stdio, master) = match streams {
         Streams::Given(stdio) => (stdio, None),
@@ -144,12 +161,13 @@ pub(super) fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
 }
 
 /// On cgroup v2 the directory that the process is to begin in; on v1 this process joins the
-/// container's, for its child to inherit.
+/// container's, for its child to inherit. So it does before it enters a user namespace, whose root
+/// may put nobody anywhere.
 fn join_cgroup(target: &Target<'_>) -> Result<Option<fs::File>, String> {
     let hierarchies = Hierarchies::find().map_err(|e| format!("finding cgroups: {e}"))?;
     for directory in hierarchies.directories(target.cgroup) {
         let failed = |e: std::io::Error| format!("joining {}: {e}", directory.display());
-        if hierarchies.v2 {
+        if hierarchies.v2 && target.userns.is_none() {
             return fs::File::open(&directory).map(Some).map_err(failed);
         }
         fs::write(directory.join("cgroup.procs"), "0").map_err(failed)?;
@@ -164,6 +182,8 @@ fn open_namespaces(
 ) -> Result<Vec<(&'static str, fs::File, CloneFlags)>, String> {
     // The monitor is already in the pod's IPC and UTS namespaces.
     let all = [
+        // It owns the others.
+        (LinuxNamespaceType::User, "user", CloneFlags::CLONE_NEWUSER),
         (LinuxNamespaceType::Network, "net", CloneFlags::CLONE_NEWNET),
         (LinuxNamespaceType::Pid, "pid", CloneFlags::CLONE_NEWPID),
         (LinuxNamespaceType::Cgroup, "cgroup", CloneFlags::CLONE_NEWCGROUP),

@@ -26,6 +26,11 @@ pub(super) enum Place {
 }
 
 impl Root {
+    /// An open directory as root.
+    pub(super) fn of(directory: OwnedFd) -> Self {
+        Root(directory)
+    }
+
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         Ok(Root(File::open(path)?.into()))
     }

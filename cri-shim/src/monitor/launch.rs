@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::inroot::Root;
 use super::protocol::StartContainer;
-use super::{external, frame, make, sys};
+use super::{external, frame, make, staging, sys};
 use crate::spec::user::Identity;
 
 /// What the child tells the monitor on its way.
@@ -63,12 +63,18 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
         return make::run(start, stdio, progress);
     };
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("making a mount namespace: {e}"))?;
-    make::mount_rootfs(start)?;
     let config = start.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|e| format!("reading {}: {e}", config.display()))?;
+    match &start.userns {
+        None => make::mount_rootfs(start)?,
+        Some(pod) => staging::place_all(&mut spec, &start.rootfs, pod)?,
+    }
     let root = Root::open(&start.rootfs.target)
         .map_err(|e| format!("opening the root file system: {e}"))?;
     let identity = make::prepare(start, &mut spec, &root)?;
+    if let Some(pod) = &start.userns {
+        staging::give_streams(pod, &stdio, &identity);
+    }
     external::launch(runtime, start, stdio, identity, progress)
 }
 

@@ -28,8 +28,10 @@ mod pod;
 mod process;
 pub mod protocol;
 pub mod record;
+mod staging;
 pub mod sys;
 mod tree;
+mod userns;
 mod zygote;
 
 /// The entry of `longshore monitor`. The binary's `main` calls it before it starts a thread, a

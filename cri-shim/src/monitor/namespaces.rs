@@ -3,6 +3,7 @@
 //! shared PID namespace gets a first process that reaps.
 
 use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -10,11 +11,15 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, sethostname};
 
-use super::protocol::SpawnMonitor;
-use super::sys;
+use super::protocol::{SpawnMonitor, Userns};
+use super::{sys, userns};
+use crate::network::netns;
 
 /// Enters the namespaces; the process id of the shared PID namespace's init, if one was asked for.
 pub(super) fn enter(spawn: &SpawnMonitor) -> Result<Option<i32>, String> {
+    if let Some(userns) = &spawn.userns {
+        return enter_of_users(spawn, userns);
+    }
     let mut flags = CloneFlags::empty();
     flags.set(CloneFlags::CLONE_NEWUTS, spawn.hostname.is_some());
     flags.set(CloneFlags::CLONE_NEWIPC, spawn.ipc);
@@ -30,6 +35,53 @@ pub(super) fn enter(spawn: &SpawnMonitor) -> Result<Option<i32>, String> {
     if spawn.shared_pid { start_init().map(Some) } else { Ok(None) }
 }
 
+/// The same for a pod with a user namespace. The monitor itself stays outside, with the node's ids,
+/// and enters only what belongs to it: whoever is root in the pod must have no power over it.
+fn enter_of_users(spawn: &SpawnMonitor, pod: &Userns) -> Result<Option<i32>, String> {
+    let (holder, init) = userns::make(&pod.map, |talk| make_inside(spawn, talk))?;
+    netns::pin(&pod.path, &holder.file("user")).map_err(|e| e.to_string())?;
+    if let Some(path) = &spawn.netns {
+        netns::pin(path, &holder.file("net")).map_err(|e| e.to_string())?;
+    }
+    if let Some(hostname) = &spawn.hostname {
+        setns(holder.open("uts")?, CloneFlags::CLONE_NEWUTS)
+            .map_err(|e| format!("entering the pod's UTS namespace: {e}"))?;
+        sethostname(hostname).map_err(|e| format!("setting the host name {hostname:?}: {e}"))?;
+    }
+    if spawn.ipc {
+        setns(holder.open("ipc")?, CloneFlags::CLONE_NEWIPC)
+            .map_err(|e| format!("entering the pod's IPC namespace: {e}"))?;
+    }
+    Ok(init)
+}
+
+/// What a pod's user namespace owns, made in it; the init of its PID namespace, if it is shared.
+fn make_inside(spawn: &SpawnMonitor, talk: &UnixStream) -> Result<Option<i32>, String> {
+    let mut flags = CloneFlags::empty();
+    flags.set(CloneFlags::CLONE_NEWNET, spawn.netns.is_some());
+    flags.set(CloneFlags::CLONE_NEWUTS, spawn.hostname.is_some());
+    flags.set(CloneFlags::CLONE_NEWIPC, spawn.ipc);
+    unshare(flags).map_err(|e| format!("making the pod's namespaces: {e}"))?;
+    if spawn.netns.is_some() {
+        netns::loopback_up().map_err(|e| format!("bringing the pod's loopback up: {e}"))?;
+    }
+    // Kernels differ in who may set those of an IPC namespace: the node's root, or the namespace's.
+    let refused: Vec<_> = spawn.sysctls.iter().filter(|s| set_sysctl(s.0, s.1).is_err()).collect();
+    userns::become_root()?;
+    refused.into_iter().try_for_each(|(name, value)| set_sysctl(name, value))?;
+    if !spawn.shared_pid {
+        return Ok(None);
+    }
+    unshare(CloneFlags::CLONE_NEWPID).map_err(|e| format!("making a PID namespace: {e}"))?;
+    match sys::fork_sibling(None).map_err(|e| format!("fork: {e}"))? {
+        Some(pid) => Ok(Some(pid.as_raw())),
+        None => {
+            userns::hang_up(talk);
+            reap_forever()
+        }
+    }
+}
+
 fn set_sysctls(spawn: &SpawnMonitor) -> Result<(), String> {
     let own = File::open("/proc/self/ns/net").map_err(|e| format!("opening the netns: {e}"))?;
     if let Some(path) = &spawn.netns {
@@ -37,22 +89,19 @@ fn set_sysctls(spawn: &SpawnMonitor) -> Result<(), String> {
         setns(&netns, CloneFlags::CLONE_NEWNET)
             .map_err(|e| format!("entering {}: {e}", path.display()))?;
     }
-    let mut result = Ok(());
-    for (name, value) in &spawn.sysctls {
-        // Both spellings are in use: dots, or slashes where an interface name holds a dot.
-        let relative = if name.contains('/') { name.clone() } else { name.replace('.', "/") };
-        if relative.split('/').any(|part| part.is_empty() || part == "..") {
-            result = Err(format!("sysctl {name:?} is not a name"));
-            break;
-        }
-        let path = PathBuf::from("/proc/sys").join(relative);
-        if let Err(error) = fs::write(&path, value) {
-            result = Err(format!("setting sysctl {name}={value}: {error}"));
-            break;
-        }
-    }
+    let result = spawn.sysctls.iter().try_for_each(|(name, value)| set_sysctl(name, value));
     setns(&own, CloneFlags::CLONE_NEWNET).map_err(|e| format!("leaving the netns: {e}"))?;
     result
+}
+
+fn set_sysctl(name: &str, value: &str) -> Result<(), String> {
+    // Both spellings are in use: dots, or slashes where an interface name holds a dot.
+    let relative = if name.contains('/') { name.to_owned() } else { name.replace('.', "/") };
+    if relative.split('/').any(|part| part.is_empty() || part == "..") {
+        return Err(format!("sysctl {name:?} is not a name"));
+    }
+    let path = PathBuf::from("/proc/sys").join(relative);
+    fs::write(&path, value).map_err(|error| format!("setting sysctl {name}={value}: {error}"))
 }
 
 /// Forks the init through an intermediate, as a PID namespace begins with the next child. The init

@@ -553,7 +553,12 @@ fn fork_exec(
 ) -> io::Result<(Pid, UnixStream)> {
     let (progress, theirs) = UnixStream::pair()?;
     let bundle: &PathBuf = &container.bundle;
-    let target = exec::Target { init: container.pid.as_raw(), bundle, cgroup: &container.cgroup };
+    let target = exec::Target {
+        init: container.pid.as_raw(),
+        bundle,
+        cgroup: &container.cgroup,
+        userns: container.userns.as_ref(),
+    };
     let Some(child) = sys::fork()? else {
         exec::run(&target, arguments, streams, theirs);
     };

@@ -145,7 +145,7 @@ fn cut(wanted: &LinuxCapabilities) -> std::result::Result<(), caps::errors::Caps
 
 /// Lets the process open its own `/dev/stdout` by path. Not everything can be given away, which is
 /// no reason to refuse it.
-fn give_stream(stream: &OwnedFd, uid: u32) {
+pub(super) fn give_stream(stream: &OwnedFd, uid: u32) {
     let null = (1, 3);
     let device = fstat(stream.as_fd()).map(|s| (major(s.st_rdev), minor(s.st_rdev)));
     if device.is_ok_and(|device| device != null) {

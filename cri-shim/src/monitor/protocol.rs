@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::spec::user::{Identity, UserRequest};
+use crate::spec::userns::IdMap;
 
 /// The protocol this program speaks. 2 added terminals of execs, [`Request::Attach`] and
 /// [`Request::CloseStdin`].
@@ -80,6 +81,18 @@ pub struct StartContainer {
     /// The program of an external OCI runtime that makes it.
     #[serde(default)]
     pub runtime: Option<PathBuf>,
+    /// The pod's user namespace.
+    #[serde(default)]
+    pub userns: Option<Userns>,
+}
+
+/// A user namespace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Userns {
+    /// Where it is pinned.
+    pub path: PathBuf,
+    /// Its ids.
+    pub map: IdMap,
 }
 
 /// The parts of an overlay mount, uppermost layer first.
@@ -145,7 +158,18 @@ pub struct Exited {
     pub message: String,
 }
 
-/// What the shim asks the zygote: a monitor for one pod.
+/// What the shim asks the zygote. Both are of the same program, so this needs no versions.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum ZygoteRequest {
+    /// A monitor for one pod.
+    Spawn(Box<SpawnMonitor>),
+    /// Whether pods can have user namespaces: tried with the folder of image layers and a mount
+    /// that does not propagate.
+    ProbeUserns { layers: PathBuf, area: PathBuf },
+}
+
+/// A monitor for one pod.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SpawnMonitor {
     /// Where the monitor listens.
@@ -156,6 +180,9 @@ pub struct SpawnMonitor {
     pub ipc: bool,
     /// A PID namespace that the pod's containers share.
     pub shared_pid: bool,
+    /// A user namespace that the others belong to, to be made and pinned with the network
+    /// namespace.
+    pub userns: Option<Userns>,
     /// The pod's network namespace, for sysctls.
     pub netns: Option<PathBuf>,
     /// Sysctls to set, by dotted name.
@@ -167,6 +194,6 @@ pub struct SpawnMonitor {
 /// The zygote's answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Spawned {
-    /// Empty when the monitor listens.
+    /// Empty when the monitor listens, or pods can have user namespaces.
     pub error: String,
 }

@@ -9,8 +9,8 @@ use nix::sys::prctl;
 use nix::sys::signal::Signal;
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
-use super::protocol::{SpawnMonitor, Spawned};
-use super::{frame, namespaces, pod, sys};
+use super::protocol::{SpawnMonitor, Spawned, ZygoteRequest};
+use super::{frame, namespaces, pod, sys, userns};
 
 /// Serves spawn requests on standard input until the shim closes it.
 pub(super) fn run() -> io::Result<()> {
@@ -20,7 +20,15 @@ pub(super) fn run() -> io::Result<()> {
     let _ = prctl::set_name(c"longshore-zygot");
     quiet_stdio()?;
     sys::ignore_children();
-    while let Some(spawn) = frame::receive::<SpawnMonitor>(&requests)? {
+    while let Some(request) = frame::receive::<ZygoteRequest>(&requests)? {
+        let spawn = match request {
+            ZygoteRequest::Spawn(spawn) => spawn,
+            ZygoteRequest::ProbeUserns { layers, area } => {
+                let error = userns::probe(&layers, &area).err().unwrap_or_default();
+                frame::send(&requests, &Spawned { error }, &[])?;
+                continue;
+            }
+        };
         let (ours, theirs) = UnixStream::pair()?;
         match sys::fork() {
             Ok(Some(_)) => {

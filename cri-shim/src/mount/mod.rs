@@ -101,6 +101,15 @@ impl Detached {
         sys::setattr(self.0.as_fd(), recursive, attributes, 0)
     }
 
+    /// From now on the files of the topmost mount belong to whom the user namespace maps their
+    /// owners to.
+    ///
+    /// # Errors
+    /// The kernel's: EINVAL where the file system cannot be id-mapped, ENOSYS before Linux 5.12.
+    pub fn map_ids(&self, userns: &impl AsFd) -> io::Result<()> {
+        sys::map_ids(self.0.as_fd(), userns.as_fd())
+    }
+
     /// Sets the propagation, one of `MS_PRIVATE`, `MS_SLAVE`, `MS_SHARED`, `MS_UNBINDABLE`.
     ///
     /// # Errors
@@ -115,6 +124,14 @@ impl Detached {
     /// The kernel's.
     pub fn attach(self, target: &impl AsFd) -> io::Result<()> {
         sys::move_mount(self.0.as_fd(), target.as_fd().as_raw_fd(), c"")
+    }
+
+    /// Puts it over the working directory.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn attach_here(&self) -> io::Result<()> {
+        sys::move_mount(self.0.as_fd(), libc::AT_FDCWD, c"")
     }
 
     /// Puts it at a path that nobody else can change.

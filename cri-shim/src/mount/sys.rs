@@ -15,6 +15,7 @@ const FSMOUNT_CLOEXEC: libc::c_uint = 1;
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const MOVE_MOUNT_F_EMPTY_PATH: libc::c_uint = 4;
 const MOVE_MOUNT_T_EMPTY_PATH: libc::c_uint = 0x40;
+const MOUNT_ATTR_IDMAP: u64 = 0x10_0000;
 const AT_RECURSIVE: libc::c_uint = 0x8000;
 
 /// `struct mount_attr` of linux/mount.h.
@@ -108,7 +109,16 @@ pub(super) fn setattr(
     set: u64,
     propagation: u64,
 ) -> io::Result<()> {
-    let attr = MountAttr { set, clear: 0, propagation, userns: 0 };
+    apply(mount, recursive, &MountAttr { set, clear: 0, propagation, userns: 0 })
+}
+
+/// Has the ids of a mount's files mapped by a user namespace.
+pub(super) fn map_ids(mount: BorrowedFd<'_>, userns: BorrowedFd<'_>) -> io::Result<()> {
+    let userns = u64::try_from(userns.as_raw_fd()).map_err(io::Error::other)?;
+    apply(mount, false, &MountAttr { set: MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, userns })
+}
+
+fn apply(mount: BorrowedFd<'_>, recursive: bool, attr: &MountAttr) -> io::Result<()> {
     let mut flags = libc::AT_EMPTY_PATH as libc::c_uint;
     if recursive {
         flags |= AT_RECURSIVE;
@@ -120,7 +130,7 @@ pub(super) fn setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &attr as *const MountAttr,
+            ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

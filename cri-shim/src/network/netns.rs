@@ -29,25 +29,39 @@ pub fn create(path: &Path) -> Result<(), NetworkError> {
     if exists(path) {
         return Ok(());
     }
+    let namespace = spare::take()
+        .map_or_else(make, Ok)
+        .map_err(NetworkError::io("create network namespace", path.display()))?;
+    pin(path, Path::new(&format!("/proc/thread-self/fd/{}", namespace.as_raw_fd())))
+}
+
+/// Pins a namespace of any kind, given by its file in `/proc`, at `path`.
+///
+/// # Errors
+/// [`NetworkError::Io`]; nothing is left behind then.
+pub fn pin(path: &Path, namespace: &Path) -> Result<(), NetworkError> {
     let fail = |operation| NetworkError::io(operation, path.display());
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(fail("create folder for network namespace"))?;
+        fs::create_dir_all(parent).map_err(fail("create folder for namespace"))?;
     }
     match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(_) => {}
         // A mount point that a crash left empty.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(fail("create network namespace file")(error)),
+        Err(error) => return Err(fail("create namespace file")(error)),
     }
-    let made = spare::take().map_or_else(make, Ok).and_then(|namespace| {
-        let source = format!("/proc/thread-self/fd/{}", namespace.as_raw_fd());
-        mount(Some(source.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .map_err(io::Error::from)
-    });
-    made.map_err(|error| {
+    mount(Some(namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|errno| {
         let _ = fs::remove_file(path);
-        fail("create network namespace")(error)
+        fail("pin namespace at")(errno.into())
     })
+}
+
+/// Brings the loopback of the calling thread's network namespace up.
+///
+/// # Errors
+/// The kernel's.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    sys::loopback_up()
 }
 
 /// Makes a network namespace that lives as long as its descriptor.
@@ -123,7 +137,8 @@ pub fn exists(path: &Path) -> bool {
     statfs(path).is_ok_and(|stat| stat.filesystem_type() == NSFS_MAGIC)
 }
 
-/// Unpins the namespace at `path`; the kernel removes it, and the veth in it, with its last user.
+/// Unpins the namespace, of any kind, at `path`; the kernel removes it, and the veth in it, with its
+/// last user.
 /// Nothing there is a success.
 ///
 /// # Errors
@@ -135,15 +150,13 @@ pub fn delete(path: &Path) -> Result<(), NetworkError> {
             Ok(()) => {}
             Err(Errno::EINVAL | Errno::ENOENT) => break,
             Err(errno) => {
-                return Err(NetworkError::errno("unmount network namespace", path.display())(
-                    errno,
-                ));
+                return Err(NetworkError::errno("unpin namespace", path.display())(errno));
             }
         }
     }
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(NetworkError::io("remove network namespace file", path.display())(error))
+            Err(NetworkError::io("remove namespace file", path.display())(error))
         }
         _ => Ok(()),
     }

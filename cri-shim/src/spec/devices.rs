@@ -11,6 +11,8 @@ use super::SpecError;
 /// A device node of the host, as looked up for a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostDevice {
+    /// Where it is on the host.
+    pub host: PathBuf,
     /// Where it appears in the container.
     pub path: PathBuf,
     /// A block device; else a character device.

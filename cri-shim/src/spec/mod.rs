@@ -21,9 +21,10 @@ pub mod seccomp;
 pub mod security;
 pub mod stop_signal;
 pub mod user;
+pub mod userns;
 
 pub use devices::HostDevice;
-pub use namespaces::{PidNamespace, Pod};
+pub use namespaces::{PidNamespace, Pod, Userns};
 pub use process::ImageDefaults;
 
 /// What the machine offers, read once at start.
@@ -86,6 +87,9 @@ pub enum SpecError {
     /// A mount with a relative or empty path.
     #[error("mount of {source_path:?} at {target:?}: {reason}")]
     BadMount { source_path: String, target: String, reason: &'static str },
+    /// A user namespace that cannot be made, or is not the sandbox's.
+    #[error(transparent)]
+    Userns(#[from] userns::UsernsError),
     /// A name that cannot be a systemd slice.
     #[error("cgroup parent {0:?} is not a valid systemd slice name")]
     BadSlice(String),
@@ -100,10 +104,17 @@ impl From<oci_spec::OciSpecError> for SpecError {
     }
 }
 
-/// Refuses a config that could never be run, so that such a container is not created at all.
-pub fn check(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecError> {
+/// Refuses a config that could never be run in its sandbox, so that such a container is not created
+/// at all.
+pub fn check(
+    config: &api::ContainerConfig,
+    sandbox: &api::NamespaceOption,
+    host: &Host,
+) -> Result<(), SpecError> {
     let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
     security::check(security, host)?;
+    let options = security.and_then(|s| s.namespace_options.as_ref());
+    userns::plan_container(options, Some(sandbox))?;
     capabilities::plan(security, host.capabilities)?;
     mounts::check(&config.mounts)
 }
@@ -120,12 +131,19 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
         .namespaces(namespaces::plan(inputs.pod, security, inputs.host)?)
         .cgroups_path(inputs.cgroup.clone())
         .resources(resources::plan(inputs.config, &inputs.devices, privileged, inputs.host)?)
-        .devices(devices::plan(&inputs.devices)?)
         .masked_paths(security::masked_paths(security))
         .readonly_paths(security::readonly_paths(security));
     if let Some(propagation) = mounts::rootfs_propagation(&inputs.config.mounts) {
         linux = linux.rootfs_propagation(propagation);
     }
+    linux = match &inputs.pod.userns {
+        None => linux.devices(devices::plan(&inputs.devices)?),
+        // Nobody makes device nodes in a user namespace; those of the node are mounted.
+        Some(userns) => {
+            let [uids, gids] = userns.map.oci()?;
+            linux.uid_mappings(uids).gid_mappings(gids)
+        }
+    };
     let mut linux = linux.build()?;
     linux.set_seccomp(seccomp::plan(
         security,

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
-use super::{Inputs, SpecError};
+use super::userns::{self, IdMap};
+use super::{HostDevice, Inputs, SpecError};
 use crate::api::{self, MountPropagation};
 
 const SYS: [&str; 4] = ["nosuid", "noexec", "nodev", "relatime"];
@@ -30,7 +31,16 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
 
     let mut bound = Vec::new();
     for (target, source) in &pod.files {
-        bound.push(bind(source, target, &["rbind", "rprivate", "rw"])?);
+        let mut file = bind(source, target, &["rbind", "rprivate", "rw"])?;
+        if let Some(userns) = &pod.userns {
+            map_ids(&mut file, &userns.map)?;
+        }
+        bound.push(file);
+    }
+    if pod.userns.is_some() {
+        for device in &inputs.devices {
+            bound.push(plan_device(device)?);
+        }
     }
     if !pod.shm.as_os_str().is_empty() {
         bound.push(bind(&pod.shm, "/dev/shm", &["rbind", "rprivate", "rw"])?);
@@ -86,9 +96,6 @@ fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
     if volume.image.is_some() {
         return Err(SpecError::Unsupported("an image volume"));
     }
-    if !volume.uid_mappings.is_empty() || !volume.gid_mappings.is_empty() {
-        return Err(SpecError::Unsupported("an id-mapped mount"));
-    }
     if volume.host_path.is_empty() || !volume.host_path.starts_with('/') {
         return Err(bad("the host path must be absolute"));
     }
@@ -110,7 +117,23 @@ fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
         (false, false) => "rw",
     };
     let target = Path::new("/").join(&volume.container_path);
-    bind(Path::new(&volume.host_path), target, &["rbind", propagation, access])
+    let mut mount = bind(Path::new(&volume.host_path), target, &["rbind", propagation, access])?;
+    if !volume.uid_mappings.is_empty() || !volume.gid_mappings.is_empty() {
+        map_ids(&mut mount, &userns::plan_mappings(&volume.uid_mappings, &volume.gid_mappings)?)?;
+    }
+    Ok(mount)
+}
+
+/// Files of such a mount belong to the same ids in the container as on the disk.
+fn map_ids(mount: &mut Mount, map: &IdMap) -> Result<(), SpecError> {
+    let [uids, gids] = map.oci()?;
+    mount.set_uid_mappings(Some(uids));
+    mount.set_gid_mappings(Some(gids));
+    Ok(())
+}
+
+fn plan_device(device: &HostDevice) -> Result<Mount, SpecError> {
+    bind(&device.host, &device.path, &["bind", "rprivate", "rw"])
 }
 
 /// Propagation the container's root needs for its volumes to send or receive mounts.

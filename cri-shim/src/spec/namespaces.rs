@@ -8,12 +8,15 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType};
 
+use super::userns::IdMap;
 use super::{Host, SpecError};
-use crate::api::{self, NamespaceMode};
+use crate::api;
 
 /// What of its sandbox a container's spec depends on.
 #[derive(Clone, Debug, Default)]
 pub struct Pod {
+    /// The user namespace; none when the pod uses the node's.
+    pub userns: Option<Userns>,
     /// The pinned network namespace; none when the pod uses the node's.
     pub netns: Option<PathBuf>,
     /// The PID namespace the container is to be in.
@@ -24,6 +27,15 @@ pub struct Pod {
     pub shm: PathBuf,
     /// Files of the sandbox bound over those of the image: target to source.
     pub files: BTreeMap<&'static str, PathBuf>,
+}
+
+/// The user namespace of a pod, which its other namespaces belong to.
+#[derive(Clone, Debug)]
+pub struct Userns {
+    /// Where it is pinned.
+    pub path: PathBuf,
+    /// Its ids.
+    pub map: IdMap,
 }
 
 /// A container's PID namespace (CRI `NamespaceMode`).
@@ -44,13 +56,11 @@ pub(super) fn plan(
     security: Option<&api::LinuxContainerSecurityContext>,
     host: &Host,
 ) -> Result<Vec<LinuxNamespace>, SpecError> {
-    let options = security.and_then(|s| s.namespace_options.as_ref());
-    if let Some(userns) = options.and_then(|o| o.userns_options.as_ref())
-        && userns.mode() != NamespaceMode::Node
-    {
-        return Err(SpecError::Unsupported("hostUsers: false (a user namespace)"));
+    let mut namespaces = Vec::new();
+    if let Some(userns) = &pod.userns {
+        namespaces.push(join(LinuxNamespaceType::User, userns.path.clone())?);
     }
-    let mut namespaces = vec![new(LinuxNamespaceType::Mount)?];
+    namespaces.push(new(LinuxNamespaceType::Mount)?);
     if host.cgroup_v2 && !security.is_some_and(|s| s.privileged) {
         namespaces.push(new(LinuxNamespaceType::Cgroup)?);
     }

@@ -258,7 +258,10 @@ fn configs_that_can_never_run_are_refused_at_creation() {
         run_as_group: Some(api::Int64Value { value: 1 }),
         ..Default::default()
     });
-    assert_eq!(check(&group, &host()), Err(SpecError::GroupWithoutUser));
+    assert_eq!(
+        check(&group, &api::NamespaceOption::default(), &host()),
+        Err(SpecError::GroupWithoutUser)
+    );
     let recursive = |readonly, propagation: MountPropagation| api::ContainerConfig {
         mounts: vec![api::Mount {
             container_path: "/x".into(),
@@ -271,10 +274,30 @@ fn configs_that_can_never_run_are_refused_at_creation() {
         ..Default::default()
     };
     use MountPropagation::*;
-    assert!(check(&recursive(true, PropagationPrivate), &host()).is_ok());
-    assert!(check(&recursive(false, PropagationPrivate), &host()).is_err());
-    assert!(check(&recursive(true, PropagationHostToContainer), &host()).is_err());
-    assert!(check(&recursive(true, PropagationBidirectional), &host()).is_err());
+    assert!(
+        check(&recursive(true, PropagationPrivate), &api::NamespaceOption::default(), &host())
+            .is_ok()
+    );
+    assert!(
+        check(&recursive(false, PropagationPrivate), &api::NamespaceOption::default(), &host())
+            .is_err()
+    );
+    assert!(
+        check(
+            &recursive(true, PropagationHostToContainer),
+            &api::NamespaceOption::default(),
+            &host()
+        )
+        .is_err()
+    );
+    assert!(
+        check(
+            &recursive(true, PropagationBidirectional),
+            &api::NamespaceOption::default(),
+            &host()
+        )
+        .is_err()
+    );
 }
 
 #[test]
@@ -390,4 +413,74 @@ proptest! {
         let unique: HashSet<_> = names.iter().collect();
         prop_assert_eq!(names.len(), unique.len());
     }
+}
+
+#[test]
+fn a_pod_with_users_of_its_own() {
+    let ids = |first| vec![api::IdMapping { host_id: first, container_id: 0, length: 65_536 }];
+    let map = userns::plan_mappings(&ids(65_536), &ids(65_536)).unwrap();
+    let pod = Pod {
+        userns: Some(Userns { path: "/run/userns/pod".into(), map }),
+        netns: Some("/run/netns/pod".into()),
+        files: [("/etc/hosts", PathBuf::from("/state/hosts"))].into(),
+        shm: "/run/shm".into(),
+        ..Pod::default()
+    };
+    let mut config = secured(api::LinuxContainerSecurityContext::default());
+    config.mounts = vec![api::Mount {
+        host_path: "/data".into(),
+        container_path: "/data".into(),
+        uid_mappings: ids(65_536),
+        gid_mappings: ids(65_536),
+        ..Default::default()
+    }];
+    let device = HostDevice {
+        host: "/dev/real".into(),
+        path: "/dev/seen".into(),
+        block: false,
+        major: 10,
+        minor: 1,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        access: "rw".into(),
+    };
+    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
+    let spec = plan_spec(&Inputs {
+        config: &config,
+        image: &image,
+        pod: &pod,
+        host: &host(),
+        rootfs: PathBuf::from("/rootfs"),
+        cgroup: PathBuf::from("/c1"),
+        localhost_seccomp: None,
+        devices: vec![device],
+    })
+    .unwrap();
+    let linux = spec.linux().clone().unwrap();
+    // The one that owns the others is entered first.
+    let first = linux.namespaces().clone().unwrap().remove(0);
+    assert_eq!(first.typ(), LinuxNamespaceType::User);
+    assert_eq!(first.path().as_deref(), Some(Path::new("/run/userns/pod")));
+    let told = (linux.uid_mappings().clone(), linux.gid_mappings().clone());
+    let expected = map.oci().unwrap();
+    assert_eq!(told, (Some(expected[0].clone()), Some(expected[1].clone())));
+    // A node in a user namespace is not made but mounted; its cgroup's leave is the same.
+    assert!(linux.devices().as_ref().is_none_or(Vec::is_empty));
+    let rules = linux.resources().as_ref().and_then(|r| r.devices().clone()).unwrap();
+    assert!(rules.iter().any(|rule| rule.major() == Some(10) && rule.minor() == Some(1)));
+    let mounts = spec.mounts().clone().unwrap();
+    let at = |target: &str| mounts.iter().find(|m| m.destination() == Path::new(target)).unwrap();
+    assert_eq!(at("/dev/seen").source().as_deref(), Some(Path::new("/dev/real")));
+    for (target, mapped) in
+        [("/etc/hosts", true), ("/data", true), ("/dev/shm", false), ("/dev/seen", false)]
+    {
+        let mount = at(target);
+        assert_eq!(mount.uid_mappings().is_some(), mapped, "{target}");
+        assert_eq!(mount.gid_mappings().is_some(), mapped, "{target}");
+    }
+    config.mounts[0].gid_mappings.clear();
+    let refused = check(&config, &api::NamespaceOption::default(), &host()).unwrap_err();
+    let expected = userns::UsernsError::Ranges { kind: "GID", count: 0 };
+    assert_eq!(refused, SpecError::Userns(expected));
 }

@@ -63,6 +63,11 @@ impl Layout {
         self.run.join("netns").join(id)
     }
 
+    /// Where a sandbox's user namespace is pinned.
+    pub fn userns(&self, id: &str) -> PathBuf {
+        self.run.join("userns").join(id)
+    }
+
     /// A private mount: what is mounted below it does not propagate to other namespaces.
     pub fn mounts(&self) -> PathBuf {
         self.run.join("mnt")

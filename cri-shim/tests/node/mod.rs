@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,13 +32,32 @@ pub struct Node {
 
 impl Node {
     pub async fn start() -> anyhow::Result<Node> {
+        Self::start_in(&["--mount"]).await
+    }
+
+    /// A node with a network of its own, where pods can have theirs. From now on the calling thread
+    /// is in it too.
+    pub async fn start_networked() -> anyhow::Result<Node> {
+        let node = Self::start_in(&["--mount", "--net"]).await?;
+        let network = fs::File::open(format!("/proc/{}/ns/net", node.namespace.id()))?;
+        nix::sched::setns(network, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        // For the streaming server, which is on it.
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status()?;
+        anyhow::ensure!(up.success(), "no loopback");
+        Ok(node)
+    }
+
+    async fn start_in(namespaces: &[&str]) -> anyhow::Result<Node> {
         let root = tempfile::Builder::new().prefix("ls").tempdir_in("/tmp")?;
+        // As a node's directories are: what is in them is closed, they can be passed.
+        fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711))?;
         let store = ImageStore::open_shared(StoreConfig::new(root.path().join("state")))?;
         let archive = root.path().join("busybox.tar");
         write_image(&archive)?;
         store.import(ImportSource::File(archive)).await?;
         let namespace = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"])
+            .args(namespaces)
+            .args(["--propagation", "private", "sh", "-c", "echo; exec sleep 1000"])
             .stdout(Stdio::piped())
             .spawn()?;
         let mut namespace = namespace;
@@ -81,9 +101,20 @@ impl Node {
             pid: pid as i32,
             ..Default::default()
         };
-        let config = PodSandboxConfig {
+        self.sandbox_of("pod", options, handler, |_| {}).await
+    }
+
+    /// A sandbox whose config `change` has the last word about.
+    pub async fn sandbox_of(
+        &mut self,
+        name: &str,
+        options: NamespaceOption,
+        handler: &str,
+        change: impl FnOnce(&mut LinuxPodSandboxConfig),
+    ) -> anyhow::Result<(String, PodSandboxConfig)> {
+        let mut config = PodSandboxConfig {
             metadata: Some(PodSandboxMetadata {
-                name: "pod".into(),
+                name: name.into(),
                 namespace: "default".into(),
                 uid: "uid".into(),
                 attempt: 0,
@@ -100,6 +131,7 @@ impl Node {
             }),
             ..Default::default()
         };
+        config.linux.as_mut().map(change);
         let request = RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: handler.to_owned(),
@@ -208,6 +240,7 @@ impl Node {
             "run/m",
             "run/c",
             "run/netns",
+            "run/userns",
         ];
         directories
             .iter()
@@ -233,6 +266,14 @@ impl Drop for Node {
             kill_and_remove(&procs);
         }
         kill_and_remove(&Path::new("/sys/fs/cgroup").join(&self.name));
+    }
+}
+
+impl Node {
+    /// What is mounted where the server is, as in `/proc/<pid>/mountinfo`.
+    pub fn mounts(&self) -> String {
+        let path = format!("/proc/{}/mountinfo", self.namespace.id());
+        fs::read_to_string(path).unwrap_or_default()
     }
 }
 
@@ -280,7 +321,7 @@ fn kill_and_remove(cgroup: &Path) {
 fn serve(root: &Path, namespace: &Child) -> anyhow::Result<Child> {
     let pid = namespace.id().to_string();
     Ok(Command::new("nsenter")
-        .args(["--target", &pid, "--mount", "--", env!("CARGO_BIN_EXE_longshore-cri")])
+        .args(["--target", &pid, "--mount", "--net", "--", env!("CARGO_BIN_EXE_longshore-cri")])
         .args([root.join("state"), root.join("run")])
         .spawn()?)
 }

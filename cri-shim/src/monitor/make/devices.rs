@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType, Spec};
 use super::super::inroot::Root;
 
 /// OCI runtime spec, config-linux.md, "Default Devices": name, major, minor.
-const DEFAULT: [(&str, u64, u64); 6] = [
+pub(super) const DEFAULT: [(&str, u64, u64); 6] = [
     ("/dev/null", 1, 3),
     ("/dev/zero", 1, 5),
     ("/dev/full", 1, 7),
@@ -41,6 +41,11 @@ struct Node<'a> {
 
 /// Makes them all; what is there already stays.
 pub(super) fn add(root: &Root, spec: &Spec) -> Result<(), String> {
+    add_nodes(root, spec)?;
+    add_links(root)
+}
+
+fn add_nodes(root: &Root, spec: &Spec) -> Result<(), String> {
     let given = spec.linux().as_ref().and_then(|l| l.devices().as_deref()).unwrap_or_default();
     for device in given {
         let node = Node {
@@ -60,6 +65,11 @@ pub(super) fn add(root: &Root, spec: &Spec) -> Result<(), String> {
         let device = makedev(major, minor);
         make(root, &Node { path, kind: SFlag::S_IFCHR, device, mode: 0o666, owner: (0, 0) })?;
     }
+    Ok(())
+}
+
+/// The usual links alone.
+pub(super) fn add_links(root: &Root) -> Result<(), String> {
     for (link, target) in LINKS {
         let made = root.parent(Path::new(link)).and_then(|(parent, name)| {
             match symlinkat(target, &parent, name) {

@@ -16,8 +16,8 @@ use super::super::inroot::Root;
 use super::super::launch::Stdio;
 use super::super::protocol::StartContainer;
 use super::super::{frame, payload, process, sys};
-use super::{Result, Told, enter, hooks, rootfs, wait};
-use crate::seccomp;
+use super::{Made, Result, Told, enter, hooks, rootfs, wait};
+use crate::seccomp::{self, Program};
 use crate::spec::user::{self, Identity};
 
 /// The whole life of the process as ours. Never returns.
@@ -25,9 +25,10 @@ pub(super) fn run(
     start: &StartContainer,
     spec: &mut Spec,
     stdio: Stdio,
+    made: Made,
     mut socket: UnixStream,
 ) -> ! {
-    let message = match become_container(start, spec, stdio, &mut socket) {
+    let message = match become_container(start, spec, stdio, made, &mut socket) {
         Ok(never) => match never {},
         Err(message) => message,
     };
@@ -39,20 +40,25 @@ fn become_container(
     start: &StartContainer,
     spec: &mut Spec,
     stdio: Stdio,
+    mut made: Made,
     socket: &mut UnixStream,
 ) -> Result<std::convert::Infallible> {
-    let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
-    let filter = profile.map(|p| seccomp::of_bundle(&start.bundle, p)).transpose();
-    let filter = filter.map_err(|e| e.to_string())?;
     let proc = process::open_proc()?;
-    enter_namespaces(spec)?;
-    rootfs::separate(spec)?;
-    mount_rootfs(start)?;
-    let root = Root::open(&start.rootfs.target)
-        .map_err(|e| format!("opening the root file system: {e}"))?;
-    let identity = prepare(start, spec, &root)?;
+    let (root, identity, filter) = match &mut made.held {
+        None => {
+            let filter = filter(start, spec)?;
+            enter_namespaces(spec)?;
+            rootfs::separate(spec)?;
+            mount_rootfs(start)?;
+            let root = Root::open(&start.rootfs.target)
+                .map_err(|e| format!("opening the root file system: {e}"))?;
+            let identity = prepare(start, spec, &root)?;
+            (root, identity, filter)
+        }
+        Some(held) => (held.enter(spec)?, held.identity.clone(), held.filter.take()),
+    };
     // On v1 the cgroups are entered meanwhile; nothing that is charged for comes before.
-    rootfs::fill(&root, spec)?;
+    rootfs::fill(&root, spec, made.mounts, made.held)?;
     wait(socket);
     let hooks = spec.hooks().clone().unwrap_or_default();
     let state = |status| hooks::State {
@@ -86,19 +92,33 @@ fn become_container(
     Err(payload::run(process))
 }
 
+/// The compiled seccomp profile.
+pub(super) fn filter(start: &StartContainer, spec: &Spec) -> Result<Option<Program>> {
+    let profile = spec.linux().as_ref().and_then(|l| l.seccomp().as_ref());
+    let filter = profile.map(|p| seccomp::of_bundle(&start.bundle, p)).transpose();
+    filter.map_err(|e| e.to_string())
+}
+
+/// The flag of a kind of namespace that the first process enters.
+pub(super) fn flag(kind: LinuxNamespaceType) -> Result<CloneFlags> {
+    Ok(match kind {
+        LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
+        LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
+        LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
+        LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
+        LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
+        other => return Err(format!("{other} namespaces are not supported by this runtime")),
+    })
+}
+
 fn enter_namespaces(spec: &Spec) -> Result<()> {
     let listed = spec.linux().as_ref().and_then(|l| l.namespaces().as_deref());
     for namespace in listed.into_iter().flatten() {
-        let kind = match namespace.typ() {
-            LinuxNamespaceType::Mount => CloneFlags::CLONE_NEWNS,
-            LinuxNamespaceType::Network => CloneFlags::CLONE_NEWNET,
-            LinuxNamespaceType::Cgroup => CloneFlags::CLONE_NEWCGROUP,
-            LinuxNamespaceType::Ipc => CloneFlags::CLONE_NEWIPC,
-            LinuxNamespaceType::Uts => CloneFlags::CLONE_NEWUTS,
-            // Entered by the fork.
-            LinuxNamespaceType::Pid => continue,
-            other => return Err(format!("{other} namespaces are not supported by this runtime")),
-        };
+        // Entered by the fork.
+        if namespace.typ() == LinuxNamespaceType::Pid {
+            continue;
+        }
+        let kind = flag(namespace.typ())?;
         match namespace.path() {
             Some(path) => enter(path, kind)?,
             None => {
@@ -142,6 +162,16 @@ pub(in crate::monitor) fn prepare(
     let (passwd, group) = (read("etc/passwd")?, read("etc/group")?);
     let identity = user::resolve(&start.user, &passwd, &group)
         .map_err(|e| format!("resolving the user: {e}"))?;
+    // Who that is on the node.
+    let owner = match &start.userns {
+        Some(userns) => {
+            let map = &userns.map;
+            map.check(identity.uid, identity.gid, &identity.groups)
+                .and_then(|()| map.to_host(identity.uid, identity.gid))
+                .map_err(|e| e.to_string())?
+        }
+        None => (identity.uid, identity.gid),
+    };
     let Some(process) = spec.process_mut() else { return Err("the spec has no process".into()) };
     let resolved = UserBuilder::default()
         .uid(identity.uid)
@@ -155,7 +185,7 @@ pub(in crate::monitor) fn prepare(
     {
         env.push(format!("HOME={}", identity.home));
     }
-    root.make_directory(process.cwd(), identity.uid, identity.gid)
+    root.make_directory(process.cwd(), owner.0, owner.1)
         .map_err(|e| format!("making the working directory {}: {e}", process.cwd().display()))?;
     // Who the process is, for execs.
     let config = start.bundle.join("config.json");

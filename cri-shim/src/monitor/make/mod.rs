@@ -7,8 +7,9 @@
 //! one socket; its end at the program's start is how the maker knows that the program runs. They
 //! work side by side because joining a v1 cgroup waits for the kernel (an RCU grace period), which
 //! is as long as everything else together; on v2 the process is born in its cgroup and nothing
-//! waits.
+//! waits. A container in a user namespace is made by both in another way ([`users`]).
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -24,6 +25,7 @@ use super::launch::{Progress, Stdio};
 use super::protocol::StartContainer;
 use super::{process, sys};
 use crate::cgroup::{Hierarchies, create};
+use crate::mount::Detached;
 use crate::spec::user::Identity;
 
 mod devices;
@@ -31,10 +33,19 @@ pub(super) mod hooks;
 mod init;
 mod options;
 mod rootfs;
+mod users;
 
 pub(super) use init::{mount_rootfs, prepare};
 
 type Result<T> = std::result::Result<T, String>;
+
+/// What the maker has made for the first process, which could not.
+struct Made {
+    /// By their index in the spec.
+    mounts: BTreeMap<usize, Detached>,
+    /// For a container in a user namespace.
+    held: Option<users::Held>,
+}
 
 /// What the first process tells the maker.
 #[derive(Debug, Serialize, Deserialize)]
@@ -66,11 +77,18 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
     let (mut ours, theirs) =
         UnixStream::pair().map_err(|e| format!("making the socket to the container: {e}"))?;
     let hooks = spec.hooks().clone().unwrap_or_default();
-    let Some(pid) = fork(start, &spec, &cgroups)? else {
-        drop(ours);
-        init::run(start, &mut spec, stdio, theirs);
+    let made = match &start.userns {
+        None => Made { mounts: users::copy_mounts(&spec, None)?, held: None },
+        Some(pod) => {
+            let (held, mounts) = users::hold(start, &mut spec, pod, &stdio)?;
+            Made { mounts, held: Some(held) }
+        }
     };
-    drop((theirs, stdio));
+    let Some(pid) = fork(start, &spec, &cgroups, made.held.as_ref())? else {
+        drop(ours);
+        init::run(start, &mut spec, stdio, made, theirs);
+    };
+    drop((theirs, stdio, made));
     if !cgroups.v2 {
         for directory in cgroups.directories(&start.cgroup) {
             match fs::write(directory.join("cgroup.procs"), pid.as_raw().to_string()) {
@@ -123,7 +141,23 @@ fn before_start(hooks: &Hooks) -> [&[oci_spec::runtime::Hook]; 2] {
 }
 
 /// Forks the first process as the monitor's child, in its PID namespace; `None` in the child.
-fn fork(start: &StartContainer, spec: &Spec, cgroups: &Hierarchies) -> Result<Option<Pid>> {
+fn fork(
+    start: &StartContainer,
+    spec: &Spec,
+    cgroups: &Hierarchies,
+    held: Option<&users::Held>,
+) -> Result<Option<Pid>> {
+    let directory = cgroups.controller("", &start.cgroup);
+    let cgroup = match cgroups.v2 {
+        true => Some(
+            fs::File::open(&directory)
+                .map_err(|e| format!("opening {}: {e}", directory.display()))?,
+        ),
+        false => None,
+    };
+    if let Some(held) = held {
+        return users::fork(held, spec, cgroup.as_ref());
+    }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_deref());
     let pid = namespaces.into_iter().flatten().find(|n| n.typ() == LinuxNamespaceType::Pid);
     match pid.map(|n| n.path()) {
@@ -136,14 +170,6 @@ fn fork(start: &StartContainer, spec: &Spec, cgroups: &Hierarchies) -> Result<Op
         // Inherited.
         process::before_entering(process)?;
     }
-    let directory = cgroups.controller("", &start.cgroup);
-    let cgroup = match cgroups.v2 {
-        true => Some(
-            fs::File::open(&directory)
-                .map_err(|e| format!("opening {}: {e}", directory.display()))?,
-        ),
-        false => None,
-    };
     sys::fork_sibling(cgroup.as_ref().map(AsFd::as_fd))
         .map_err(|e| format!("forking the container's first process: {e}"))
 }

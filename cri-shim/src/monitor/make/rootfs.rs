@@ -4,6 +4,7 @@
 //! Paths inside are an image's and a pod's word: each is resolved within the root and used as an
 //! open descriptor.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -18,6 +19,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::super::inroot::{Place, Root};
 use super::devices;
 use super::options::{self, Options};
+use super::users::Held;
 use crate::mount::Detached;
 
 type Result<T> = std::result::Result<T, String>;
@@ -51,41 +53,58 @@ fn propagation(spec: &Spec) -> Option<&str> {
 }
 
 /// Makes all mounts and devices below `root`.
-pub(super) fn fill(root: &Root, spec: &Spec) -> Result<()> {
+///
+/// `made` are mounts that the maker has made, by their index in the spec; `held` is what else it has
+/// for a container in a user namespace.
+pub(super) fn fill(
+    root: &Root,
+    spec: &Spec,
+    mut made: BTreeMap<usize, Detached>,
+    held: Option<Held>,
+) -> Result<()> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
-    for mount in mounts {
-        add(root, mount).map_err(|e| describe(mount, &e))?;
+    for (at, mount) in mounts.iter().enumerate() {
+        add(root, mount, made.remove(&at)).map_err(|e| describe(mount, &e))?;
     }
     // A volume over all of /dev brings its own.
-    if !mounts.iter().any(|m| m.destination() == Path::new("/dev") && is_bind(m)) {
-        devices::add(root, spec)?;
+    if mounts.iter().any(|m| m.destination() == Path::new("/dev") && is_bind(m)) {
+        return Ok(());
     }
-    Ok(())
+    match held {
+        None => devices::add(root, spec),
+        Some(held) => {
+            held.place_devices(root)?;
+            devices::add_links(root)
+        }
+    }
 }
 
 fn is_bind(mount: &Mount) -> bool {
     options::parse(mount.options().as_deref().unwrap_or_default()).bind
 }
 
-fn describe(mount: &Mount, error: &io::Error) -> String {
+pub(super) fn describe(mount: &Mount, error: &io::Error) -> String {
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
     format!("mounting {} at {}: {error}", source.display(), mount.destination().display())
 }
 
-fn add(root: &Root, mount: &Mount) -> io::Result<()> {
+fn add(root: &Root, mount: &Mount, made: Option<Detached>) -> io::Result<()> {
     let options = options::parse(mount.options().as_deref().unwrap_or_default());
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
     let kind = mount.typ().as_deref().unwrap_or_default();
-    let made = if options.bind {
-        bind(source, &options)?
+    let made = if let Some(made) = made {
+        made
+    } else if options.bind {
+        let made = Detached::copy(source, options.recursive)?;
+        change(&made, &options)?;
+        made
     } else {
         let kind = if kind == "cgroup" { "cgroup2" } else { kind };
         let name = source.to_str().unwrap_or_default();
-        Detached::new(kind, name, &options.data, options.attributes)?
+        let made = Detached::new(kind, name, &options.data, options.attributes)?;
+        propagate(&made, &options)?;
+        made
     };
-    if let Some((how, recursive)) = options.propagation {
-        made.propagate(how, recursive)?;
-    }
     let place = match SFlag::from_bits_truncate(fstat(&made)?.st_mode) & SFlag::S_IFMT {
         SFlag::S_IFDIR => Place::Directory,
         _ => Place::File,
@@ -93,15 +112,19 @@ fn add(root: &Root, mount: &Mount) -> io::Result<()> {
     made.attach(&target(root, mount.destination(), kind, place)?)
 }
 
-fn bind(source: &Path, options: &Options) -> io::Result<Detached> {
-    let made = Detached::copy(source, options.recursive)?;
+fn propagate(made: &Detached, options: &Options) -> io::Result<()> {
+    options.propagation.map_or(Ok(()), |(how, recursive)| made.propagate(how, recursive))
+}
+
+/// Makes of a copy what a bind mount's options say.
+pub(super) fn change(made: &Detached, options: &Options) -> io::Result<()> {
     if options.attributes != 0 {
         made.set(options.attributes, false)?;
     }
     if options.recursive_attributes != 0 {
         made.set(options.recursive_attributes, true)?;
     }
-    Ok(made)
+    propagate(made, options)
 }
 
 /// Where a mount goes, made if it is not there.
