@@ -24,4 +24,5 @@ pub mod runtime;
 mod shutdown;
 pub mod source;
 pub mod standalone;
+pub mod user_ids;
 pub mod volume;

@@ -97,6 +97,8 @@ pub struct Metrics {
     relists: Histogram,
     relist_intervals: Histogram,
     probes: Family<ProbeLabels, Counter>,
+    user_namespaced: Counter,
+    user_namespaced_errors: Counter,
 }
 
 /// Labels of the time that requests to the API server take.
@@ -126,6 +128,8 @@ impl Metrics {
             relists: histogram(),
             relist_intervals: histogram(),
             probes: Family::default(),
+            user_namespaced: Counter::default(),
+            user_namespaced_errors: Counter::default(),
         };
         new.registered()
     }
@@ -192,6 +196,16 @@ impl Metrics {
             "Interval in seconds between relisting in PLEG",
             self.relist_intervals.clone(),
         );
+        all.register(
+            "kubelet_started_user_namespaced_pods",
+            "Cumulative number of pods with user namespaces started. This metric will only be collected on Linux",
+            self.user_namespaced.clone(),
+        );
+        all.register(
+            "kubelet_started_user_namespaced_pods_errors",
+            "Cumulative number of errors when starting pods with user namespaces. This metric will only be collected on Linux",
+            self.user_namespaced_errors.clone(),
+        );
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
@@ -235,6 +249,14 @@ impl Metrics {
         self.pod_starts.observe(since_seen.max(0.0));
         if let Some(created) = since_created {
             self.pod_sli_starts.observe(created.max(0.0));
+        }
+    }
+
+    /// A sandbox with a user namespace was to be made.
+    pub fn user_namespaced_pod_started(&self, failed: bool) {
+        self.user_namespaced.inc();
+        if failed {
+            self.user_namespaced_errors.inc();
         }
     }
 

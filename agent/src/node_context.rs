@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::user_ids::UserIds;
+
 /// Who makes the cgroups of pods: the kernel's file system, or systemd's slices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CgroupDriver {
@@ -96,6 +98,8 @@ pub struct NodeContext {
     pub pod_pids_limit: Option<i64>,
     /// Most pods on this node (`maxPods`).
     pub max_pods: u32,
+    /// The ids that user namespaces are made of, or why there are none.
+    pub user_ids: Result<UserIds, String>,
     /// CPU that pods may request, in milli-CPUs.
     pub allocatable_milli_cpu: u64,
     /// Memory that pods may request, in bytes.
@@ -152,6 +156,7 @@ impl NodeContext {
             cpu_cfs_period_us: 100_000,
             pod_pids_limit: None,
             max_pods: 110,
+            user_ids: Ok(UserIds::default()),
             allocatable_milli_cpu: u64::MAX,
             allocatable_memory: u64::MAX,
             capacity_memory: 0,

@@ -61,6 +61,7 @@ fn payload(work: &Path) -> Result<PathBuf> {
         (workspace().join("examples"), "worker.yaml", "manifests"),
         (tests.join("manifests"), "hungry.yaml", "manifests"),
         (tests.join("manifests"), "curious.yaml", "manifests"),
+        (tests.join("manifests"), "stranger.yaml", "manifests"),
         (tests.join("manifests"), "late.yaml", "manifests/late"),
         (tests, "guest.sh", "."),
     ] {

@@ -149,6 +149,9 @@ case $boot in
     check limits-after-reexec limits
     check out-of-memory within 60 status_has 'hungry-test-machine 0/1 OOMKilled'
     check devices within 30 says curious probe "null:ok kmsg:denied disk:denied"
+    # The cgroup's root, as seen by a pod with users of its own, is its container's.
+    check users within 60 says stranger probe "0 0 65536 65536 0 domain"
+    check users-outside equal "$(stat -c %u "/proc/$(pgrep -f '^sleep 43210')")" 65536
     cp /opt/manifests/late/*.yaml $manifests/
     check pod-after-reexec within 60 says late late hello
 

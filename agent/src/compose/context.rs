@@ -12,6 +12,7 @@ use crate::cluster::ClusterConfig;
 use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
 use crate::runtime::Runtime;
+use crate::user_ids::UserIds;
 
 /// Facts that configuration depends on.
 pub(crate) fn host() -> anyhow::Result<Host> {
@@ -62,6 +63,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         cpu_cfs_period_us: u64::try_from(config.cpu_cfs_period.as_micros()).unwrap_or(100_000),
         pod_pids_limit: config.pod_pids_limit.and_then(|limit| i64::try_from(limit).ok()),
         max_pods: config.max_pods,
+        user_ids: UserIds::find(config.ids_per_pod, config.max_pods).map_err(|e| e.to_string()),
         allocatable_milli_cpu: (cpus * 1000).saturating_sub(reserved("cpu")),
         allocatable_memory: memory
             .saturating_sub(reserved("memory"))

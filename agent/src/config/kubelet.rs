@@ -93,6 +93,7 @@ pub struct KubeletConfiguration {
     pub seccomp_default: Option<bool>,
     pub container_runtime_endpoint: Option<String>,
     pub image_service_endpoint: Option<String>,
+    pub user_namespaces: Option<UserNamespaces>,
 }
 
 /// Who may talk to the node API.
@@ -154,6 +155,14 @@ pub struct WebhookAuthorization {
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct CrashLoopBackOff {
     pub max_container_restart_period: Option<Duration>,
+}
+
+/// KEP-127.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct UserNamespaces {
+    pub ids_per_pod: Option<i64>,
 }
 
 use Treatment::{Inert, NotBuilt, Used};
@@ -284,5 +293,5 @@ pub(super) const FIELDS: Fields = &[
     ("containerRuntimeEndpoint", Used),
     ("imageServiceEndpoint", Used),
     ("failCgroupV1", Inert), // cgroup v1 works here
-    ("userNamespaces", NotBuilt(&["{\"idsPerPod\":65536}"])),
+    ("userNamespaces", Used),
 ];

@@ -97,6 +97,7 @@ pub struct NodeConfig {
     pub container_log_monitor_interval: Duration,
     pub image_maximum_gc_age: Option<Duration>,
     pub max_pods: u32,
+    pub ids_per_pod: Option<i64>,
     pub pod_pids_limit: Option<u64>,
     pub registry_qps: u32,
     pub registry_burst: u32,
@@ -446,6 +447,7 @@ pub fn resolve(
             .map(Duration::from)
             .filter(|age| !age.is_zero()),
         max_pods: flags.max_pods.or(kubelet.max_pods).filter(|pods| *pods > 0).unwrap_or(110),
+        ids_per_pod: ids_per_pod(kubelet.user_namespaces)?,
         pod_pids_limit: kubelet.pod_pids_limit.and_then(|limit| u64::try_from(limit).ok()),
         registry_qps: kubelet.registry_pull_qps.unwrap_or(5),
         registry_burst: kubelet.registry_burst.filter(|n| *n > 0).unwrap_or(10),
@@ -513,6 +515,14 @@ pub fn resolve(
         log_json: flags.logging_format.as_deref() == Some("json"),
         notes,
     })
+}
+
+fn ids_per_pod(userns: Option<super::kubelet::UserNamespaces>) -> Result<Option<i64>, ConfigError> {
+    let asked = userns.and_then(|userns| userns.ids_per_pod);
+    match crate::user_ids::check_per_pod(asked) {
+        Ok(_) => Ok(asked),
+        Err(error) => Err(ConfigError::invalid("KubeletConfiguration", error)),
+    }
 }
 
 #[cfg(test)]

@@ -273,7 +273,15 @@ fn unsupported(pod: &Pod, node: &NodeContext) -> Option<String> {
         return Some("spec.resourceClaims".into());
     }
     if spec.host_users == Some(false) {
-        return Some("spec.hostUsers: false".into());
+        // The API server refuses these; a manifest has nobody else to.
+        let shared = [
+            (spec.host_network, "hostNetwork"),
+            (spec.host_pid, "hostPID"),
+            (spec.host_ipc, "hostIPC"),
+        ];
+        if let Some((_, field)) = shared.iter().find(|(set, _)| *set == Some(true)) {
+            return Some(format!("spec.hostUsers: false together with {field}"));
+        }
     }
     let sysctls = spec.security_context.as_ref().and_then(|c| c.sysctls.as_deref());
     for sysctl in sysctls.unwrap_or_default() {
@@ -379,7 +387,8 @@ mod tests {
                 "",
                 Some("UnsupportedField"),
             ),
-            (r#"[{"name":"a"}]"#, r#","hostUsers":false"#, Some("UnsupportedField")),
+            (r#"[{"name":"a"}]"#, r#","hostUsers":false"#, None),
+            (r#"[{"name":"a"}]"#, r#","hostUsers":false,"hostPID":true"#, Some("UnsupportedField")),
         ] {
             let spec = format!(r#"{{"containers":{containers},{tolerant}{extra}}}"#);
             assert_eq!(reason(&spec, &taken).as_deref(), expected, "{spec}");

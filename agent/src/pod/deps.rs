@@ -12,6 +12,7 @@ use super::images::Images;
 use super::spec::{ContainerKind, field_path};
 use super::store::StatusStore;
 use super::table::PodTable;
+use super::userns::UserNamespaces;
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink, pod_reference};
@@ -32,6 +33,7 @@ pub(crate) struct Deps {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) table: PodTable,
     pub(crate) store: StatusStore,
+    pub(crate) userns: Arc<UserNamespaces>,
     /// Whether sandboxes may have addresses of the pod network by now.
     pub(crate) network: watch::Receiver<bool>,
     /// When this agent began: what ran before is adopted.

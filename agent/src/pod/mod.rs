@@ -30,6 +30,7 @@ mod sync;
 pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;
+mod userns;
 mod worker;
 
 pub use sync::{SyncHandle, SyncLoop};

@@ -34,6 +34,7 @@ pub(super) fn clean(deps: Arc<Deps>, kept: HashSet<PodUid>) {
                 tracing::warn!(%uid, %error, "cannot take away an earlier pod's cgroup");
                 continue;
             }
+            deps.userns.release(&uid);
             deps.store.remove(&uid);
         }
         remove_logs(&deps, &kept).await;

@@ -25,6 +25,7 @@ use super::orphans;
 use super::status::{Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
+use super::userns::UserNamespaces;
 use super::worker::{Begin, Message, Worker};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
@@ -173,6 +174,7 @@ impl SyncLoop {
         let deps = Arc::new(Deps {
             images: Images::new(&node, runtime.clone(), objects.clone(), events.clone()),
             network: self.network,
+            userns: Arc::new(UserNamespaces::open(&node)),
             store: StatusStore::new(node.root_dir.join("longshore").join("pod-status")),
             began: self.clock.now(),
             clock: self.clock,

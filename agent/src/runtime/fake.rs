@@ -294,6 +294,15 @@ impl Runtime for FakeRuntime {
         let conditions = vec![condition("RuntimeReady"), condition("NetworkReady")];
         Ok(api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions }),
+            runtime_handlers: ["", "kata"]
+                .map(|name| api::RuntimeHandler {
+                    name: name.to_owned(),
+                    features: Some(api::RuntimeHandlerFeatures {
+                        user_namespaces: name.is_empty(),
+                        recursive_read_only_mounts: true,
+                    }),
+                })
+                .into(),
             ..Default::default()
         })
     }
@@ -409,6 +418,18 @@ impl Runtime for FakeRuntime {
                 state.sandboxes.get(sandbox_id).ok_or_else(|| not_found(VERB, sandbox_id))?;
             if !sandbox.ready {
                 return Err(failed(VERB, format!("sandbox {sandbox_id} is not ready")));
+            }
+            let options = config
+                .linux
+                .as_ref()
+                .and_then(|l| l.security_context.as_ref()?.namespace_options.as_ref());
+            let of_sandbox = sandbox
+                .config
+                .linux
+                .as_ref()
+                .and_then(|l| l.security_context.as_ref()?.namespace_options.as_ref());
+            if options.map(|o| &o.userns_options) != of_sandbox.map(|o| &o.userns_options) {
+                return Err(failed(VERB, "the user namespace is not the sandbox's"));
             }
             let image = config.image.as_ref().map(|i| i.image.clone()).unwrap_or_default();
             if !state.images.values().any(|i| i.id == image) {

@@ -234,3 +234,89 @@ async fn addresses_are_stable_and_containers_outlive_a_kill() {
     node.remove_manifest("web.yaml").unwrap();
     node.nothing_of_pods_left().await;
 }
+
+/// A pod with `hostUsers: false` that copies a ConfigMap's file into its emptyDir.
+fn userns_pod(name: &str) -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}}}
+spec:
+  hostUsers: false
+  terminationGracePeriodSeconds: 1
+  securityContext: {{fsGroup: 3000}}
+  volumes:
+  - {{name: data, emptyDir: {{}}}}
+  - {{name: config, configMap: {{name: greeting}}}}
+  containers:
+  - name: c
+    image: "longshore.local/demo/busybox:1"
+    command: [sh, -c, "cat /config/text > /data/copied && exec workload http 80"]
+    volumeMounts: [{{name: data, mountPath: /data}}, {{name: config, mountPath: /config}}]
+    ports: [{{hostPort: {port}, containerPort: 80}}]
+"#,
+        port = if name == "one" { 8881 } else { 8882 }
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_with_users_of_their_own_are_nobody_on_the_node() {
+    use std::os::unix::fs::MetadataExt as _;
+    let (lab, mut node) = standalone("standalone-userns").await;
+    let map = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: greeting}\ndata: {text: hello}\n";
+    node.put_manifest("map.yaml", map).unwrap();
+    for name in ["one", "two"] {
+        node.put_manifest(&format!("{name}.yaml"), &userns_pod(name)).unwrap();
+    }
+    let outside = lab.outside().path();
+    // Root of the namespace binds port 80, and the node forwards to it.
+    says(&outside, "10.99.0.2:8881", "one-node").await;
+    says(&outside, "10.99.0.2:8882", "two-node").await;
+    // By the pod's name: its process's owner on the node.
+    let servers = |node: &Node| -> Vec<(u32, u32)> {
+        let mut found: Vec<_> = processes_of(node.init_pid())
+            .into_iter()
+            .filter(|pid| command_line(*pid).starts_with("workload http"))
+            .filter_map(|pid| Some((std::fs::metadata(format!("/proc/{pid}")).ok()?.uid(), pid)))
+            .collect();
+        found.sort_unstable();
+        found
+    };
+    let before = servers(&node);
+    let owners: Vec<u32> = before.iter().map(|(uid, _)| *uid).collect();
+    assert_eq!(owners, [65_536, 131_072]);
+    // What it wrote to its volume belongs to who it is inside.
+    let pods = node.path("/var/lib/kubelet/pods");
+    let mut copies = 0;
+    for pod in std::fs::read_dir(&pods).unwrap().flatten() {
+        let data = pod.path().join("volumes/kubernetes.io~empty-dir/data");
+        let copied = data.join("copied");
+        assert_eq!(std::fs::read_to_string(&copied).unwrap(), "hello");
+        let (meta, folder) = (copied.metadata().unwrap(), data.metadata().unwrap());
+        assert_eq!((meta.uid(), meta.gid(), folder.gid()), (0, 3000, 3000));
+        assert!(pod.path().join("userns").exists());
+        copies += 1;
+    }
+    assert_eq!(copies, 2);
+    node.end(nix::sys::signal::Signal::SIGKILL).await;
+    node.restart().await.unwrap();
+    node.ready().await;
+    assert_eq!(servers(&node), before, "the containers were restarted");
+    // One of them comes back with the same users, made by another process than the first.
+    let one = i32::try_from(before[0].1).unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(one), nix::sys::signal::Signal::SIGKILL)
+        .unwrap();
+    eventually("the container comes back", async || {
+        let now = servers(&node);
+        let same = now.iter().map(|(uid, _)| *uid).eq(owners.iter().copied());
+        if same && now != before { Ok(()) } else { Err(format!("{now:?}")) }
+    })
+    .await;
+    says(&outside, "10.99.0.2:8881", "one-node").await;
+    for name in ["one", "two"] {
+        node.remove_manifest(&format!("{name}.yaml")).unwrap();
+    }
+    node.nothing_of_pods_left().await;
+    assert_eq!(std::fs::read_dir(&pods).unwrap().count(), 0);
+}

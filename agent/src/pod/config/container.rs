@@ -39,6 +39,8 @@ pub struct ContainerInput<'a> {
     pub message_file: Option<&'a str>,
     /// Container whose processes an ephemeral container sees.
     pub target: Option<&'a str>,
+    /// Whose ids it uses: its sandbox's word.
+    pub userns: &'a api::UserNamespace,
     /// The node.
     pub node: &'a NodeContext,
     /// Whether the node has cgroup v2.
@@ -88,6 +90,7 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<api::ContainerConfi
                 input.image,
                 input.target,
                 input.node,
+                input.userns,
             )?),
         }),
         stop_signal: stop_signal(container)?,

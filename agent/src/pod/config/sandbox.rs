@@ -26,13 +26,14 @@ pub fn pod_labels(pod: &Pod) -> HashMap<String, String> {
 }
 
 /// The configuration of sandbox number `attempt`. `host_dns` is what the node resolves with,
-/// `cgroup_parent` the pod's cgroup (empty: the runtime's own choice).
+/// `cgroup_parent` the pod's cgroup (empty: the runtime's own choice), `userns` whose ids it uses.
 pub fn sandbox_config(
     pod: &Pod,
     attempt: u32,
     node: &NodeContext,
     host_dns: &api::DnsConfig,
     cgroup_parent: &str,
+    userns: &api::UserNamespace,
 ) -> Result<api::PodSandboxConfig, ConfigError> {
     let spec = spec_of(pod);
     let key = NamespacedName::of_pod(pod);
@@ -56,7 +57,7 @@ pub fn sandbox_config(
         annotations: pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect(),
         linux: Some(api::LinuxPodSandboxConfig {
             cgroup_parent: cgroup_parent.to_owned(),
-            security_context: Some(sandbox_security(pod, node)),
+            security_context: Some(sandbox_security(pod, node, userns)),
             sysctls: sysctls
                 .unwrap_or_default()
                 .iter()

@@ -104,8 +104,8 @@ fn apparmor(
     })
 }
 
-/// Namespaces of the sandbox and of containers that target no other.
-pub fn namespaces(spec: &PodSpec) -> api::NamespaceOption {
+/// Namespaces of the sandbox and of containers that target no other. `userns` is whose ids they use.
+pub fn namespaces(spec: &PodSpec, userns: &api::UserNamespace) -> api::NamespaceOption {
     use api::NamespaceMode as Mode;
     let node_or = |on_node: Option<bool>, other: Mode| {
         if on_node.unwrap_or(false) { Mode::Node } else { other }
@@ -117,7 +117,7 @@ pub fn namespaces(spec: &PodSpec) -> api::NamespaceOption {
         pid: node_or(spec.host_pid, pid).into(),
         ipc: node_or(spec.host_ipc, Mode::Pod).into(),
         target_id: String::new(),
-        userns_options: None,
+        userns_options: Some(userns.clone()),
     }
 }
 
@@ -144,7 +144,11 @@ fn any_privileged(spec: &PodSpec) -> bool {
 }
 
 /// Security settings of the sandbox.
-pub fn sandbox_security(pod: &Pod, node: &NodeContext) -> api::LinuxSandboxSecurityContext {
+pub fn sandbox_security(
+    pod: &Pod,
+    node: &NodeContext,
+    userns: &api::UserNamespace,
+) -> api::LinuxSandboxSecurityContext {
     let spec = spec_of(pod);
     let context = pod_context(spec);
     let privileged = any_privileged(spec);
@@ -155,7 +159,7 @@ pub fn sandbox_security(pod: &Pod, node: &NodeContext) -> api::LinuxSandboxSecur
         (None, _) => profile("RuntimeDefault", None, None),
     };
     api::LinuxSandboxSecurityContext {
-        namespace_options: Some(namespaces(spec)),
+        namespace_options: Some(namespaces(spec, userns)),
         selinux_options: context.se_linux_options.as_ref().map(selinux),
         run_as_user: context.run_as_user.map(int),
         run_as_group: context.run_as_group.map(int),
@@ -175,6 +179,7 @@ pub fn container_security(
     image: &ReadyImage,
     target: Option<&str>,
     node: &NodeContext,
+    userns: &api::UserNamespace,
 ) -> Result<api::LinuxContainerSecurityContext, ConfigError> {
     let spec = spec_of(pod);
     let shared = pod_context(spec);
@@ -185,7 +190,7 @@ pub fn container_security(
         check_non_root(pod, container, run_as_user, image)?;
     }
     let privileged = own.privileged.unwrap_or(false);
-    let mut namespace_options = namespaces(spec);
+    let mut namespace_options = namespaces(spec, userns);
     if let Some(target) = target {
         namespace_options.pid = api::NamespaceMode::Target.into();
         namespace_options.target_id = target.to_owned();
@@ -282,8 +287,8 @@ mod tests {
         image: &ReadyImage,
     ) -> Result<api::LinuxContainerSecurityContext, ConfigError> {
         let pod = pod(spec);
-        let node = NodeContext::new("n", vec![]);
-        container_security(&pod, &spec_of(&pod).containers[0], image, None, &node)
+        let (node, userns) = (NodeContext::new("n", vec![]), api::UserNamespace::default());
+        container_security(&pod, &spec_of(&pod).containers[0], image, None, &node, &userns)
     }
 
     #[test]

@@ -1,3 +1,5 @@
+use cri_shim::api;
+
 use super::*;
 use crate::runtime::fake::Behaviour;
 
@@ -330,8 +332,8 @@ async fn a_deadline_fails_the_pod() {
 #[tokio::test(start_paused = true)]
 async fn a_pod_that_asks_for_too_much_is_rejected() {
     let rig = Rig::new().await;
-    rig.set(&named("a", r#"{"hostUsers":false,"containers":[{"name":"c","image":"img:1"}]}"#))
-        .await;
+    let spec = r#"{"hostUsers":false,"hostIPC":true,"containers":[{"name":"c","image":"img:1"}]}"#;
+    rig.set(&named("a", spec)).await;
     rig.until_phase("a", "Failed").await;
     let status = rig.status("a").unwrap();
     assert_eq!(status.reason.as_deref(), Some("UnsupportedField"));
@@ -339,6 +341,69 @@ async fn a_pod_that_asks_for_too_much_is_rejected() {
     rig.set(&deleted(&named("a", "{}"), 0)).await;
     rig.until("gone", |r| r.gone("a")).await;
     assert_eq!(rig.runtime.calls(), Vec::<String>::new());
+}
+
+/// The ids of the node that container `name` has.
+fn range(rig: &Rig, name: &str) -> api::IdMapping {
+    let config = rig.runtime.config_of(name).unwrap();
+    let security = config.linux.unwrap().security_context.unwrap();
+    let userns = security.namespace_options.unwrap().userns_options.unwrap();
+    assert_eq!(userns.mode(), api::NamespaceMode::Pod);
+    assert_eq!((userns.uids.len(), &userns.uids), (1, &userns.gids));
+    assert!(!config.mounts.is_empty());
+    assert!(config.mounts.iter().all(|m| m.uid_mappings == userns.uids));
+    assert!(config.mounts.iter().all(|m| m.gid_mappings == userns.gids));
+    userns.uids[0]
+}
+
+#[tokio::test(start_paused = true)]
+async fn pods_with_users_of_their_own_have_a_range_each_while_they_run() {
+    let mut rig = Rig::new().await;
+    let with = |name: &str| {
+        let spec = ONE.replacen('{', r#"{"hostUsers":false,"#, 1);
+        named(name, &spec.replace(r#""name":"c""#, &format!(r#""name":"{name}""#)))
+    };
+    let (a, b) = (with("a"), with("b"));
+    rig.set(&a).await;
+    rig.until_ready("a").await;
+    rig.set(&b).await;
+    rig.until_ready("b").await;
+    let (of_a, of_b) = (range(&rig, "a"), range(&rig, "b"));
+    assert_eq!((of_a.container_id, of_a.host_id, of_a.length), (0, 65_536, 65_536));
+    assert_eq!(of_b.host_id, 2 * 65_536);
+
+    // Another agent, and a container made anew by it.
+    rig.restart(&[a.clone(), b.clone()]).await;
+    rig.runtime.exit("a", 1);
+    rig.until("again", |r| {
+        let again = r.runtime.config_of("a").and_then(|c| c.metadata);
+        again.is_some_and(|m| m.attempt == 1)
+    })
+    .await;
+    assert_eq!(range(&rig, "a"), of_a);
+    let file = |uid: &str| rig.dir.path().join("kubelet/pods").join(uid).join("userns");
+    assert!(file("a").exists() && file("b").exists());
+    rig.set(&deleted(&a, 0)).await;
+    rig.until("gone", |r| r.gone("a")).await;
+    assert!(!file("a").exists() && file("b").exists());
+    // An ordinary pod is of the node's users, and says so.
+    rig.set(&named("c", ONE)).await;
+    rig.until_ready("c").await;
+    let config = rig.runtime.config_of("c").unwrap();
+    let security = config.linux.unwrap().security_context.unwrap();
+    let userns = security.namespace_options.unwrap().userns_options.unwrap();
+    assert_eq!((userns.mode(), userns.uids.len()), (api::NamespaceMode::Node, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_that_has_no_user_namespaces_is_not_asked_for_them() {
+    let rig = Rig::new().await;
+    let spec = ONE.replacen('{', r#"{"hostUsers":false,"runtimeClassName":"sandboxed","#, 1);
+    rig.set(&named("a", &spec)).await;
+    let said = r#"can't set `spec.hostUsers: false`, RuntimeClass handler "kata" does not support user namespaces"#;
+    rig.until("told", |r| r.events().iter().any(|(_, message)| message.contains(said))).await;
+    assert_eq!(rig.runtime.held(), (0, 0));
+    assert!(!rig.dir.path().join("kubelet/pods/a/userns").exists());
 }
 
 #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::{Done, Step, Worker};
 use crate::ids::PodUid;
+use crate::metrics::METRICS;
 use crate::pod::config::dns::parse_resolv_conf;
 use crate::pod::config::resources::pod_limits;
 use crate::pod::config::sandbox::sandbox_config;
@@ -14,6 +15,7 @@ use crate::pod::deps::Deps;
 use crate::pod::observed::SandboxId;
 use crate::pod::qos::qos_class;
 use crate::pod::spec::spec_of;
+use crate::pod::userns;
 use crate::report::EventType;
 
 impl Worker {
@@ -33,7 +35,11 @@ impl Worker {
         self.facts.sandbox = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
         let task = self.tasks.spawn(async move {
-            Done::Sandbox(failed, make(&deps, &pod, attempt, &stop).await.map(Box::new))
+            let made = make(&deps, &pod, attempt, &stop).await.map(Box::new);
+            if spec_of(&pod).host_users == Some(false) {
+                METRICS.user_namespaced_pod_started(made.is_err());
+            }
+            Done::Sandbox(failed, made)
         });
         self.making = Some(task);
     }
@@ -58,19 +64,12 @@ async fn make(
     if !spec_of(pod).host_network.unwrap_or(false) {
         deps.network_ready().await;
     }
-    let config = config(deps, pod, attempt).await?;
+    let handler = handler(deps, pod).await?;
+    let config = config(deps, pod, attempt, &handler).await?;
     let logs = config.log_directory.clone();
     tokio::fs::create_dir_all(&logs)
         .await
         .map_err(|e| format!("create log directory {logs}: {e}"))?;
-    let handler = match spec_of(pod).runtime_class_name.as_deref().filter(|name| !name.is_empty()) {
-        None => String::new(),
-        Some(class) => match deps.objects.runtime_handler(class).await {
-            Ok(Some(handler)) => handler,
-            Ok(None) => return Err(format!("RuntimeClass {class:?} not found")),
-            Err(error) => return Err(error.to_string()),
-        },
-    };
     let kept = Arc::new(config.clone());
     let id = deps.runtime.run_pod_sandbox(config, &handler).await.map_err(|e| e.message)?;
     let response = deps.runtime.pod_sandbox_status(&id).await.map_err(|e| e.to_string())?;
@@ -79,12 +78,26 @@ async fn make(
     Ok(Made { status, config: kept })
 }
 
-/// The configuration of the pod's sandbox number `attempt`, with its cgroup in place.
+/// The runtime's name of the pod's RuntimeClass; empty is the default.
+pub(super) async fn handler(deps: &Deps, pod: &Pod) -> Result<String, String> {
+    let class = spec_of(pod).runtime_class_name.as_deref().filter(|name| !name.is_empty());
+    let Some(class) = class else { return Ok(String::new()) };
+    match deps.objects.runtime_handler(class).await {
+        Ok(Some(handler)) => Ok(handler),
+        Ok(None) => Err(format!("RuntimeClass {class:?} not found")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// The configuration of the pod's sandbox number `attempt`, with its cgroup and its range of ids in
+/// place.
 pub(super) async fn config(
     deps: &Deps,
     pod: &Pod,
     attempt: u32,
+    handler: &str,
 ) -> Result<api::PodSandboxConfig, String> {
+    let userns = userns::options(deps, pod, handler).await.map_err(|e| e.to_string())?;
     let parent = deps
         .cgroups
         .ensure(&PodUid::of(pod), qos_class(pod), pod_limits(pod, &deps.node))
@@ -99,5 +112,5 @@ pub(super) async fn config(
             .map_err(|e| format!("read resolver configuration {}: {e}", path.display()))?
     };
     let host = parse_resolv_conf(&text);
-    sandbox_config(pod, attempt, &deps.node, &host, &parent).map_err(|e| e.to_string())
+    sandbox_config(pod, attempt, &deps.node, &host, &parent, &userns).map_err(|e| e.to_string())
 }

@@ -21,6 +21,7 @@ use crate::pod::hooks::{HookPlace, run_hook};
 use crate::pod::logs::link_log;
 use crate::pod::plan::{Start, usable_sandbox};
 use crate::pod::spec::{find_container, host_network, spec_of};
+use crate::pod::userns::map_mounts;
 use crate::report::EventType;
 
 /// One start, with all that it needs.
@@ -178,6 +179,23 @@ impl Job {
         tokio::fs::create_dir_all(&logs)
             .await
             .map_err(|e| config_failure(format!("create log directory {}: {e}", logs.display())))?;
+        let sandbox_config = match &self.sandbox_config {
+            Some(config) => (**config).clone(),
+            None => {
+                let handler =
+                    sandbox::handler(&self.deps, &self.pod).await.map_err(config_failure)?;
+                sandbox::config(&self.deps, &self.pod, self.sandbox_attempt, &handler)
+                    .await
+                    .map_err(config_failure)?
+            }
+        };
+        let userns = sandbox_config
+            .linux
+            .as_ref()
+            .and_then(|l| l.security_context.as_ref()?.namespace_options.as_ref())
+            .and_then(|options| options.userns_options.clone())
+            .unwrap_or_default();
+        map_mounts(&mut mounts, &userns);
         let config = container_config(ContainerInput {
             pod: &self.pod,
             container: &self.container,
@@ -188,16 +206,11 @@ impl Job {
             mounts,
             message_file: message_file.as_deref(),
             target: self.target.as_deref(),
+            userns: &userns,
             node: &self.deps.node,
             unified: self.deps.cgroups.unified(),
         })
         .map_err(config_failure)?;
-        let sandbox_config = match &self.sandbox_config {
-            Some(config) => (**config).clone(),
-            None => sandbox::config(&self.deps, &self.pod, self.sandbox_attempt)
-                .await
-                .map_err(config_failure)?,
-        };
         if *self.ending.borrow() {
             return Err(failure("ContainerCreating", "the pod ends"));
         }

@@ -150,7 +150,17 @@ async fn take_away(
         }
         deps.volumes.unmount(uid).await.map_err(|e| e.to_string())
     };
-    let (runtime, volumes) = tokio::join!(runtime, volumes);
+    // Which ids it has lies with its volumes, and is known until nothing runs with them any more.
+    let (runtime, volumes) = if deps.userns.has(uid) {
+        let runtime = runtime.await;
+        let volumes = if runtime.is_ok() { volumes.await } else { Ok(()) };
+        (runtime, volumes)
+    } else {
+        tokio::join!(runtime, volumes)
+    };
+    if runtime.is_ok() && volumes.is_ok() {
+        deps.userns.release(uid);
+    }
     let mut failures: Vec<String> =
         [runtime, volumes].into_iter().filter_map(Result::err).collect();
     if everything
