@@ -43,8 +43,6 @@ fn service(number: u32) -> Service {
         internal_traffic_policy: TrafficPolicy::Cluster,
         external_traffic_policy: TrafficPolicy::Cluster,
         health_check_node_port: 0,
-        traffic_distribution: None,
-        labels: Default::default(),
     }
 }
 
@@ -58,12 +56,14 @@ fn slice(number: u32, round: u32) -> EndpointSlice {
         terminating: false,
         local: false,
         zones: vec![],
+        node_hint: Default::default(),
     };
     EndpointSlice {
         key: name(number),
         service: Arc::from(format!("service-{number}")),
         ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: 8080 }],
         endpoints: vec![endpoint(0), endpoint(1), endpoint(2), endpoint(3 + round % 2)],
+        triggered: None,
     }
 }
 

@@ -1,11 +1,13 @@
 //! What a backend is to the loop: it is told changed plans, or all plans, and makes the kernel so.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{LocalTraffic, Mode};
 use crate::model::PlanChange;
 use crate::object::{Cidr, NamespacedName};
 use crate::plan::ServicePlan;
+use crate::question::Describe;
 
 /// Why a backend cannot work at all; single bad Services are told by [`Outcome`].
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,10 @@ pub struct Outcome {
     pub repair: bool,
     /// Elements or rules that were written.
     pub written: usize,
+    /// How long the kernel had each batch.
+    pub batches: Vec<Duration>,
+    /// iptables rules there are and that were written, by family (0 is IPv4) and table.
+    pub rules: Vec<(usize, &'static str, usize, usize)>,
 }
 
 /// What the fixed rules depend on.
@@ -48,13 +54,17 @@ pub struct Environment {
     pub localhost: bool,
 }
 
+/// Whether somebody's change concerns a backend's rules.
+pub type Concerns = fn(&nft::ForeignChange) -> bool;
+
 /// Programs the kernel. Calls block.
 pub trait Backend: Send {
     /// Which one it is.
     fn mode(&self) -> Mode;
 
-    /// The port that marks own nf_tables changes, and the table by which others' are told.
-    fn monitored(&self) -> Option<(&nft::Client, &'static str)>;
+    /// The client whose changes are own ones, and which of others' changes concern the rules.
+    /// `None` if the kernel tells nobody of changes.
+    fn monitored(&self) -> Option<(Option<&nft::Client>, Concerns)>;
 
     /// Looks at what an earlier process left; tells whether there is something.
     ///
@@ -79,6 +89,12 @@ pub trait Backend: Send {
     /// # Errors
     /// If the kernel cannot be changed.
     fn change(&mut self, changes: &[PlanChange]) -> Result<Outcome, BackendError>;
+
+    /// Tells rules as text; changes nothing.
+    ///
+    /// # Errors
+    /// If the kernel cannot be read.
+    fn describe(&mut self, what: &Describe) -> Result<String, BackendError>;
 
     /// Compares everything with the kernel and programs the difference.
     ///

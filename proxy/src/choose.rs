@@ -5,6 +5,7 @@ use crate::backend::{Backend, Environment};
 use crate::config::Mode;
 use crate::iptables::Iptables;
 use crate::nftables::backend::Nftables;
+use crate::nftables::names::{TABLE, UPSTREAM_TABLE};
 
 /// Chooses the backend.
 pub fn choose(mode: Mode, environment: &Environment) -> Result<Box<dyn Backend>, Error> {
@@ -28,15 +29,18 @@ pub fn choose(mode: Mode, environment: &Environment) -> Result<Box<dyn Backend>,
     }
 }
 
-/// Removes what the other backend left, once this one serves; tells what could not be removed.
+/// Removes what the other backend left, and upstream's proxy in either mode, once this one serves;
+/// tells what could not be removed.
 pub fn sweep_other(mode: Mode) -> Option<String> {
-    if mode == Mode::Nftables {
-        Iptables::cleanup().err().map(|error| error.to_string())
-    } else {
-        // A kernel without nf_tables has no rules there either.
-        Nftables::cleanup().err().and_then(|error| match error {
-            nft::Error::Refused { .. } => Some(error.to_string()),
-            _ => None,
-        })
+    let (tables, spare): (&[&str], bool) = match mode {
+        Mode::Iptables => (&[TABLE, UPSTREAM_TABLE], true),
+        Mode::Auto | Mode::Nftables => (&[UPSTREAM_TABLE], false),
+    };
+    let mut errors: Vec<String> =
+        Iptables::cleanup(spare).err().iter().map(ToString::to_string).collect();
+    // A kernel without nf_tables has no rules there either.
+    if let Err(error @ nft::Error::Refused { .. }) = Nftables::cleanup(tables) {
+        errors.push(error.to_string());
     }
+    (!errors.is_empty()).then(|| errors.join("; "))
 }

@@ -28,25 +28,25 @@ impl std::fmt::Display for Claim {
 }
 
 /// All claims.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Claims {
     owners: HashMap<Claim, NamespacedName>,
     waiting: HashMap<Claim, BTreeSet<NamespacedName>>,
-    of: HashMap<NamespacedName, Vec<Claim>>,
 }
 
 impl Claims {
-    /// Replaces the claims of a Service. Tells which were refused, with their owners, and which
+    /// Replaces the claims of a Service, `had` by `wanted`. Tells which were refused, with their owners, and which
     /// Services may now get what they had been refused.
     pub fn replace(
         &mut self,
         service: &NamespacedName,
+        had: Vec<Claim>,
         mut wanted: Vec<Claim>,
     ) -> (Vec<(Claim, NamespacedName)>, BTreeSet<NamespacedName>) {
         wanted.sort_unstable();
         wanted.dedup();
         let mut woken = BTreeSet::new();
-        for claim in self.of.remove(service).unwrap_or_default() {
+        for claim in had {
             if wanted.binary_search(&claim).is_ok() {
                 continue;
             }
@@ -67,9 +67,6 @@ impl Claims {
                 refused.push((*claim, owner.clone()));
                 self.waiting.entry(*claim).or_default().insert(service.clone());
             }
-        }
-        if !wanted.is_empty() {
-            self.of.insert(service.clone(), wanted);
         }
         woken.remove(service);
         (refused, woken)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 
 use crate::Error;
-use crate::backend::{Backend, BackendError, Environment, Outcome};
+use crate::backend::{Backend, BackendError, Concerns, Environment, Outcome};
 use crate::model::PlanChange;
 use crate::object::NamespacedName;
 use crate::plan::ServicePlan;
@@ -25,6 +25,10 @@ pub enum Done {
     Chosen(Result<(Box<dyn Backend>, bool), Error>),
     /// A backend did its job.
     Worked(Worked),
+    /// A backend has answered a question.
+    Described(Box<dyn Backend>),
+    /// Memory was given back.
+    Trimmed,
 }
 
 /// A backend's work on a job.
@@ -54,14 +58,15 @@ pub fn work(
     };
     let second = match job {
         Job::Repair(plans) => {
-            first = Outcome::default();
+            first = Outcome { batches: first.batches, ..Outcome::default() };
             backend.repair(plans)?
         }
         Job::Change if first.repair => return Ok(first),
         Job::Change => backend.change(changes)?,
     };
     first.errors.extend(second.errors);
-    Ok(Outcome { errors: first.errors, ..second })
+    first.batches.extend(second.batches);
+    Ok(Outcome { errors: first.errors, batches: first.batches, ..second })
 }
 
 /// Waits for a job; for ever if there is none.
@@ -74,7 +79,7 @@ pub async fn join<T>(job: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::
 
 /// Waits for somebody else's change; for ever without a subscription.
 pub async fn foreign(
-    monitor: &mut Option<(nft::Monitor, &'static str)>,
+    monitor: &mut Option<(nft::Monitor, Concerns)>,
 ) -> Result<nft::Notification, nft::Error> {
     match monitor {
         Some((monitor, _)) => monitor.changed().await,

@@ -7,6 +7,7 @@ mod choose;
 mod claims;
 pub mod config;
 mod conntrack;
+pub mod explain;
 mod health;
 pub mod iptables;
 mod job;
@@ -15,9 +16,11 @@ pub mod model;
 pub mod nftables;
 pub mod object;
 pub mod plan;
+pub mod question;
 mod run;
 mod server;
 pub mod status;
+mod sys;
 mod sysctl;
 
 pub use config::{Config, DetectLocal, Mode, NodePortAddresses};
@@ -46,17 +49,26 @@ pub enum Error {
 pub struct Proxy {
     config: Config,
     status: watch::Sender<ProxyStatus>,
+    asker: question::Asker,
+    questions: mpsc::Receiver<question::Question>,
 }
 
 impl Proxy {
     /// Prepares a proxy; nothing is touched yet.
     pub fn new(config: Config) -> Self {
-        Proxy { config, status: watch::Sender::new(ProxyStatus::default()) }
+        let (asker, questions) = mpsc::channel(8);
+        let status = watch::Sender::new(ProxyStatus::default());
+        Proxy { config, status, asker: question::Asker(asker), questions }
     }
 
     /// Its status, now and as it changes.
     pub fn status(&self) -> watch::Receiver<ProxyStatus> {
         self.status.subscribe()
+    }
+
+    /// For asking it while it runs.
+    pub fn asker(&self) -> question::Asker {
+        self.asker.clone()
     }
 
     /// Serves until `shutdown` becomes true or its sender is gone; rules stay in the kernel.
@@ -68,7 +80,7 @@ impl Proxy {
         changes: mpsc::Receiver<object::Change>,
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        run::run(self.config, self.status, changes, shutdown).await
+        run::run(self.config, self.status, self.questions, changes, shutdown).await
     }
 }
 
@@ -84,18 +96,20 @@ pub async fn run(
     Proxy::new(config).run(changes, shutdown).await
 }
 
-/// Removes everything that any backend of the proxy has put into the kernel; for `longshore reset`.
+/// Removes everything that any backend of the proxy, or upstream's proxy in its nftables or iptables
+/// mode, has put into the kernel; for `longshore reset` and `longshore proxy cleanup`.
 ///
 /// # Errors
 /// Lists what could not be removed; the rest is gone nevertheless.
 pub async fn cleanup() -> Result<(), Error> {
     let removed = tokio::task::spawn_blocking(|| {
+        use nftables::names::{TABLE, UPSTREAM_TABLE};
         let mut errors = Vec::new();
         // A kernel without one of the two has no rules of it.
-        if let Err(error) = nftables::backend::Nftables::cleanup() {
+        if let Err(error) = nftables::backend::Nftables::cleanup(&[TABLE, UPSTREAM_TABLE]) {
             errors.push(error.to_string());
         }
-        if let Err(error) = iptables::Iptables::cleanup() {
+        if let Err(error) = iptables::Iptables::cleanup(false) {
             errors.push(error.to_string());
         }
         errors

@@ -6,6 +6,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::claims::{Claim, Claims};
+use crate::config::LocalTraffic;
+use crate::explain::{Explanation, Known, Question};
 use crate::object::{Change, EndpointSlice, NamespacedName, NodeState, Service};
 use crate::plan::{Granted, ServicePlan, Topology, local_ready, plan_port, unusable};
 
@@ -21,25 +23,73 @@ pub struct PlanChange {
 }
 
 /// A Service as checked, with what it is granted of what it asks for.
-#[derive(Debug)]
-struct Known {
+#[derive(Clone, Debug)]
+struct Checked {
     service: Service,
+    /// Rare, and so out of the way.
+    trouble: Option<Box<Trouble>>,
+}
+
+/// What is wrong with a Service.
+#[derive(Clone, Debug, Default)]
+struct Trouble {
     errors: Vec<String>,
     refused: BTreeMap<Claim, NamespacedName>,
 }
 
+impl Checked {
+    fn new(
+        service: Service,
+        errors: Vec<String>,
+        refused: Vec<(Claim, NamespacedName)>,
+    ) -> Checked {
+        let trouble = Trouble { errors, refused: refused.into_iter().collect() };
+        let none = trouble.errors.is_empty() && trouble.refused.is_empty();
+        Checked { service, trouble: (!none).then(|| Box::new(trouble)) }
+    }
+}
+
+/// Names that many objects have, kept once.
+#[derive(Clone, Debug, Default)]
+struct Names {
+    known: HashSet<Arc<str>>,
+    /// At so many names those that nobody uses any more are forgotten.
+    sweep_at: usize,
+}
+
+impl Names {
+    fn share(&mut self, name: &mut Arc<str>) {
+        match self.known.get(name) {
+            Some(known) => name.clone_from(known),
+            None => {
+                if self.known.len() >= self.sweep_at {
+                    self.known.retain(|name| Arc::strong_count(name) > 1);
+                    self.sweep_at = (self.known.len() * 2).max(256);
+                }
+                self.known.insert(name.clone());
+            }
+        }
+    }
+}
+
 /// The model.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Model {
-    services: HashMap<NamespacedName, Known>,
+    services: HashMap<NamespacedName, Checked>,
     slices: HashMap<NamespacedName, EndpointSlice>,
-    slices_of: HashMap<NamespacedName, BTreeSet<Arc<str>>>,
+    /// Names of the slices of a Service, sorted.
+    slices_of: HashMap<NamespacedName, Vec<Arc<str>>>,
+    names: Names,
     claims: Claims,
     plans: HashMap<NamespacedName, Arc<ServicePlan>>,
     dirty: BTreeSet<NamespacedName>,
     topology: Topology,
     node: NodeState,
     endpoints: usize,
+    /// Changes that happened before this are not measured: they waited for a restart, not for us.
+    measured_since: i64,
+    /// When changes happened that are still to be planned.
+    triggers: Vec<i64>,
     errors: BTreeMap<NamespacedName, Vec<String>>,
     /// Services and slices have been told completely once.
     pub synced: bool,
@@ -83,6 +133,16 @@ impl Model {
     /// The plan of every Service.
     pub fn plans(&self) -> impl Iterator<Item = (&NamespacedName, &Arc<ServicePlan>)> {
         self.plans.iter()
+    }
+
+    /// Measures changes of endpoints that happened at `since` (milliseconds since the epoch) or later.
+    pub fn note_triggers_since(&mut self, since: i64) {
+        self.measured_since = since;
+    }
+
+    /// When the changes happened that were taken in since this was last asked.
+    pub fn take_triggers(&mut self) -> Vec<i64> {
+        std::mem::take(&mut self.triggers)
     }
 
     /// Whether a change waits to be planned.
@@ -138,22 +198,23 @@ impl Model {
 
     fn put_service(&mut self, service: Service) {
         let key = service.key.clone();
-        if self.services.get(&key).is_some_and(|known| known.service == service) {
+        let before = self.services.get(&key).map(|known| &known.service);
+        if before == Some(&service) {
             return;
         }
-        let (service, errors) = check(service);
-        let (refused, woken) = self.claims.replace(&key, wanted(&service));
-        self.services
-            .insert(key.clone(), Known { service, errors, refused: refused.into_iter().collect() });
+        let had = before.map(wanted).unwrap_or_default();
+        let (mut service, errors) = check(service);
+        self.names.share(&mut service.key.namespace);
+        service.ports.iter_mut().for_each(|port| self.names.share(&mut port.name));
+        let (refused, woken) = self.claims.replace(&key, had, wanted(&service));
+        self.services.insert(key.clone(), Checked::new(service, errors, refused));
         self.dirty.insert(key);
         self.wake(woken);
     }
 
     fn remove_service(&mut self, key: &NamespacedName) {
-        if self.services.remove(key).is_none() {
-            return;
-        }
-        let (_, woken) = self.claims.replace(key, Vec::new());
+        let Some(known) = self.services.remove(key) else { return };
+        let (_, woken) = self.claims.replace(key, wanted(&known.service), Vec::new());
         self.dirty.insert(key.clone());
         self.wake(woken);
     }
@@ -161,25 +222,41 @@ impl Model {
     /// Lets Services claim again what another has let go.
     fn wake(&mut self, woken: BTreeSet<NamespacedName>) {
         for key in woken {
-            let Some(known) = self.services.get_mut(&key) else { continue };
-            let (refused, _) = self.claims.replace(&key, wanted(&known.service));
-            known.refused = refused.into_iter().collect();
+            let Some(known) = self.services.remove(&key) else { continue };
+            let wanted = wanted(&known.service);
+            let (refused, _) = self.claims.replace(&key, wanted.clone(), wanted);
+            let errors = known.trouble.map(|trouble| trouble.errors).unwrap_or_default();
+            self.services.insert(key.clone(), Checked::new(known.service, errors, refused));
             self.dirty.insert(key);
         }
     }
 
-    fn put_slice(&mut self, slice: EndpointSlice) {
+    fn put_slice(&mut self, mut slice: EndpointSlice) {
+        self.names.share(&mut slice.key.namespace);
+        slice.ports.iter_mut().for_each(|port| self.names.share(&mut port.name));
+        let zones = slice.endpoints.iter_mut().flat_map(|endpoint| &mut endpoint.zones);
+        zones.for_each(|zone| self.names.share(zone));
+        slice.endpoints.shrink_to_fit();
         let owner =
             NamespacedName { namespace: slice.key.namespace.clone(), name: slice.service.clone() };
         self.endpoints += slice.endpoints.len();
         let key = slice.key.clone();
+        let triggered = slice.triggered.filter(|at| *at >= self.measured_since);
+        let before = self.slices.get(&key).and_then(|old| old.triggered);
+        if self.measured_since > 0 && triggered != before {
+            self.triggers.extend(triggered);
+        }
         if let Some(old) = self.slices.insert(key.clone(), slice) {
             self.endpoints -= old.endpoints.len();
             if old.service != owner.name {
                 self.detach(&key, old.service);
             }
         }
-        self.slices_of.entry(owner.clone()).or_default().insert(key.name);
+        let names = self.slices_of.entry(owner.clone()).or_default();
+        if let Err(at) = names.binary_search(&key.name) {
+            names.reserve_exact(1);
+            names.insert(at, key.name);
+        }
         self.dirty.insert(owner);
     }
 
@@ -193,12 +270,43 @@ impl Model {
     fn detach(&mut self, slice: &NamespacedName, service: Arc<str>) {
         let owner = NamespacedName { namespace: slice.namespace.clone(), name: service };
         if let Some(names) = self.slices_of.get_mut(&owner) {
-            names.remove(&slice.name);
+            names.retain(|name| *name != slice.name);
             if names.is_empty() {
                 self.slices_of.remove(&owner);
             }
         }
         self.dirty.insert(owner);
+    }
+
+    /// What happens to packets of a Service; `None` if there is none of that name.
+    pub fn explain(
+        &self,
+        key: &NamespacedName,
+        question: &Question,
+        local: &LocalTraffic,
+        masquerade_all: bool,
+    ) -> Option<Explanation> {
+        let service = &self.services.get(key)?.service;
+        let slices = self.slices(key);
+        let known = Known {
+            service,
+            slices: &slices,
+            plan: self.plans.get(key)?,
+            topology: &self.topology,
+            local,
+            masquerade_all,
+            problems: self.errors.get(key).cloned().unwrap_or_default(),
+        };
+        Some(known.explain(question))
+    }
+
+    fn slices(&self, key: &NamespacedName) -> Vec<&EndpointSlice> {
+        let names = self.slices_of.get(key);
+        let slice = |name: &Arc<str>| {
+            let namespace = key.namespace.clone();
+            self.slices.get(&NamespacedName { namespace, name: name.clone() })
+        };
+        names.into_iter().flatten().filter_map(slice).collect()
     }
 
     /// Plans the Services that changes concern, and tells those whose plan is now another.
@@ -226,26 +334,23 @@ impl Model {
         changes
     }
 
-    fn plan(&self, key: &NamespacedName, known: &Known) -> (Option<Arc<ServicePlan>>, Vec<String>) {
+    fn plan(
+        &self,
+        key: &NamespacedName,
+        known: &Checked,
+    ) -> (Option<Arc<ServicePlan>>, Vec<String>) {
         let service = &known.service;
-        let mut errors = known.errors.clone();
-        errors.extend(known.refused.iter().map(told));
-        let names = self.slices_of.get(key);
-        let slices: Vec<&EndpointSlice> = names
-            .into_iter()
-            .flatten()
-            .filter_map(|name| {
-                let namespace = key.namespace.clone();
-                self.slices.get(&NamespacedName { namespace, name: name.clone() })
-            })
-            .collect();
+        let trouble = known.trouble.as_deref();
+        let mut errors = trouble.map(|t| t.errors.clone()).unwrap_or_default();
+        errors.extend(trouble.into_iter().flat_map(|t| &t.refused).map(told));
+        let slices = self.slices(key);
         for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
             if let Some(why) = unusable(endpoint.address) {
                 errors.push(format!("endpoint {} is left out: it is {why}", endpoint.address));
             }
         }
         errors.dedup();
-        let free = |claim: &Claim| !known.refused.contains_key(claim);
+        let free = |claim: &Claim| trouble.is_none_or(|t| !t.refused.contains_key(claim));
         let mut ports = Vec::new();
         for cluster_ip in &service.cluster_ips {
             if !free(&Claim::ClusterIp(*cluster_ip)) {

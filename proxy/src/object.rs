@@ -3,7 +3,6 @@
 //! The composition root turns API objects into these, so that the proxy needs no API client and
 //! stays small at 50,000 Services.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,10 +137,6 @@ pub struct Service {
     pub external_traffic_policy: TrafficPolicy,
     /// `spec.healthCheckNodePort`, 0 for none.
     pub health_check_node_port: u16,
-    /// `spec.trafficDistribution`.
-    pub traffic_distribution: Option<Arc<str>>,
-    /// Annotations and labels that the proxy reads; others are not kept.
-    pub labels: BTreeMap<String, String>,
 }
 
 /// One port of a Service.
@@ -168,6 +163,9 @@ pub struct EndpointSlice {
     pub ports: Vec<EndpointPort>,
     /// The endpoints.
     pub endpoints: Vec<Endpoint>,
+    /// When what made the slice change happened (annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`), in milliseconds since the epoch.
+    pub triggered: Option<i64>,
 }
 
 /// A port of a slice.
@@ -196,6 +194,20 @@ pub struct Endpoint {
     pub local: bool,
     /// Zone hints.
     pub zones: Vec<Arc<str>>,
+    /// Node hints, as far as they concern this node.
+    pub node_hint: NodeHint,
+}
+
+/// What an endpoint's node hints (`hints.forNodes`) say to this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum NodeHint {
+    /// There are none.
+    #[default]
+    None,
+    /// Other nodes are to use it.
+    Others,
+    /// This node is to use it.
+    Here,
 }
 
 /// One change in what the proxy must serve.

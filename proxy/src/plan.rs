@@ -1,13 +1,16 @@
 //! Which endpoints a Service's port reaches: named ports, traffic policies, topology hints, the
 //! fallback to terminating endpoints. Pure; both backends program what is planned here.
 //!
-//! Rules: KEP-1669 (terminating endpoints), KEP-2086 (internal traffic policy), KEP-2433 (hints).
+//! Rules: KEP-1669 (terminating endpoints), KEP-2086 (internal traffic policy), KEP-2433 (zone hints),
+//! KEP-3015 (node hints). `trafficDistribution` is the control plane's to read: it becomes hints.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use crate::object::{Cidr, Endpoint, EndpointSlice, Protocol, Service, ServicePort, TrafficPolicy};
+use crate::object::{
+    Cidr, Endpoint, EndpointSlice, NodeHint, Protocol, Service, ServicePort, TrafficPolicy,
+};
 
 /// What is programmed for one port of a Service in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,7 +88,7 @@ pub struct ServicePlan {
 /// What must be known of the node.
 #[derive(Clone, Debug, Default)]
 pub struct Topology {
-    /// This node's name, for node hints.
+    /// This node's name.
     pub node_name: Arc<str>,
     /// Its zone.
     pub zone: Option<Arc<str>>,
@@ -121,7 +124,7 @@ fn rank(endpoint: &Endpoint) -> u8 {
 }
 
 /// The endpoints of a port by address; of several slices that hold one, the readiest wins.
-fn candidates<'a>(
+pub(crate) fn candidates<'a>(
     port: &ServicePort,
     ipv4: bool,
     slices: &[&'a EndpointSlice],
@@ -190,8 +193,8 @@ pub fn plan_port(
     let has_endpoints = found.values().any(|e| e.ready || fallback(e));
     let mut cluster = Vec::new();
     if uses_cluster {
-        let zone = zone_to_keep(&found, topology);
-        cluster = of(&|e| e.ready && zone.as_ref().is_none_or(|z| e.zones.contains(z)));
+        let near = prefer(found.values().copied(), topology);
+        cluster = of(&|e| e.ready && near.allows(e));
         if cluster.is_empty() {
             cluster = of(&fallback);
         }
@@ -258,20 +261,45 @@ pub fn plan_port(
     }
 }
 
-/// The zone whose endpoints alone are used: this node's, if every ready endpoint has hints and one
-/// of them is for it.
-fn zone_to_keep(found: &BTreeMap<SocketAddr, &Endpoint>, topology: &Topology) -> Option<Arc<str>> {
-    let zone = topology.zone.as_ref()?;
-    let mut ready = found.values().filter(|e| e.ready).peekable();
-    ready.peek()?;
-    let mut for_us = false;
-    for endpoint in ready {
-        if endpoint.zones.is_empty() {
-            return None;
+/// Which ready endpoints are near enough, of all that a port has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Prefer {
+    /// All are.
+    Any,
+    /// Those with a hint for this node (`PreferSameNode`).
+    SameNode,
+    /// Those with a hint for this zone (`PreferSameZone`, topology-aware routing).
+    SameZone(Arc<str>),
+}
+
+impl Prefer {
+    /// Whether an endpoint is near enough.
+    pub fn allows(&self, endpoint: &Endpoint) -> bool {
+        match self {
+            Prefer::Any => true,
+            Prefer::SameNode => endpoint.node_hint == NodeHint::Here,
+            Prefer::SameZone(zone) => endpoint.zones.contains(zone),
         }
-        for_us |= endpoint.zones.contains(zone);
     }
-    for_us.then(|| zone.clone())
+}
+
+/// Hints hold only if every ready endpoint has one and one of them is for us: node hints first,
+/// then zone hints. Otherwise a half-updated slice could leave nodes without endpoints.
+pub fn prefer<'a>(endpoints: impl Iterator<Item = &'a Endpoint>, topology: &Topology) -> Prefer {
+    let (mut any, mut here, mut in_zone) = (false, false, false);
+    let (mut all_nodes, mut all_zones) = (true, true);
+    for endpoint in endpoints.filter(|e| e.ready) {
+        any = true;
+        all_nodes &= endpoint.node_hint != NodeHint::None;
+        here |= endpoint.node_hint == NodeHint::Here;
+        all_zones &= !endpoint.zones.is_empty();
+        in_zone |= topology.zone.as_ref().is_some_and(|zone| endpoint.zones.contains(zone));
+    }
+    match &topology.zone {
+        _ if any && all_nodes && here => Prefer::SameNode,
+        Some(zone) if any && all_zones && in_zone => Prefer::SameZone(zone.clone()),
+        _ => Prefer::Any,
+    }
 }
 
 /// Drops ranges that lie within others: two CIDRs are disjoint or one holds the other.

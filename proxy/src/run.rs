@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::Error;
-use crate::backend::{Backend, Environment};
+use crate::backend::{Backend, Concerns, Environment};
 use crate::choose::{choose, sweep_other};
 use crate::config::{Config, Mode};
 use crate::conntrack::Stale;
@@ -18,6 +18,7 @@ use crate::job::{Done, Job, Worked, blocking, foreign, join, work};
 use crate::metrics::Metrics;
 use crate::model::{Model, PlanChange};
 use crate::object::{Change, NamespacedName};
+use crate::question::{Describe, Question, Rules};
 use crate::server::{HealthCheckPorts, Shared, serve_health, serve_metrics};
 use crate::status::{ProxyError, ProxyStatus};
 use crate::sysctl;
@@ -27,6 +28,8 @@ const TURN: Duration = Duration::from_secs(5);
 /// After a failure the kernel is tried again after this, doubling up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// Work on more Services than this uses much memory for a moment.
+const MANY: usize = 2000;
 /// At most so many waiting changes are taken in before a batch is made of them.
 const COLLECT: usize = 100_000;
 
@@ -53,7 +56,7 @@ struct Loop {
     backend: Option<Box<dyn Backend>>,
     busy: Option<JoinHandle<Done>>,
     environment: Environment,
-    monitor: Option<(nft::Monitor, &'static str)>,
+    monitor: Option<(nft::Monitor, Concerns)>,
     /// No repair before this.
     not_before: Option<Instant>,
     retry: Duration,
@@ -61,6 +64,14 @@ struct Loop {
     recheck: Option<Instant>,
     recheck_wait: Duration,
     last_repair: Instant,
+    /// The backend changes the kernel by programs of its own, whose changes are told as others'.
+    programs: bool,
+    /// When changes of endpoints happened that the kernel is to get, in milliseconds.
+    triggers: Vec<i64>,
+    /// Questions that wait for the backend.
+    waiting: Vec<(Rules, oneshot::Sender<Result<String, String>>)>,
+    /// Much memory has been used for a moment.
+    trim: bool,
     /// The first repair finds what an earlier process left: its flows are not touched.
     taken_over: bool,
     /// Changes whose stale flows are still to be deleted, once the kernel has the changes.
@@ -81,6 +92,7 @@ struct Loop {
 pub async fn run(
     config: Config,
     status: watch::Sender<ProxyStatus>,
+    mut questions: mpsc::Receiver<Question>,
     mut changes: mpsc::Receiver<Change>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), Error> {
@@ -114,6 +126,7 @@ pub async fn run(
                 None => open = false,
             },
             done = join(&mut this.busy) => this.finish(done).await,
+            Some(question) = questions.recv() => this.asked(question),
             swept = join(&mut this.sweep) => {
                 this.sweep = None;
                 if let Ok(Some(error)) = swept {
@@ -164,7 +177,8 @@ impl Loop {
             environment.localhost = false;
             errors.insert(error.object, error.message);
         }
-        let model = Model::new(&config.node_name);
+        let mut model = Model::new(&config.node_name);
+        model.note_triggers_since(Timestamp::now().as_millisecond());
         Loop {
             health_ports: HealthCheckPorts::new(shared.clone()),
             config,
@@ -182,6 +196,10 @@ impl Loop {
             recheck: None,
             recheck_wait: RETRY_MIN,
             last_repair: Instant::now(),
+            programs: false,
+            triggers: Vec::new(),
+            waiting: Vec::new(),
+            trim: false,
             taken_over: false,
             unclean: BTreeMap::new(),
             ipv6: false,
@@ -218,6 +236,7 @@ impl Loop {
                 self.shared.set_mode(mode);
                 self.retry = RETRY_MIN;
                 self.taken_over = found;
+                self.programs = mode == Mode::Iptables;
                 self.backend = Some(backend);
                 // Nothing of an earlier process is touched before everything has been told.
                 self.state =
@@ -238,21 +257,20 @@ impl Loop {
     /// Subscribes to others' changes.
     fn watch_kernel(&mut self) {
         let Some(backend) = &self.backend else { return };
-        if let Some((client, table)) = backend.monitored() {
-            match nft::Monitor::new(client) {
-                Ok(monitor) => self.monitor = Some((monitor, table)),
-                Err(error) => {
-                    let message = format!("{error}; foreign changes are found by polling only");
-                    self.errors.insert("nf_tables notifications".to_owned(), message);
-                }
+        let Some((client, concerns)) = backend.monitored() else { return };
+        match nft::Monitor::new(client) {
+            Ok(monitor) => self.monitor = Some((monitor, concerns)),
+            Err(error) => {
+                let message = format!("{error}; foreign changes are found by polling only");
+                self.errors.insert("nf_tables notifications".to_owned(), message);
             }
         }
     }
 
     fn foreign_change(&mut self, told: Result<nft::Notification, nft::Error>) {
         let ours = match (&told, &self.monitor) {
-            (Ok(nft::Notification::Tables(tables)), Some((_, table))) => {
-                tables.iter().any(|t| t == table)
+            (Ok(nft::Notification::Commit { by, changes }), Some((_, concerns))) => {
+                !(self.busy.is_some() && self.own_program(by)) && changes.iter().any(concerns)
             }
             (Ok(nft::Notification::Overflow), _) => true,
             (Err(error), _) => {
@@ -263,6 +281,28 @@ impl Loop {
             _ => false,
         };
         if ours && self.state == State::Serving {
+            tracing::warn!("somebody else changed the proxy's rules; repairing them");
+            self.state = State::Repairing;
+        }
+    }
+
+    /// Whether a change by a program of that name may be the iptables backend's own.
+    fn own_program(&self, by: &str) -> bool {
+        const PROGRAMS: [&str; 4] = ["iptables-restor", "ip6tables-resto", "iptables", "ip6tables"];
+        self.programs && PROGRAMS.iter().any(|own| by.starts_with(own))
+    }
+
+    /// What was told while a job ran: the changes of its own programs are no news.
+    fn told_meanwhile(&mut self) {
+        let Some((monitor, concerns)) = &mut self.monitor else { return };
+        let (told, concerns) = (monitor.told(), *concerns);
+        let foreign = told.iter().any(|told| match told {
+            nft::Notification::Commit { by, changes } => {
+                !self.own_program(by) && changes.iter().any(concerns)
+            }
+            nft::Notification::Overflow => true,
+        });
+        if foreign && self.state == State::Serving {
             tracing::warn!("somebody else changed the proxy's rules; repairing them");
             self.state = State::Repairing;
         }
@@ -294,6 +334,38 @@ impl Loop {
         if self.state == State::Holding && self.model.synced {
             self.state = State::Repairing;
         }
+    }
+
+    fn asked(&mut self, question: Question) {
+        match question {
+            Question::Explain(service, question, answer) => {
+                let (local, all) = (&self.environment.local, self.environment.masquerade_all);
+                // Who asked may be gone.
+                let _ = answer.send(self.model.explain(&service, &question, local, all));
+            }
+            Question::Rules(rules, answer) => self.waiting.push((rules, answer)),
+        }
+    }
+
+    /// Lets the backend answer a question, if one waits; whether it does.
+    fn begin_describing(&mut self) -> bool {
+        let Some((rules, answer)) = self.waiting.pop() else { return false };
+        let Some(mut backend) = self.backend.take() else { return false };
+        let what = match rules {
+            Rules::Desired => Describe::Desired,
+            Rules::Difference => Describe::Difference,
+            Rules::Changes(changes) => {
+                let mut model = self.model.clone();
+                changes.into_iter().for_each(|change| model.apply(change));
+                Describe::Changes(model.take_changes())
+            }
+        };
+        self.trim = true;
+        self.busy = Some(tokio::task::spawn_blocking(move || {
+            let _ = answer.send(backend.describe(&what).map_err(|error| error.to_string()));
+            Done::Described(backend)
+        }));
+        true
     }
 
     fn retry_in(&self) -> Option<Duration> {
@@ -333,12 +405,20 @@ impl Loop {
         let environment = self.environment_wanted();
         let configure = (environment != self.environment).then(|| environment.clone());
         let changes = self.model.take_changes();
+        self.triggers.extend(self.model.take_triggers());
         if self.state == State::Serving && changes.is_empty() && configure.is_none() {
             if !self.model.is_dirty() {
                 self.shared.update_health(|health| health.pending_since = None);
             }
+            if !self.begin_describing() && std::mem::take(&mut self.trim) {
+                self.busy = Some(tokio::task::spawn_blocking(|| {
+                    crate::sys::give_back_memory();
+                    Done::Trimmed
+                }));
+            }
             return;
         }
+        self.trim |= self.state == State::Repairing || changes.len() > MANY;
         let Some(mut backend) = self.backend.take() else { return };
         self.environment = environment;
         for change in &changes {
@@ -398,6 +478,8 @@ impl Loop {
         match done {
             Ok(Done::Chosen(chosen)) => self.chosen(chosen),
             Ok(Done::Worked(worked)) => self.worked(worked).await,
+            Ok(Done::Described(backend)) => self.backend = Some(backend),
+            Ok(Done::Trimmed) => {}
             Err(error) => {
                 tracing::error!(%error, "a backend ended unexpectedly; starting it again");
                 self.errors.insert("backend".to_owned(), error.to_string());
@@ -411,7 +493,10 @@ impl Loop {
     async fn worked(&mut self, done: Worked) {
         let iptables = done.backend.mode() == Mode::Iptables;
         self.backend = Some(done.backend);
-        if self.monitor.is_none() && !iptables {
+        if iptables {
+            self.told_meanwhile();
+        }
+        if self.monitor.is_none() {
             self.watch_kernel();
             if self.backend.as_mut().is_some_and(|backend| !backend.undisturbed()) {
                 self.recheck_later();
@@ -428,6 +513,11 @@ impl Loop {
         match done.result {
             Ok(outcome) => {
                 let again = outcome.repair;
+                self.metrics.batches(&outcome.batches);
+                self.metrics.iptables_rules(&outcome.rules);
+                if iptables && again && !done.full {
+                    self.metrics.partial_restore_failed();
+                }
                 if done.full {
                     self.refused.clear();
                     self.last_repair = Instant::now();
@@ -453,6 +543,10 @@ impl Loop {
                         self.back_off();
                     }
                 } else {
+                    let reached = now.as_millisecond();
+                    for triggered in self.triggers.drain(..) {
+                        self.metrics.programmed((reached - triggered).max(0) as f64 / 1000.0);
+                    }
                     self.retry = RETRY_MIN;
                     let pending = self.model.is_dirty();
                     self.shared.update_health(|health| {
@@ -527,8 +621,8 @@ impl Loop {
     }
 
     fn periodic(&mut self) {
-        let period = if self.backend.as_ref().is_some_and(|b| b.mode() == Mode::Iptables) {
-            // iptables tells nobody of foreign changes.
+        let period = if self.monitor.is_none() {
+            // Nobody tells of foreign changes.
             self.config.sync_period.min(Duration::from_secs(30))
         } else {
             self.config.sync_period

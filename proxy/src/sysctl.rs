@@ -23,6 +23,13 @@ fn ensure(name: &str, value: u64, at_least: bool) -> Result<(), ProxyError> {
     })
 }
 
+/// Whether anybody may write the value: root is refused too if not.
+fn writable(name: &str) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    let metadata = std::fs::metadata(Path::new("/proc/sys").join(name));
+    metadata.is_ok_and(|m| m.permissions().mode() & 0o200 != 0)
+}
+
 /// Sets what the configuration asks for; tells what could not be set.
 pub fn apply(config: &Config) -> Vec<ProxyError> {
     if !config.set_sysctls {
@@ -39,8 +46,17 @@ pub fn apply(config: &Config) -> Vec<ProxyError> {
         .max_per_core
         .filter(|n| *n > 0)
         .map(|n| (u64::from(n) * cpus).max(u64::from(conntrack.min.unwrap_or_default())));
-    if let Some(max) = max {
+    // In a network namespace of its own the limit is the host's to set.
+    if let Some(max) = max.filter(|_| writable("net/netfilter/nf_conntrack_max")) {
         set("net/netfilter/nf_conntrack_max", max, true);
+        // A quarter as many buckets, as the kernel chooses them itself; read-only in containers.
+        let buckets = Path::new("/sys/module/nf_conntrack/parameters/hashsize");
+        let there = std::fs::read_to_string(buckets).ok().and_then(|v| v.trim().parse().ok());
+        if there.is_some_and(|there: u64| there < max / 4)
+            && let Err(error) = std::fs::write(buckets, (max / 4).to_string())
+        {
+            tracing::info!(%error, "nf_conntrack's hash table stays as small as it is");
+        }
     }
     for (name, value) in [
         ("nf_conntrack_tcp_timeout_established", conntrack.tcp_established_timeout),

@@ -235,7 +235,6 @@ fn affinity(mode: Mode) {
             running.settle();
             assert!((0..10).all(|_| ask() == mine), "{to}");
             // A change of the Service does not matter either.
-            svc.labels.insert("changed".into(), format!("{to}"));
             svc.ports[1].node_port = if svc.ports[1].node_port == 0 { 30053 } else { 0 };
             running.send(Change::Service(svc.clone()));
             slices(1, &[0, 1, 2]).into_iter().for_each(|c| running.send(c));
@@ -361,45 +360,139 @@ fn a_foreign_flush_is_repaired_nftables() {
 }
 
 #[test]
-fn what_the_kernel_refuses_is_left_out_alone() {
-    let net = with_pods(2);
-    // A chain of somebody else's, of a kind that cannot be jumped to, where Services with one
-    // endpoint and an external IP want to go.
-    let foreign = "longshore-proxy masquerade-pick-1";
-    sh("nft add table ip longshore-proxy");
-    sh(&format!(
-        "nft add chain ip {foreign} '{{ type filter hook forward priority 200; policy accept; }}'"
-    ));
-    let mut running = start(Mode::Nftables);
-    let mut status = running.status.clone();
-    let told = std::thread::spawn(move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async move {
-            let refused = |s: &ProxyStatus| s.errors.iter().any(|e| e.object.ends_with("svc1"));
-            let wait = tokio::time::timeout(Duration::from_secs(10), status.wait_for(refused));
-            wait.await.unwrap().unwrap().errors.clone()
-        })
-    });
-    let (one, two, plain) = (service(1), service(2), service(3));
-    let external = |mut svc: proxy::object::Service, last: u8| {
-        svc.external_ips = vec![[203, 0, 113, last].into()];
-        svc
-    };
-    running.send(Change::Service(external(one.clone(), 1)));
-    running.send(Change::Service(external(two.clone(), 2)));
-    running.send(Change::Service(plain.clone()));
+fn a_foreign_flush_is_repaired_iptables() {
+    let net = with_pods(1);
+    let mut running = start(Mode::Iptables);
+    let svc = service(1);
+    running.send(Change::Service(svc.clone()));
     slices(1, &[0]).into_iter().for_each(|c| running.send(c));
-    slices(2, &[0, 1]).into_iter().for_each(|c| running.send(c));
-    slices(3, &[0]).into_iter().for_each(|c| running.send(c));
     running.send(Change::Synced);
     running.settle();
-    let reaches = |to: &str| net.client.run(|| ask_tcp(at(to, 80))).is_ok();
-    assert!(reaches("203.0.113.2") && reaches("10.96.0.2") && reaches("10.96.0.3"));
-    let errors = told.join().unwrap();
-    assert_eq!(errors.len(), 1, "{errors:?}");
-    // The chain has no place in the proxy's table: it is swept, and then nothing is left out.
-    eventually("served", || reaches("10.96.0.1") && reaches("203.0.113.1"), |r| *r);
+    let to = vip(&svc, false, 80);
+    let _ = eventually("served", || net.client.run(|| ask_tcp(to)), Result::is_ok);
+    for damage in [
+        "iptables -t nat -F",
+        "iptables -t nat -F KUBE-VIPS",
+        "iptables -t nat -D PREROUTING -m comment --comment 'kubernetes service portals' -j KUBE-SERVICES",
+        "nft flush ruleset",
+    ] {
+        sh(damage);
+        // Sooner than the periodic look.
+        let _ = eventually(damage, || net.client.run(|| ask_tcp(to)), Result::is_ok);
+    }
+    // What does not concern the proxy is left alone.
+    sh("iptables -t nat -A PREROUTING -d 192.0.2.1 -j ACCEPT; iptables -t nat -N OTHERS");
+    running.settle();
+    assert!(sh("iptables-save -t nat").contains("192.0.2.1"));
+}
+
+/// What upstream's proxy leaves, as far as it matters: in both modes.
+fn upstream_rules(vip: &str, endpoint: &str) {
+    sh(&format!(
+        "iptables-restore --noflush <<'END'
+*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-POSTROUTING - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-PROXY-CANARY - [0:0]
+:KUBE-KUBELET-CANARY - [0:0]
+:KUBE-SVC-ABCDEFGHIJKLMNOP - [0:0]
+:KUBE-SEP-ABCDEFGHIJKLMNOP - [0:0]
+-A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+-A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES
+-A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING
+-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000
+-A KUBE-SERVICES -d {vip} -p tcp --dport 80 -j KUBE-SVC-ABCDEFGHIJKLMNOP
+-A KUBE-SVC-ABCDEFGHIJKLMNOP -j KUBE-SEP-ABCDEFGHIJKLMNOP
+-A KUBE-SEP-ABCDEFGHIJKLMNOP -p tcp -j DNAT --to-destination {endpoint}
+COMMIT
+END
+nft -f - <<'END'
+table ip kube-proxy {{
+  chain services {{ ip daddr {vip} tcp dport 80 dnat to {endpoint}; }}
+  chain nat-prerouting {{ type nat hook prerouting priority dstnat; jump services; }}
+}}
+END"
+    ));
+}
+
+fn upstream_is_taken_over(mode: Mode) {
+    let net = with_pods(2);
+    let svc = service(1);
+    upstream_rules("10.96.0.1", "10.88.0.2:8080");
+    let ask = || net.client.run(|| ask_tcp(vip(&svc, false, 80)));
+    assert!(ask().unwrap().starts_with('a'));
+    let mut running = start(mode);
+    // Nothing is taken away before everything has been told.
+    running.settle_unsynced();
+    assert!(ask().unwrap().starts_with('a'));
+    running.send(Change::Service(svc.clone()));
+    slices(1, &[1]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    let _ = eventually("the new endpoint", ask, |a| a.as_ref().is_ok_and(|a| a.starts_with('b')));
+    let left = || sh("iptables-save; nft list tables");
+    let left = eventually("upstream's is gone", left, |text| {
+        !text.contains("ABCDEFGHIJKLMNOP") && !text.contains("kube-proxy")
+    });
+    assert!(left.contains("KUBE-KUBELET-CANARY"), "somebody else's: {left}");
+    assert_eq!(left.contains("KUBE-SERVICES"), mode == Mode::Iptables, "{left}");
+    assert!(ask().unwrap().starts_with('b'));
+}
+
+#[test]
+fn upstreams_rules_are_taken_over_nftables() {
+    upstream_is_taken_over(Mode::Nftables);
+}
+
+#[test]
+fn upstreams_rules_are_taken_over_iptables() {
+    upstream_is_taken_over(Mode::Iptables);
+}
+
+#[test]
+fn what_the_kernel_refuses_is_left_out_alone() {
+    let net = with_pods(2);
+    // Somebody has made a map of the right shape that is too small for one Service of the three.
+    sh("nft add table ip longshore-proxy");
+    sh(
+        "nft 'add map ip longshore-proxy endpoints { type ipv4_addr . inet_proto . inet_service . mark : ipv4_addr . inet_service; size 8; }'",
+    );
+    let mut running = start(Mode::Nftables);
+    let services: Vec<_> = (1..=3).map(service).collect();
+    for (number, svc) in (1..).zip(&services) {
+        running.send(Change::Service(svc.clone()));
+        slices(number, &[0, 1]).into_iter().for_each(|c| running.send(c));
+    }
+    running.send(Change::Synced);
+    running.settle();
     let status = running.status.clone();
+    let bad = || -> Vec<String> {
+        let errors = status.borrow().errors.clone();
+        errors.into_iter().map(|e| e.object).filter(|o| o.starts_with("Service ")).collect()
+    };
+    let bad = eventually("one is refused", bad, |bad| bad.len() == 1).remove(0);
+    for svc in &services {
+        let refused = bad == format!("Service {}", svc.key);
+        for v6 in [false, true] {
+            let answer = net.client.run(|| ask_tcp(vip(svc, v6, 80)));
+            assert_eq!(answer.is_ok(), v6 || !refused, "{} {v6}: {answer:?}; {bad}", svc.key);
+        }
+    }
+    // What another changes is programmed meanwhile.
+    let other = services.iter().position(|s| bad != format!("Service {}", s.key)).unwrap();
+    slices(other as u16 + 1, &[1]).into_iter().for_each(|c| running.send(c));
+    let _ = eventually(
+        "the change",
+        || net.client.run(|| ask_tcp(vip(&services[other], false, 80))),
+        |a| a.as_ref().is_ok_and(|a| a.starts_with('b')),
+    );
+    // With the obstacle gone all are served.
+    sh("nft delete table ip longshore-proxy");
+    for svc in &services {
+        let ask = || net.client.run(|| ask_tcp(vip(svc, false, 80)));
+        let _ = eventually("served", ask, Result::is_ok);
+    }
     eventually("no error", || status.borrow().errors.len(), |n| *n == 0);
 }
 
@@ -501,7 +594,7 @@ fn changing_the_mode_drops_nothing_and_leaves_nothing_of_the_other() {
         let iptables = mode == Mode::Iptables;
         let has = || {
             (
-                sh("iptables-save; ip6tables-save").contains("LS-"),
+                sh("iptables-save; ip6tables-save").contains("KUBE-"),
                 sh("nft list tables").contains("longshore"),
             )
         };
@@ -518,10 +611,10 @@ fn cleanup_leaves_nothing_iptables() {
     running.send(Change::Synced);
     running.settle();
     running.stop();
-    assert!(sh("iptables-save").contains("LS-"));
+    assert!(sh("iptables-save").contains("KUBE-"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(proxy::cleanup()).unwrap();
-    assert!(!sh("iptables-save; ip6tables-save").contains("LS-"));
+    assert!(!sh("iptables-save; ip6tables-save").contains("KUBE-"));
 }
 
 #[test]

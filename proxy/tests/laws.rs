@@ -16,7 +16,7 @@ use proxy::config::LocalTraffic;
 use proxy::model::{Model, PlanChange};
 use proxy::nftables::base::Structure;
 use proxy::nftables::entries::Slots;
-use proxy::nftables::names::{MapId, Pool};
+use proxy::nftables::names::{MapId, Origin, Pool};
 use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, Service, TrafficPolicy};
 
@@ -45,9 +45,10 @@ impl Side {
     fn new(family: Family) -> Side {
         let mut ruleset = Ruleset::new(structure(family));
         let mut kernel = Fake::new();
-        let planned = ruleset.plan_repair(None, &Observed::new(), false);
-        kernel.apply(&planned.transaction).unwrap();
-        ruleset.commit_repair(planned);
+        for planned in ruleset.plan_repair(None, &Observed::new(), false) {
+            kernel.apply(&planned.transaction).unwrap();
+            ruleset.commit_repair(planned);
+        }
         Side { ruleset, kernel }
     }
 
@@ -98,6 +99,44 @@ impl Side {
         all.values_mut().for_each(|values| values.sort());
         all
     }
+}
+
+fn observe(kernel: &Fake, table: &nft::Table) -> Observed {
+    let of = |map: MapId| {
+        let elements = kernel.elements(table, &map.to_string());
+        (map, elements.into_iter().map(|e| (e.key, (e.key_end, e.data))).collect())
+    };
+    MapId::all().into_iter().map(of).collect()
+}
+
+/// What packets to an address or port meet: the verdict, and the endpoints that it chooses from.
+type Served = BTreeMap<(MapId, Key), (Option<Data>, BTreeMap<String, Vec<Data>>)>;
+
+fn served(kernel: &Fake, table: &nft::Table) -> Served {
+    let observed = observe(kernel, table);
+    let mut served = Served::new();
+    for (map, elements) in &observed {
+        let origin = match map {
+            MapId::Services | MapId::Inside(Origin::Vip) => Origin::Vip,
+            MapId::NodePorts | MapId::Inside(Origin::NodePort) => Origin::NodePort,
+            _ => continue,
+        };
+        for (key, (_, verdict)) in elements {
+            let mut endpoints: BTreeMap<String, Vec<Data>> = BTreeMap::new();
+            for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
+                let mut slots: Vec<_> = observed[&MapId::Endpoints(pool)]
+                    .iter()
+                    .filter(|(k, _)| k.bytes()[..k.bytes().len() - 4] == *key.bytes())
+                    .map(|(k, (_, data))| (k.clone(), data.clone().unwrap()))
+                    .collect();
+                slots.sort();
+                let name = MapId::Endpoints(pool).to_string();
+                endpoints.insert(name, slots.into_iter().map(|(_, data)| data).collect());
+            }
+            served.insert((*map, key.clone()), (verdict.clone(), endpoints));
+        }
+    }
+    served
 }
 
 #[derive(Clone, Debug)]
@@ -207,6 +246,49 @@ proptest! {
                 plans.into_iter().map(|p| PlanChange { old: p.new, new: None, ..p }).collect();
             side.change(&away);
             prop_assert!(side.ruleset.entries().is_empty());
+            side.check();
+        }
+    }
+
+    #[test]
+    fn a_repair_in_small_batches_keeps_every_service_whole(
+        before in proptest::collection::vec(wish(), 1..6),
+        after in proptest::collection::vec(wish(), 1..6),
+    ) {
+        for family in [Family::Ip, Family::Ip6] {
+            let mut side = Side::new(family);
+            let mut model = Model::new("node");
+            before.iter().for_each(|wish| tell(&mut model, wish));
+            side.change(&model.take_changes());
+            // The next process finds what this one left, and is told something else.
+            let (kernel, table) = (&mut side.kernel, side.ruleset.table());
+            let mut ruleset = Ruleset::new(structure(family));
+            ruleset.batch = 1;
+            let observed = observe(kernel, &table);
+            ruleset.take_hints(&observed);
+            let mut model = Model::new("node");
+            after.iter().for_each(|wish| tell(&mut model, wish));
+            model.take_changes();
+            model.plans().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
+            let was = served(kernel, &table);
+            let state = kernel.read_table(&table);
+            let mut steps = vec![was.clone()];
+            for planned in ruleset.plan_repair(state.as_ref(), &observed, false) {
+                prop_assert_eq!(kernel.apply(&planned.transaction), Ok(()));
+                ruleset.commit_repair(planned);
+                steps.push(served(kernel, &table));
+            }
+            let will = served(kernel, &table);
+            for step in &steps {
+                for key in was.keys().chain(will.keys()).chain(step.keys()) {
+                    let now = step.get(key);
+                    prop_assert!(
+                        now == was.get(key) || now == will.get(key),
+                        "{:?}: {:?}, then {:?}, then {:?}", key, was.get(key), now, will.get(key)
+                    );
+                }
+            }
+            let side = Side { ruleset, kernel: side.kernel };
             side.check();
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::{endpoint, pod_ip, service, slice};
 use proxy::model::Model;
-use proxy::object::{Change, EndpointPort, NodeState, Protocol, TrafficPolicy};
+use proxy::object::{Change, EndpointPort, NodeHint, NodeState, Protocol, TrafficPolicy};
 use proxy::plan::PortPlan;
 
 /// The plan of the first port of Service 1 in IPv4.
@@ -109,6 +109,34 @@ fn zone_hints_hold_if_all_endpoints_have_them_and_one_is_for_this_zone() {
     assert_eq!(plan(&mut model).cluster, pods(&[0]));
     model.apply(Change::Node(NodeState { zone: zone("c"), ..NodeState::default() }));
     assert_eq!(plan(&mut model).cluster, pods(&[0, 1]), "none for this zone");
+}
+
+#[test]
+fn node_hints_go_before_zone_hints_and_hold_if_all_endpoints_have_them() {
+    let mut model = Model::new("node");
+    model.apply(Change::Service(service(1)));
+    let zone = Some(Arc::from("a"));
+    model.apply(Change::Node(NodeState { zone, ..NodeState::default() }));
+    let mut s = slice(1, false, &[0, 1, 2]);
+    s.endpoints[0].zones = vec!["a".into()];
+    s.endpoints[1].zones = vec!["a".into()];
+    s.endpoints[2].zones = vec!["b".into()];
+    s.endpoints[0].node_hint = NodeHint::Here;
+    s.endpoints[1].node_hint = NodeHint::Others;
+    model.apply(Change::Slice(s.clone()));
+    assert_eq!(plan(&mut model).cluster, pods(&[0, 1]), "one has no node hint: the zone counts");
+    s.endpoints[2].node_hint = NodeHint::Others;
+    model.apply(Change::Slice(s.clone()));
+    assert_eq!(plan(&mut model).cluster, pods(&[0]));
+    s.endpoints[0].node_hint = NodeHint::Others;
+    model.apply(Change::Slice(s.clone()));
+    assert_eq!(plan(&mut model).cluster, pods(&[0, 1]), "none for this node: the zone counts");
+    // One that is not ready needs no hint.
+    s.endpoints[0].node_hint = NodeHint::Here;
+    s.endpoints[2].node_hint = NodeHint::None;
+    s.endpoints[2].ready = false;
+    model.apply(Change::Slice(s));
+    assert_eq!(plan(&mut model).cluster, pods(&[0]));
 }
 
 #[test]

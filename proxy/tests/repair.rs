@@ -107,9 +107,9 @@ fn iptables_repairs_only_what_is_wrong() {
         || Box::new(Iptables::new(&environment()).unwrap()),
         &[
             "iptables -t nat -F",
-            "iptables -t nat -F LS-VIPS",
+            "iptables -t nat -F KUBE-VIPS",
             "ip6tables -t filter -F",
-            "iptables -t nat -A LS-VIPS -j RETURN; iptables -t nat -N LS-SEP-OLD",
+            "iptables -t nat -A KUBE-VIPS -j RETURN; iptables -t nat -N KUBE-SEP-OLD",
         ],
     );
 }

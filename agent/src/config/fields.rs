@@ -39,15 +39,20 @@ pub(super) fn detect_local(
     })
 }
 
+/// What is not given has kube-proxy's defaults; 0 leaves the kernel's value.
 pub(super) fn conntrack(given: super::kube_proxy::Conntrack) -> Conntrack {
     let time = |given: Option<kube::core::Duration>| {
         given.map(Duration::from).filter(|time| !time.is_zero())
     };
+    let or = |given: Option<kube::core::Duration>, hours: u64| match given {
+        None => Some(Duration::from_secs(hours * 3600)),
+        given => time(given),
+    };
     Conntrack {
-        max_per_core: given.max_per_core,
-        min: given.min,
-        tcp_established_timeout: time(given.tcp_established_timeout),
-        tcp_close_wait_timeout: time(given.tcp_close_wait_timeout),
+        max_per_core: Some(given.max_per_core.unwrap_or(32 * 1024)),
+        min: Some(given.min.unwrap_or(128 * 1024)),
+        tcp_established_timeout: or(given.tcp_established_timeout, 24),
+        tcp_close_wait_timeout: or(given.tcp_close_wait_timeout, 1),
         tcp_be_liberal: given.tcp_be_liberal.unwrap_or(false),
         udp_timeout: time(given.udp_timeout),
         udp_stream_timeout: time(given.udp_stream_timeout),

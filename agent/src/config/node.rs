@@ -234,6 +234,10 @@ pub fn resolve(
     };
     let iptables = kube_proxy.iptables.unwrap_or_default();
     let nftables = kube_proxy.nftables.unwrap_or_default();
+    let sync_period = match proxy_mode {
+        Mode::Iptables => iptables.sync_period,
+        Mode::Nftables | Mode::Auto => nftables.sync_period,
+    };
     let masquerade_bit = match proxy_mode {
         Mode::Iptables => iptables.masquerade_bit,
         Mode::Nftables | Mode::Auto => nftables.masquerade_bit,
@@ -295,6 +299,7 @@ pub fn resolve(
             10249,
         )?,
         conntrack: conntrack(kube_proxy.conntrack.unwrap_or_default()),
+        sync_period: period(sync_period, proxy::Config::default().sync_period.as_secs()),
         ..proxy::Config::default()
     };
 

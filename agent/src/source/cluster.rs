@@ -14,7 +14,7 @@ use proxy::object::{Change, NamespacedName as ProxyKey, NodeState};
 use tokio::sync::{mpsc, watch};
 
 use super::proxy_object::{
-    HEADLESS, SERVICE_PROXY_NAME, key, node_state, service_change, slice_change,
+    HEADLESS, SERVICE_PROXY_NAME, TRIGGER_TIME, key, node_state, service_change, slice_change,
 };
 use super::{PodChange, PodSource};
 use crate::api::watch::{Failure, Seen, Watch};
@@ -327,7 +327,7 @@ impl ServiceLoops {
         let key = key(&service.metadata);
         store.put(&text(&key), &service);
         self.send(service_change(&service)).await;
-        self.services.put(&ours(&key), Arc::new(service));
+        self.services.put(&ours(&key), &service);
     }
 
     async fn last_known_services(&self, list: &mut List, store: &Store) {
@@ -397,7 +397,9 @@ impl ServiceLoops {
     async fn slice(&self, mut slice: EndpointSlice, store: &Store) {
         slice.metadata.managed_fields = None;
         slice.metadata.owner_references = None;
-        slice.metadata.annotations = None;
+        if let Some(annotations) = &mut slice.metadata.annotations {
+            annotations.retain(|name, _| name == TRIGGER_TIME);
+        }
         store.put(&text(&key(&slice.metadata)), &slice);
         self.send(slice_change(&slice, &self.node_name)).await;
     }

@@ -4,21 +4,22 @@
 //! One bad port or address never takes the rest of its object with it.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Service};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::discovery::v1::{EndpointHints, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use proxy::object::{
-    Change, Cidr, Endpoint, EndpointPort, NamespacedName, NodeState, Protocol, ServicePort,
-    TrafficPolicy,
+    Change, Cidr, Endpoint, EndpointPort, NamespacedName, NodeHint, NodeState, Protocol,
+    ServicePort, TrafficPolicy,
 };
 
 /// A Service or slice with this label is served by another proxy.
 pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 /// A Service or slice with this label has no virtual IP.
 pub const HEADLESS: &str = "service.kubernetes.io/headless";
+/// When what made a slice change happened, in RFC 3339.
+pub const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const TOPOLOGY_ZONE: &str = "topology.kubernetes.io/zone";
 /// Put on a node by the cluster autoscaler before it deletes it (KEP-3836).
@@ -99,8 +100,6 @@ fn serviced(service: &Service, key: &NamespacedName) -> Option<proxy::object::Se
         internal_traffic_policy: policy(spec.internal_traffic_policy.as_deref()),
         external_traffic_policy: policy(spec.external_traffic_policy.as_deref()),
         health_check_node_port: spec.health_check_node_port.and_then(number).unwrap_or(0),
-        traffic_distribution: spec.traffic_distribution.as_deref().map(Arc::from),
-        labels: std::collections::BTreeMap::new(),
     })
 }
 
@@ -155,6 +154,7 @@ fn sliced(
                 .flat_map(|h| h.for_zones.iter().flatten())
                 .map(|z| z.name.as_str().into())
                 .collect(),
+            node_hint: node_hint(endpoint.hints.as_ref(), node_name),
         })
     });
     Some(proxy::object::EndpointSlice {
@@ -162,7 +162,21 @@ fn sliced(
         service: service.as_str().into(),
         ports: ports.collect(),
         endpoints: endpoints.collect(),
+        triggered: metadata
+            .annotations
+            .as_ref()
+            .and_then(|annotations| annotations.get(TRIGGER_TIME))
+            .and_then(|time| time.parse::<jiff::Timestamp>().ok())
+            .map(jiff::Timestamp::as_millisecond),
     })
+}
+
+fn node_hint(hints: Option<&EndpointHints>, node_name: &str) -> NodeHint {
+    match hints.and_then(|hints| hints.for_nodes.as_deref()) {
+        None | Some([]) => NodeHint::None,
+        Some(nodes) if nodes.iter().any(|node| node.name == node_name) => NodeHint::Here,
+        Some(_) => NodeHint::Others,
+    }
 }
 
 /// What the proxy must know of its node.
@@ -304,6 +318,26 @@ mod tests {
                 {"addresses": ["fd00::3"]}, {"addresses": ["junk"]}]
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn hints_and_the_trigger_time_are_kept_as_far_as_they_concern_this_node() {
+        let mut api = slice(json!({SERVICE_NAME: "s"}), "IPv4");
+        api.metadata.annotations =
+            Some([(TRIGGER_TIME.to_owned(), "2026-01-02T03:04:05.678Z".to_owned())].into());
+        for (nodes, hint) in [
+            (json!(null), NodeHint::None),
+            (json!([]), NodeHint::None),
+            (json!([{"name": "other"}]), NodeHint::Others),
+            (json!([{"name": "other"}, {"name": "me"}]), NodeHint::Here),
+        ] {
+            let hints = json!({"forNodes": nodes, "forZones": [{"name": "z"}]});
+            api.endpoints.as_mut().unwrap()[0].hints = serde_json::from_value(hints).unwrap();
+            let Change::Slice(slice) = slice_change(&api, "me") else { panic!("no slice") };
+            assert_eq!(slice.endpoints[0].node_hint, hint);
+            assert_eq!(slice.endpoints[0].zones.len(), 1);
+            assert_eq!(slice.triggered, Some(1_767_323_045_678));
+        }
     }
 
     #[test]

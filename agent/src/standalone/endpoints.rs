@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Pod, PodStatus, Service, ServicePort};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use proxy::object::{Endpoint, EndpointPort, EndpointSlice, NamespacedName, Protocol};
+use proxy::object::{Endpoint, EndpointPort, EndpointSlice, NamespacedName, NodeHint, Protocol};
 
 /// A pod of this node as its endpoints need it.
 #[derive(Clone, Debug)]
@@ -109,6 +109,7 @@ pub fn plan_slices(service: &Service, pods: &[NodePod]) -> BTreeMap<NamespacedNa
                 terminating: pod.terminating,
                 local: true,
                 zones: Vec::new(),
+                node_hint: NodeHint::None,
             });
         }
     }
@@ -127,7 +128,13 @@ pub fn plan_slices(service: &Service, pods: &[NodePod]) -> BTreeMap<NamespacedNa
             .collect();
         slices.insert(
             slice_key.clone(),
-            EndpointSlice { key: slice_key, service: key.name.clone(), ports, endpoints },
+            EndpointSlice {
+                key: slice_key,
+                service: key.name.clone(),
+                ports,
+                endpoints,
+                triggered: None,
+            },
         );
     }
     slices

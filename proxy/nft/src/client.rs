@@ -1,7 +1,7 @@
 //! The kernel, in the network namespace of the thread that made the client.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -18,6 +18,8 @@ use crate::wire::{
 const MEGABYTE: usize = 1 << 20;
 /// Dumps that were interrupted by a change are begun again so often.
 const DUMP_ATTEMPTS: usize = 20;
+/// Times of so many batches are kept for whoever asks.
+const TIMES: usize = 4096;
 
 /// Why the kernel could not be changed or read.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,7 @@ pub struct Client {
     seq: u32,
     send_buffer: usize,
     commits: u32,
+    batch_times: Vec<Duration>,
     buffer: Vec<u8>,
 }
 
@@ -84,7 +87,14 @@ impl Client {
         let socket = Socket::open(false).map_err(open)?;
         socket.receive_buffer(4 * MEGABYTE).map_err(open)?;
         socket.receive_timeout(Duration::from_secs(30)).map_err(open)?;
-        Ok(Client { socket, seq: 1, send_buffer: 0, commits: 0, buffer: vec![0; 64 * 1024] })
+        Ok(Client {
+            socket,
+            seq: 1,
+            send_buffer: 0,
+            commits: 0,
+            batch_times: Vec::new(),
+            buffer: vec![0; 64 * 1024],
+        })
     }
 
     /// The netlink port by which notifications tell this client's changes from others'.
@@ -95,6 +105,12 @@ impl Client {
     /// Number of batches that the kernel took from this client.
     pub fn commits(&self) -> u32 {
         self.commits
+    }
+
+    /// How long the kernel had each batch since this was last asked: it holds the lock of the
+    /// network namespace's rules meanwhile.
+    pub fn take_batch_times(&mut self) -> Vec<Duration> {
+        std::mem::take(&mut self.batch_times)
     }
 
     /// Applies a transaction whole, or not at all.
@@ -118,7 +134,12 @@ impl Client {
             self.send_buffer = needed;
         }
         self.drain();
-        self.socket.send(&batch.bytes).map_err(failed)?;
+        let begin = Instant::now();
+        let sent = self.socket.send(&batch.bytes);
+        if self.batch_times.len() < TIMES {
+            self.batch_times.push(begin.elapsed());
+        }
+        sent.map_err(failed)?;
         let mut failures = Vec::new();
         let mut acknowledged = false;
         // The kernel has done the work within send(): every answer is waiting already. Only the

@@ -31,16 +31,19 @@ pub struct SetEntry {
 }
 
 impl SetEntry {
-    /// Whether it has the shape of `set`.
-    pub fn is_of(&self, set: &Set) -> bool {
+    /// The shape of `set`.
+    pub(crate) fn of(set: &Set) -> SetEntry {
         let data_type = match &set.data {
             None => 0,
             Some(SetData::Verdict) => 0xffff_ff00,
             Some(SetData::Value(types)) => DataType::concat(types),
         };
-        self.key_type == DataType::concat(&set.key)
-            && self.data_type == data_type
-            && self.flags == set.flags()
+        SetEntry { key_type: DataType::concat(&set.key), data_type, flags: set.flags() }
+    }
+
+    /// Whether it has the shape of `set`.
+    pub fn is_of(&self, set: &Set) -> bool {
+        *self == SetEntry::of(set)
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use crate::dump::{RuleEntry, SetEntry, TableState};
 use crate::expr::Expr;
 use crate::object::{
     BaseChain, ChainType, Data, DataType, Element, Hook, Key, Rule, Set, SetData, Table, Verdict,
@@ -91,6 +92,21 @@ impl Fake {
         sets.and_then(|sets| sets.get(set))
             .map(|(_, elements)| elements.values().cloned().collect())
             .unwrap_or_default()
+    }
+
+    /// Chains, rules and sets of a table, as [`crate::Client::read_table`] tells them.
+    pub fn read_table(&self, table: &Table) -> Option<TableState> {
+        let content = self.tables.get(table)?;
+        let entry = |(handle, rule): &(u64, Rule)| RuleEntry {
+            handle: *handle,
+            comment: rule.comment.clone(),
+        };
+        let chains = content.chains.iter().map(|(name, (base, rules))| {
+            (name.clone(), (*base, rules.iter().map(entry).collect()))
+        });
+        let sets =
+            content.sets.iter().map(|(name, (set, _))| (name.clone(), SetEntry::of(set))).collect();
+        Some(TableState { chains: chains.collect(), sets })
     }
 
     /// Everything as sorted text.

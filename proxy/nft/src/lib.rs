@@ -16,6 +16,7 @@ mod fake;
 mod monitor;
 mod object;
 mod reply;
+mod syntax;
 mod sys;
 mod text;
 mod transaction;
@@ -30,10 +31,11 @@ pub use expr::{
     PayloadBase, REG, RejectKind,
 };
 pub use fake::{Fake, FakeError};
-pub use monitor::{Monitor, Notification};
+pub use monitor::{Changed, ForeignChange, Monitor, Notification};
 pub use object::{
     BaseChain, Chain, ChainType, Data, DataType, Element, Family, Hook, Key, Rule, Set, SetData,
     Table, Verdict,
 };
 pub use reply::Failure;
+pub use syntax::commands;
 pub use transaction::{Op, Transaction};

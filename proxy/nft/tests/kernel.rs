@@ -319,7 +319,7 @@ fn changes_of_others_are_noticed_and_our_own_are_not() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
-        let mut monitor = nft::Monitor::new(&client).unwrap();
+        let mut monitor = nft::Monitor::new(Some(&client)).unwrap();
         let table = ports_set(&mut client);
         let quiet = std::time::Duration::from_millis(100);
         assert!(tokio::time::timeout(quiet, monitor.changed()).await.is_err());
@@ -329,9 +329,33 @@ fn changes_of_others_are_noticed_and_our_own_are_not() {
         other.apply(&tx).unwrap();
         let wait = std::time::Duration::from_secs(10);
         let told = tokio::time::timeout(wait, monitor.changed()).await.unwrap().unwrap();
-        assert_eq!(told, nft::Notification::Tables(vec!["longshore-test".into()]));
+        let change = |object, deleted| nft::ForeignChange {
+            table: "longshore-test".into(),
+            chain: None,
+            object,
+            deleted,
+        };
+        let nft::Notification::Commit { changes, .. } = told else { panic!("{told:?}") };
+        assert_eq!(changes, [change(nft::Changed::Other, false)].into());
         assert!(Command::new("nft").args(["flush", "ruleset"]).status().unwrap().success());
         let told = tokio::time::timeout(wait, monitor.changed()).await.unwrap().unwrap();
-        assert_eq!(told, nft::Notification::Tables(vec!["longshore-test".into()]));
+        let nft::Notification::Commit { by, changes } = told else { panic!("{told:?}") };
+        assert_eq!(by, "nft");
+        assert!(changes.contains(&change(nft::Changed::Table, true)), "{changes:?}");
+        // What was told is there without waiting.
+        let script = "add table ip other; add chain ip other gate; add rule ip other gate accept";
+        assert!(Command::new("nft").arg(script).status().unwrap().success());
+        let told = monitor.told();
+        let gate = nft::ForeignChange {
+            table: "other".into(),
+            chain: Some("gate".into()),
+            object: nft::Changed::Rule,
+            deleted: false,
+        };
+        assert!(
+            matches!(&told[..], [nft::Notification::Commit { changes, .. }] if changes.contains(&gate)),
+            "{told:?}"
+        );
+        assert_eq!(monitor.told(), []);
     });
 }

@@ -1,5 +1,9 @@
 //! The iptables backend, for kernels without nf_tables: own chains in the tables `nat` and
 //! `filter`, written by one restore of what changed; the `iptables` crate sets the jumps to them.
+//!
+//! The chains have the names that upstream's proxy gives them, so each takes over what the other
+//! left. `iptables` may be of two kinds (`legacy`, `nf_tables`) that do not see each other's rules:
+//! the one that the system has chosen is used, and cleaned are both.
 
 mod rules;
 mod script;
@@ -9,12 +13,13 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use crate::backend::{Backend, BackendError, Environment, Outcome};
+use crate::backend::{Backend, BackendError, Concerns, Environment, Outcome};
 use crate::config::Mode;
 use crate::model::PlanChange;
 use crate::object::NamespacedName;
 use crate::plan::ServicePlan;
-use rules::{ANCHORS, ChainKey, Rules, SHARED, Table, fixed, of_service};
+use crate::question::Describe;
+use rules::{ANCHORS, ChainKey, Rules, Table, fixed, of_service};
 use script::{Script, parse_save, repair};
 
 /// Services that are refused are looked for at most so often per repair.
@@ -66,6 +71,19 @@ pub struct Iptables {
     environment: Environment,
     families: Vec<Family>,
     programmed: bool,
+    kind: Kind,
+}
+
+/// Whether somebody's change to the nf_tables that stand for iptables' concerns own chains, or took
+/// away what leads to them.
+fn concerns(change: &nft::ForeignChange) -> bool {
+    if !Table::ALL.iter().any(|table| table.name() == change.table) {
+        return false;
+    }
+    match &change.chain {
+        Some(chain) if rules::is_own(chain) => true,
+        _ => change.deleted,
+    }
 }
 
 fn run(program: &'static str, args: &[&str], input: Option<&str>) -> Result<String, Error> {
@@ -123,7 +141,8 @@ impl Family {
         Ok(chains)
     }
 
-    fn anchors(&self, there: bool) -> Result<(), Error> {
+    /// Sets the jumps to own chains that are not there.
+    fn anchors(&self) -> Result<(), Error> {
         for (table, chain, rule) in ANCHORS {
             let failed = |error: Box<dyn std::error::Error>| Error::Anchor {
                 chain,
@@ -131,14 +150,8 @@ impl Family {
                 message: error.to_string(),
             };
             let tables = iptables::new(!self.ipv4).map_err(failed)?;
-            let exists = tables.exists(table.name(), chain, rule);
-            match (there, exists) {
-                (true, Ok(true)) | (false, Ok(false) | Err(_)) => {}
-                // A chain that is not there yet cannot be jumped to: it is made before.
-                (true, _) => tables.insert(table.name(), chain, rule, 1).map_err(failed)?,
-                (false, Ok(true)) => {
-                    tables.delete(table.name(), chain, rule).map_err(failed)?;
-                }
+            if !tables.exists(table.name(), chain, rule).unwrap_or(false) {
+                tables.insert(table.name(), chain, rule, 1).map_err(failed)?;
             }
         }
         Ok(())
@@ -166,7 +179,7 @@ impl Family {
             match self.restore(&script) {
                 Ok(()) => {
                     outcome.written += script.lines();
-                    return self.anchors(true);
+                    return self.anchors();
                 }
                 Err((error, Some(owner))) if attempt + 1 < ATTEMPTS => {
                     if let Some(name) = names.get(owner as usize) {
@@ -177,7 +190,7 @@ impl Family {
                 Err((error, None)) if attempt == 0 && names.len() > 1 => {
                     // Nobody was named: the fixed part alone, then the Services one by one halves.
                     self.alone(environment, outcome).map_err(|_| error)?;
-                    return self.anchors(true);
+                    return self.anchors();
                 }
                 Err((error, _)) => return Err(error),
             }
@@ -218,13 +231,33 @@ impl Family {
             }
         }
     }
+}
 
-    fn cleanup(&self) -> Result<(), Error> {
-        let found = self.save()?;
-        self.anchors(false)?;
-        let mut script = Script::default();
-        found.keys().for_each(|key| script.delete_chain(key));
-        self.restore(&script).map_err(|(error, _)| error)
+/// The kind of iptables that the system's `iptables` is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Legacy,
+    Nft,
+}
+
+impl Kind {
+    fn of_system() -> Result<Kind, Error> {
+        let version = run("iptables", &["--version"], None)?;
+        Ok(if version.contains("nf_tables") { Kind::Nft } else { Kind::Legacy })
+    }
+
+    /// The programs of this kind, whatever the system has chosen: save and restore by family.
+    fn programs(self) -> [(&'static str, &'static str); 2] {
+        match self {
+            Kind::Legacy => [
+                ("iptables-legacy-save", "iptables-legacy-restore"),
+                ("ip6tables-legacy-save", "ip6tables-legacy-restore"),
+            ],
+            Kind::Nft => [
+                ("iptables-nft-save", "iptables-nft-restore"),
+                ("ip6tables-nft-save", "ip6tables-nft-restore"),
+            ],
+        }
     }
 }
 
@@ -235,27 +268,42 @@ impl Iptables {
     /// If they are not there, or the kernel has no iptables.
     pub fn new(environment: &Environment) -> Result<Self, Error> {
         run("iptables-save", &["-t", "nat"], None)?;
+        let kind = Kind::of_system()?;
         let family = |ipv4| Family { ipv4, services: HashMap::new() };
         Ok(Iptables {
             environment: environment.clone(),
             families: vec![family(true), family(false)],
             programmed: false,
+            kind,
         })
     }
 
-    /// Removes all own chains and the jumps to them.
+    /// Removes all own chains and the jumps to them, of both kinds of iptables; `spare` leaves those
+    /// of the kind that is in use.
     ///
     /// # Errors
-    /// Lists what could not be removed; without the programs there is nothing to remove.
-    pub fn cleanup() -> Result<(), Error> {
+    /// What could not be removed; without the programs there is nothing to remove.
+    pub fn cleanup(spare: bool) -> Result<(), Error> {
+        const SYSTEM: [(&str, &str); 2] =
+            [("iptables-save", "iptables-restore"), ("ip6tables-save", "ip6tables-restore")];
+        let mut programs: Vec<(&str, &str)> = Vec::new();
+        for kind in [Kind::Legacy, Kind::Nft] {
+            if !spare || Kind::of_system().is_ok_and(|used| used != kind) {
+                programs.extend(kind.programs());
+            }
+        }
+        if !spare {
+            programs.extend(SYSTEM);
+        }
         let mut result = Ok(());
-        for ipv4 in [true, false] {
-            let family = Family { ipv4, services: HashMap::new() };
-            match family.save() {
-                // Nothing of ours, and no tables made by looking for anchors.
-                Ok(found) if found.is_empty() => {}
-                Ok(_) => result = result.and(family.cleanup()),
-                Err(Error::Run { .. }) => {}
+        for (save, restore) in programs {
+            // All tables: naming one would make it.
+            let cleaned = run(save, &[], None).and_then(|saved| match script::cleanup(&saved) {
+                script if script.is_empty() => Ok(()),
+                script => run(restore, &["-w", "10", "--noflush"], Some(&script)).map(drop),
+            });
+            match cleaned {
+                Ok(()) | Err(Error::Run { .. }) => {}
                 Err(error) => result = result.and(Err(error)),
             }
         }
@@ -268,19 +316,15 @@ impl Backend for Iptables {
         Mode::Iptables
     }
 
-    fn monitored(&self) -> Option<(&nft::Client, &'static str)> {
-        None
+    fn monitored(&self) -> Option<(Option<&nft::Client>, Concerns)> {
+        (self.kind == Kind::Nft).then_some((None, concerns))
     }
 
     fn take_over(&mut self) -> Result<bool, BackendError> {
         let mut any = false;
         for family in &self.families {
             match family.save() {
-                Ok(found) => {
-                    any |= found
-                        .keys()
-                        .any(|(table, chain)| SHARED.iter().any(|(t, c)| t == table && c == chain));
-                }
+                Ok(found) => any |= !found.is_empty(),
                 Err(error) if family.ipv4 => return Err(error.into()),
                 Err(_) => {}
             }
@@ -325,6 +369,42 @@ impl Backend for Iptables {
             }
         }
         Ok(outcome)
+    }
+
+    fn describe(&mut self, what: &Describe) -> Result<String, BackendError> {
+        let mut text = String::new();
+        for family in &self.families {
+            let environment = &self.environment;
+            let script = match what {
+                Describe::Changes(changes) => {
+                    let mut script = Script::default();
+                    for change in changes {
+                        let name = &change.service;
+                        let old = family.rules(name, family.services.get(name), environment);
+                        let new = family.rules(name, change.new.as_ref(), environment);
+                        script.change(&old, &new, script::NOBODY);
+                    }
+                    script
+                }
+                Describe::Desired | Describe::Difference => {
+                    let found = match what {
+                        Describe::Difference => family.save()?,
+                        _ => BTreeMap::new(),
+                    };
+                    let services = &family.services;
+                    let all: Vec<Rules> = services
+                        .iter()
+                        .map(|(n, p)| family.rules(n, Some(p), environment))
+                        .collect();
+                    repair(&found, &fixed(environment, family.ipv4), &all)
+                }
+            };
+            if !script.is_empty() {
+                text.push_str(if family.ipv4 { "# IPv4\n" } else { "# IPv6\n" });
+                text.push_str(&script.render().0);
+            }
+        }
+        Ok(text)
     }
 
     fn repair(

@@ -8,8 +8,30 @@ use crate::config::LocalTraffic;
 use crate::object::{NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
-/// Beginning of the name of every own chain.
-pub const PREFIX: &str = "LS-";
+/// Names of own chains, upstream's where it has one for the purpose: so that whoever comes after us
+/// finds what it would have made itself.
+const NAMES: [&str; 11] = [
+    "KUBE-SERVICES",
+    "KUBE-VIPS",
+    "KUBE-NODEPORTS",
+    "KUBE-EXTERNAL-SERVICES",
+    "KUBE-FORWARD",
+    "KUBE-FIREWALL",
+    "KUBE-PROXY-FIREWALL",
+    "KUBE-POSTROUTING",
+    "KUBE-MARK-MASQ",
+    "KUBE-OFF-CLUSTER",
+    // Upstream's sign that nobody has flushed the table.
+    "KUBE-PROXY-CANARY",
+];
+/// Beginnings of the names of chains of one Service or endpoint.
+const PREFIXES: [&str; 5] = ["KUBE-SVC-", "KUBE-SVL-", "KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-"];
+
+/// Whether a chain is one that this proxy or upstream's makes. Others have names with `KUBE-` too:
+/// kubelet, network policies, host ports.
+pub fn is_own(chain: &str) -> bool {
+    NAMES.contains(&chain) || PREFIXES.iter().any(|prefix| chain.starts_with(prefix))
+}
 
 /// An iptables table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,16 +58,40 @@ impl Table {
 /// A chain in a table.
 pub type ChainKey = (Table, String);
 
-/// Jumps from the kernel's chains to ours: table, chain, rule.
-pub const ANCHORS: [(Table, &str, &str); 7] = [
-    (Table::Nat, "PREROUTING", "-j LS-SERVICES"),
-    (Table::Nat, "OUTPUT", "-j LS-SERVICES"),
-    (Table::Nat, "POSTROUTING", "-j LS-POSTROUTING"),
-    (Table::Filter, "INPUT", "-j LS-FILTER"),
-    (Table::Filter, "FORWARD", "-j LS-FORWARD"),
-    (Table::Filter, "FORWARD", "-j LS-FILTER"),
-    (Table::Filter, "OUTPUT", "-j LS-FILTER"),
+/// Jumps from the kernel's chains to ours, in upstream's words: table, chain, rule. Each is put
+/// before the ones above it.
+pub const ANCHORS: [(Table, &str, &str); 14] = [
+    (Table::Nat, "PREROUTING", PORTALS_NAT),
+    (Table::Nat, "OUTPUT", PORTALS_NAT),
+    (
+        Table::Nat,
+        "POSTROUTING",
+        "-m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING",
+    ),
+    (
+        Table::Filter,
+        "FORWARD",
+        "-m comment --comment \"kubernetes forwarding rules\" -j KUBE-FORWARD",
+    ),
+    (
+        Table::Filter,
+        "INPUT",
+        "-m comment --comment \"kubernetes health check service ports\" -j KUBE-NODEPORTS",
+    ),
+    (Table::Filter, "FORWARD", PORTALS),
+    (Table::Filter, "OUTPUT", PORTALS),
+    (Table::Filter, "INPUT", EXTERNAL_PORTALS),
+    (Table::Filter, "FORWARD", EXTERNAL_PORTALS),
+    (Table::Filter, "INPUT", LB_FIREWALL),
+    (Table::Filter, "OUTPUT", LB_FIREWALL),
+    (Table::Filter, "FORWARD", LB_FIREWALL),
+    (Table::Filter, "INPUT", "-j KUBE-FIREWALL"),
+    (Table::Filter, "OUTPUT", "-j KUBE-FIREWALL"),
 ];
+const PORTALS_NAT: &str = "-m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES";
+const PORTALS: &str = "-m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES";
+const EXTERNAL_PORTALS: &str = "-m conntrack --ctstate NEW -m comment --comment \"kubernetes externally-visible service portals\" -j KUBE-EXTERNAL-SERVICES";
+const LB_FIREWALL: &str = "-m conntrack --ctstate NEW -m comment --comment \"kubernetes load balancer firewall\" -j KUBE-PROXY-FIREWALL";
 
 /// Rules of one Service, or of all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -57,12 +103,13 @@ pub struct Rules {
 }
 
 /// Chains that Services share, by table; their rules have no order among each other.
-pub const SHARED: [(Table, &str); 5] = [
-    (Table::Nat, "LS-VIPS"),
-    (Table::Nat, "LS-NODEPORTS"),
-    (Table::Filter, "LS-NO-ENDPOINTS"),
-    (Table::Filter, "LS-NP-NO-ENDPTS"),
-    (Table::Filter, "LS-FIREWALL"),
+pub const SHARED: [(Table, &str); 6] = [
+    (Table::Nat, "KUBE-VIPS"),
+    (Table::Nat, "KUBE-NODEPORTS"),
+    (Table::Filter, "KUBE-SERVICES"),
+    (Table::Filter, "KUBE-EXTERNAL-SERVICES"),
+    (Table::Filter, "KUBE-NODEPORTS"),
+    (Table::Filter, "KUBE-PROXY-FIREWALL"),
 ];
 
 /// A name for a chain that belongs to something: 13 letters of a 64-bit hash (FNV-1a).
@@ -71,7 +118,7 @@ fn chain(kind: &str, of: &str) -> String {
     let mut hash = of.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
-    let mut name = format!("{PREFIX}{kind}-");
+    let mut name = format!("KUBE-{kind}-");
     for _ in 0..13 {
         name.push(char::from(LETTERS[(hash & 31) as usize]));
         hash >>= 5;
@@ -120,9 +167,9 @@ pub fn fixed(environment: &Environment, ipv4: bool) -> BTreeMap<ChainKey, Vec<St
     let mut put = |table, name: &str, rules: Vec<String>| {
         chains.insert((table, name.to_owned()), rules);
     };
-    let mut services = vec!["-j LS-VIPS".to_owned()];
+    let mut services = vec!["-j KUBE-VIPS".to_owned()];
     let loopback = if ipv4 { "127.0.0.0/8" } else { "::1/128" };
-    let local = "-m addrtype --dst-type LOCAL -j LS-NODEPORTS";
+    let local = "-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS";
     match &environment.node_ports {
         None if ipv4 && environment.localhost => services.push(local.to_owned()),
         None => services.push(format!("! -d {loopback} {local}")),
@@ -133,43 +180,39 @@ pub fn fixed(environment: &Environment, ipv4: bool) -> BTreeMap<ChainKey, Vec<St
                 .map(|cidr| format!("-d {cidr} {local}")),
         ),
     }
-    put(Table::Nat, "LS-SERVICES", services);
-    put(Table::Nat, "LS-MARK-MASQ", vec![format!("-j MARK --set-xmark {bit:#x}/{bit:#x}")]);
+    put(Table::Nat, "KUBE-SERVICES", services);
+    put(Table::Nat, "KUBE-MARK-MASQ", vec![format!("-j MARK --set-xmark {bit:#x}/{bit:#x}")]);
     let mut off_cluster: Vec<String> = from_pods(environment, ipv4)
         .into_iter()
         .map(|source| format!("{source} -j RETURN"))
         .collect();
     if environment.masquerade_all {
-        off_cluster = vec!["-j LS-MARK-MASQ".to_owned()];
+        off_cluster = vec!["-j KUBE-MARK-MASQ".to_owned()];
     } else if !off_cluster.is_empty() {
-        off_cluster.push("-j LS-MARK-MASQ".to_owned());
+        off_cluster.push("-j KUBE-MARK-MASQ".to_owned());
     }
-    put(Table::Nat, "LS-OFF-CLUSTER", off_cluster);
+    put(Table::Nat, "KUBE-OFF-CLUSTER", off_cluster);
     put(
         Table::Nat,
-        "LS-POSTROUTING",
+        "KUBE-POSTROUTING",
         vec![
             format!("-m mark ! --mark {bit:#x}/{bit:#x} -j RETURN"),
             format!("-j MARK --set-xmark {bit:#x}/0x0"),
             "-j MASQUERADE --random-fully".to_owned(),
         ],
     );
-    let mut filter = Vec::new();
+    let mut guard = Vec::new();
     if ipv4 && environment.localhost {
-        filter.push(
-            "! -s 127.0.0.0/8 -d 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
+        // The kernel lets 127.0.0.0/8 in from elsewhere (route_localnet): nobody may use that.
+        guard.push(
+            "! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"block incoming localnet connections\" -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP"
                 .to_owned(),
         );
     }
-    filter.extend([
-        "-m conntrack --ctstate NEW -j LS-FIREWALL".to_owned(),
-        "-m conntrack --ctstate NEW -j LS-NO-ENDPOINTS".to_owned(),
-        "-m conntrack --ctstate NEW -m addrtype --dst-type LOCAL -j LS-NP-NO-ENDPTS".to_owned(),
-    ]);
-    put(Table::Filter, "LS-FILTER", filter);
+    put(Table::Filter, "KUBE-FIREWALL", guard);
     put(
         Table::Filter,
-        "LS-FORWARD",
+        "KUBE-FORWARD",
         vec![
             format!("-m mark --mark {bit:#x}/{bit:#x} -j ACCEPT"),
             "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned(),
@@ -211,7 +254,7 @@ impl Builder<'_> {
             }
             let mut rules = Vec::new();
             if internal {
-                rules.push(format!("{} -j LS-OFF-CLUSTER", bare(plan.cluster_ip)));
+                rules.push(format!("{} -j KUBE-OFF-CLUSTER", bare(plan.cluster_ip)));
             }
             if let Some(timeout) = plan.affinity {
                 let mask = if self.ipv4 {
@@ -245,10 +288,10 @@ impl Builder<'_> {
         if plan.has_internal_endpoints() {
             let to = if plan.internal_local { &svl } else { &svc };
             let rule = format!("{} -j {to}", at(plan.cluster_ip));
-            self.shared(Table::Nat, "LS-VIPS", rule);
+            self.shared(Table::Nat, "KUBE-VIPS", rule);
         } else {
             let rule = format!("{} {verdict}", at(plan.cluster_ip));
-            self.shared(Table::Filter, "LS-NO-ENDPOINTS", rule);
+            self.shared(Table::Filter, "KUBE-SERVICES", rule);
         }
         if !external {
             return;
@@ -262,14 +305,17 @@ impl Builder<'_> {
             let firewalled = plan.firewalled_ips.contains(ip);
             if usable {
                 let to = if firewalled { chain("FW", &id) } else { ext.clone() };
-                self.shared(Table::Nat, "LS-VIPS", format!("{} -j {to}", at(*ip)));
+                self.shared(Table::Nat, "KUBE-VIPS", format!("{} -j {to}", at(*ip)));
             }
             if firewalled {
                 // What the firewall chain lets through is translated, and so does not match.
-                self.shared(Table::Filter, "LS-FIREWALL", format!("{} -j DROP", at(*ip)));
+                self.shared(Table::Filter, "KUBE-PROXY-FIREWALL", format!("{} -j DROP", at(*ip)));
             }
             if !plan.has_external_endpoints() {
-                self.shared(Table::Filter, "LS-NO-ENDPOINTS", format!("{} {verdict}", at(*ip)));
+                // Seen by what this node sends, and by what it receives for an address of its own.
+                for chain in ["KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"] {
+                    self.shared(Table::Filter, chain, format!("{} {verdict}", at(*ip)));
+                }
             }
         }
         if usable && !plan.firewalled_ips.is_empty() {
@@ -280,10 +326,14 @@ impl Builder<'_> {
         if plan.node_port != 0 {
             let port = format!("-p {protocol} {comment} -m {protocol} --dport {}", plan.node_port);
             if usable {
-                self.shared(Table::Nat, "LS-NODEPORTS", format!("{port} -j {ext}"));
+                self.shared(Table::Nat, "KUBE-NODEPORTS", format!("{port} -j {ext}"));
             }
             if !plan.has_external_endpoints() {
-                self.shared(Table::Filter, "LS-NP-NO-ENDPTS", format!("{port} {verdict}"));
+                let rule = format!(
+                    "-p {protocol} {comment} -m addrtype --dst-type LOCAL -m {protocol} --dport {} {verdict}",
+                    plan.node_port
+                );
+                self.shared(Table::Filter, "KUBE-EXTERNAL-SERVICES", rule);
             }
         }
     }
@@ -291,7 +341,7 @@ impl Builder<'_> {
     /// The chain for external traffic.
     fn external(&self, plan: &PortPlan, svc: &str, svl: &str) -> Vec<String> {
         if !plan.external_local {
-            return vec!["-j LS-MARK-MASQ".to_owned(), format!("-j {svc}")];
+            return vec!["-j KUBE-MARK-MASQ".to_owned(), format!("-j {svc}")];
         }
         let mut rules = Vec::new();
         if !plan.cluster.is_empty() {
@@ -300,7 +350,7 @@ impl Builder<'_> {
                     .into_iter()
                     .map(|source| format!("{source} -j {svc}")),
             );
-            rules.push("-m addrtype --src-type LOCAL -j LS-MARK-MASQ".to_owned());
+            rules.push("-m addrtype --src-type LOCAL -j KUBE-MARK-MASQ".to_owned());
             rules.push(format!("-m addrtype --src-type LOCAL -j {svc}"));
         }
         if !plan.local.is_empty() {
@@ -322,7 +372,7 @@ impl Builder<'_> {
             translate.push_str(&format!(" -m recent --set --name {name} --mask {mask} --rsource"));
         }
         translate.push_str(&format!(" -m {protocol} -j DNAT --to-destination {endpoint}"));
-        let rules = vec![format!("-s {} -j LS-MARK-MASQ", whole(endpoint.ip())), translate];
+        let rules = vec![format!("-s {} -j KUBE-MARK-MASQ", whole(endpoint.ip())), translate];
         self.rules.chains.insert((Table::Nat, name), rules);
     }
 }
@@ -337,6 +387,14 @@ pub fn of_service(
     let mut builder = Builder { rules: Rules::default(), environment, ipv4, service };
     for port in plan.ports.iter().filter(|port| port.is_ipv4() == ipv4) {
         builder.port(port);
+    }
+    let number = plan.health_check_node_port;
+    if number != 0 && plan.ports.iter().any(|port| port.is_ipv4() == ipv4) {
+        // Load balancers ask there, whatever else is not let in.
+        let rule = format!(
+            "-p tcp -m comment --comment \"{service} health check node port\" -m tcp --dport {number} -j ACCEPT"
+        );
+        builder.shared(Table::Filter, "KUBE-NODEPORTS", rule);
     }
     builder.rules
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::rules::{ChainKey, PREFIX, Rules, SHARED, Table};
+use super::rules::{ChainKey, Rules, SHARED, Table, is_own};
 
 /// Input for a restore; each line may belong to someone.
 #[derive(Debug, Default)]
@@ -113,11 +113,11 @@ pub fn parse_save(table: Table, text: &str) -> BTreeMap<ChainKey, Vec<String>> {
     let mut chains: BTreeMap<ChainKey, Vec<String>> = BTreeMap::new();
     for line in text.lines() {
         if let Some(chain) = line.strip_prefix(':').and_then(|l| l.split(' ').next()) {
-            if chain.starts_with(PREFIX) {
+            if is_own(chain) {
                 chains.entry((table, chain.to_owned())).or_default();
             }
         } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|l| l.split_once(' '))
-            && chain.starts_with(PREFIX)
+            && is_own(chain)
         {
             chains.entry((table, chain.to_owned())).or_default().push(rule.to_owned());
         }
@@ -175,4 +175,58 @@ pub fn repair(
         }
     }
     script
+}
+
+/// Input for a restore that removes all own chains and the jumps to them, out of `iptables-save` of
+/// all tables; empty if there is nothing.
+pub fn cleanup(saved: &str) -> String {
+    let mut text = String::new();
+    let mut table = "";
+    let (mut chains, mut jumps) = (Vec::new(), Vec::new());
+    for line in saved.lines() {
+        if let Some(name) = line.strip_prefix('*') {
+            table = name;
+        } else if let Some(chain) = line.strip_prefix(':').and_then(|l| l.split(' ').next()) {
+            chains.extend(is_own(chain).then_some(chain));
+        } else if let Some(rule) = line.strip_prefix("-A ") {
+            let own = rule.split(' ').next().is_some_and(is_own);
+            let target = [" -j ", " -g "].iter().find_map(|word| rule.split_once(word));
+            let to = target.and_then(|(_, rest)| rest.split(' ').next());
+            jumps.extend((!own && to.is_some_and(is_own)).then_some(rule));
+        } else if line == "COMMIT" {
+            if !chains.is_empty() {
+                text.push_str(&format!("*{table}\n"));
+                chains.iter().for_each(|chain| text.push_str(&format!(":{chain} - [0:0]\n")));
+                jumps.iter().for_each(|rule| text.push_str(&format!("-D {rule}\n")));
+                chains.iter().for_each(|chain| text.push_str(&format!("-X {chain}\n")));
+                text.push_str("COMMIT\n");
+            }
+            chains.clear();
+            jumps.clear();
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cleanup_takes_own_chains_with_the_jumps_to_them_and_nothing_else() {
+        let saved = "# comment\n*nat\n:PREROUTING ACCEPT [1:2]\n:KUBE-SERVICES - [0:0]\n\
+            :KUBE-SVC-ABC - [0:0]\n:KUBE-NWPLCY-XYZ - [0:0]\n\
+            -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+            -A PREROUTING -j DOCKER\n-A KUBE-SERVICES -d 10.0.0.1/32 -j KUBE-SVC-ABC\n\
+            -A KUBE-NWPLCY-XYZ -j KUBE-MARK-MASQ\nCOMMIT\n\
+            *filter\n:INPUT ACCEPT [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\n-A INPUT -j DROP\nCOMMIT\n";
+        assert_eq!(
+            cleanup(saved),
+            "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-ABC - [0:0]\n\
+             -D PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+             -D KUBE-NWPLCY-XYZ -j KUBE-MARK-MASQ\n\
+             -X KUBE-SERVICES\n-X KUBE-SVC-ABC\nCOMMIT\n"
+        );
+        assert_eq!(cleanup(&saved.replace("KUBE-S", "OTHER-")), "");
+    }
 }

@@ -7,15 +7,18 @@ use nft::{Client, Error, Family, Table, Transaction};
 
 use super::base::Structure;
 use super::names::{MapId, TABLE};
-use super::ruleset::{Observed, Planned, Ruleset};
-use crate::backend::{Backend, BackendError, Environment, Outcome};
+use super::ruleset::{BATCH, Observed, Planned, Ruleset};
+use crate::backend::{Backend, BackendError, Concerns, Environment, Outcome};
 use crate::config::Mode;
 use crate::model::PlanChange;
 use crate::object::NamespacedName;
 use crate::plan::ServicePlan;
+use crate::question::Describe;
 
 /// Services that the kernel refuses are looked for at most so often per repair.
 const ATTEMPTS: usize = 8;
+/// Services that are tried together when they are programmed one after the other.
+const CHUNK: usize = 256;
 
 /// The backend.
 #[derive(Debug)]
@@ -62,20 +65,20 @@ impl Nftables {
         client.apply(&tx)
     }
 
-    /// Deletes the tables.
+    /// Deletes the tables of these names in both families.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn cleanup() -> Result<(), Error> {
+    pub fn cleanup(names: &[&str]) -> Result<(), Error> {
         let mut client = Client::new()?;
         let there = client.tables()?;
-        for family in [Family::Ip, Family::Ip6] {
-            let table = Table::new(family, TABLE);
-            if there.contains(&table) {
-                let mut tx = Transaction::new(table);
-                tx.ensure_no_table();
-                client.apply(&tx)?;
-            }
+        let ours = |table: &&Table| {
+            [Family::Ip, Family::Ip6].contains(&table.family) && names.contains(&&*table.name)
+        };
+        for table in there.iter().filter(ours) {
+            let mut tx = Transaction::new(table.clone());
+            tx.ensure_no_table();
+            client.apply(&tx)?;
         }
         Ok(())
     }
@@ -163,10 +166,9 @@ fn repair_family(
             plans.iter().for_each(|(name, _)| ruleset.forget(name));
         }
         let planned = ruleset.plan_repair(state.as_ref(), &observed, scratch);
-        match client.apply(&planned.transaction) {
+        drop(observed);
+        match apply_all(client, ruleset, planned, outcome) {
             Ok(()) => {
-                outcome.written += planned.elements();
-                ruleset.commit_repair(planned);
                 if let Some(state) = state {
                     // Old kernels learn late that a chain is not referred to any more; then it
                     // is swept the next time.
@@ -180,11 +182,13 @@ fn repair_family(
                         .filter(|(name, _)| !refused.contains(name))
                         .map(|(name, plan)| (name, Some(plan)))
                         .collect();
-                    change_split(client, ruleset, &changes, outcome)?;
+                    for some in changes.chunks(CHUNK) {
+                        change_split(client, ruleset, some, outcome)?;
+                    }
                 }
                 return Ok(());
             }
-            Err(error @ Error::Refused { .. }) if !last => {
+            Err((error @ Error::Refused { .. }, planned)) if !last => {
                 let bad = offenders(&planned, &error);
                 if bad.is_empty() {
                     // What is there cannot be changed into what should be: another version made it.
@@ -198,10 +202,49 @@ fn repair_family(
                     }
                 }
             }
-            Err(error) => return Err(error),
+            Err((error, _)) => return Err(error),
         }
     }
     Ok(())
+}
+
+/// Applies the batches of a repair; tells the one that did not work.
+fn apply_all(
+    client: &mut Client,
+    ruleset: &mut Ruleset,
+    batches: Vec<Planned>,
+    outcome: &mut Outcome,
+) -> Result<(), (Error, Box<Planned>)> {
+    for planned in batches {
+        match client.apply(&planned.transaction) {
+            Ok(()) => {
+                outcome.written += planned.elements();
+                ruleset.commit_repair(planned);
+            }
+            Err(error) => return Err((error, Box::new(planned))),
+        }
+    }
+    Ok(())
+}
+
+/// Cuts changes into batches of Services: those that go first, as another may get what they had.
+fn cut(changes: &[PlanChange]) -> Vec<Vec<Change<'_>>> {
+    let (gone, there): (Vec<&PlanChange>, Vec<&PlanChange>) =
+        changes.iter().partition(|change| change.new.is_none());
+    let mut all: Vec<Vec<Change<'_>>> = Vec::new();
+    let mut weight = BATCH;
+    for change in gone.into_iter().chain(there) {
+        if weight >= BATCH {
+            all.push(Vec::new());
+            weight = 0;
+        }
+        let (old, new) = (change.old.as_ref(), change.new.as_ref());
+        weight += Ruleset::weight(old).max(Ruleset::weight(new));
+        if let Some(batch) = all.last_mut() {
+            batch.push((&change.service, new));
+        }
+    }
+    all
 }
 
 impl Backend for Nftables {
@@ -209,8 +252,8 @@ impl Backend for Nftables {
         Mode::Nftables
     }
 
-    fn monitored(&self) -> Option<(&Client, &'static str)> {
-        Some((&self.client, TABLE))
+    fn monitored(&self) -> Option<(Option<&Client>, Concerns)> {
+        Some((Some(&self.client), |change| change.table == TABLE))
     }
 
     fn undisturbed(&mut self) -> bool {
@@ -260,19 +303,49 @@ impl Backend for Nftables {
             outcome.repair = true;
             return Ok(outcome);
         }
+        let batches = cut(changes);
         for ruleset in &mut self.families {
-            let changes = changes.iter().map(|c| (&c.service, c.new.as_ref()));
-            let planned = ruleset.plan_changes(changes);
-            match self.client.apply(&planned.transaction) {
-                Ok(()) => {
-                    outcome.written += planned.elements();
-                    ruleset.commit(planned);
+            for batch in &batches {
+                let planned = ruleset.plan_changes(batch.iter().copied());
+                match self.client.apply(&planned.transaction) {
+                    Ok(()) => {
+                        outcome.written += planned.elements();
+                        ruleset.commit(planned);
+                    }
+                    Err(Error::Refused { .. }) => outcome.repair = true,
+                    Err(error) => return Err(error.into()),
                 }
-                Err(Error::Refused { .. }) => outcome.repair = true,
-                Err(error) => return Err(error.into()),
             }
         }
+        outcome.batches = self.client.take_batch_times();
         Ok(outcome)
+    }
+
+    fn describe(&mut self, what: &Describe) -> Result<String, BackendError> {
+        let mut text = String::new();
+        for ruleset in &mut self.families {
+            let planned = match what {
+                Describe::Desired => ruleset.plan_only(None, &Observed::new()),
+                Describe::Difference => {
+                    let table = ruleset.table();
+                    let state = self.client.read_table(&table)?;
+                    let observed = match &state {
+                        Some(_) => Self::observe(&mut self.client, &table)?,
+                        None => Observed::new(),
+                    };
+                    ruleset.plan_only(state.as_ref(), &observed)
+                }
+                Describe::Changes(changes) => {
+                    let changes = changes.iter().map(|c| (&c.service, c.new.as_ref()));
+                    vec![ruleset.plan_changes(changes)]
+                }
+            };
+            let sets = ruleset.sets();
+            for planned in planned {
+                text.push_str(&nft::commands(&planned.transaction, &sets));
+            }
+        }
+        Ok(text)
     }
 
     fn repair(
@@ -301,6 +374,7 @@ impl Backend for Nftables {
             ruleset.drop_hints();
         }
         self.programmed = worked;
+        outcome.batches = self.client.take_batch_times();
         match last {
             Some(error) if !worked => Err(error.into()),
             _ => Ok(outcome),

@@ -101,24 +101,36 @@ impl Slots {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlottedPort {
     service: Arc<ServicePlan>,
-    index: usize,
-    /// Slots of `plan.cluster`.
-    pub cluster: Slots,
-    /// Slots of `plan.local`.
-    pub local: Slots,
+    index: u32,
+    /// By slot, which of `plan.cluster` is in it; [`EMPTY`] for none.
+    cluster: Box<[u32]>,
+    /// Likewise of `plan.local`.
+    local: Box<[u32]>,
+}
+
+/// No endpoint.
+const EMPTY: u32 = u32::MAX;
+
+/// Slots as indices into a sorted list.
+fn indices(slots: &Slots, endpoints: &[SocketAddr]) -> Box<[u32]> {
+    let index = |slot: &Option<SocketAddr>| {
+        slot.and_then(|e| endpoints.binary_search(&e).ok()).map_or(EMPTY, |index| index as u32)
+    };
+    slots.0.iter().map(index).collect()
 }
 
 impl SlottedPort {
     /// What is planned.
     pub fn plan(&self) -> &PortPlan {
-        &self.service.ports[self.index]
+        &self.service.ports[self.index as usize]
     }
 
-    fn slots(&self, policy: Policy) -> &Slots {
-        match policy {
-            Policy::Cluster => &self.cluster,
-            Policy::Local => &self.local,
-        }
+    fn slots(&self, policy: Policy) -> Slots {
+        let (slots, endpoints) = match policy {
+            Policy::Cluster => (&self.cluster, &self.plan().cluster),
+            Policy::Local => (&self.local, &self.plan().local),
+        };
+        Slots(slots.iter().map(|index| endpoints.get(*index as usize).copied()).collect())
     }
 
     /// Identity within its Service.
@@ -144,16 +156,16 @@ pub fn assign_slots(
             let sticky = port.affinity.is_some();
             let assign = |policy: Policy, endpoints: &[SocketAddr]| {
                 let known = match before {
-                    Some(before) => before.slots(policy).clone(),
+                    Some(before) => before.slots(policy),
                     None => hint(port, policy).unwrap_or_default(),
                 };
-                Slots::assign(&known, endpoints, sticky)
+                indices(&Slots::assign(&known, endpoints, sticky), endpoints)
             };
             SlottedPort {
                 cluster: assign(Policy::Cluster, &port.cluster),
                 local: assign(Policy::Local, &port.local),
                 service: plan.clone(),
-                index,
+                index: index as u32,
             }
         })
         .collect()

@@ -7,6 +7,9 @@ use nft::{DataType, Family, Set};
 /// Name of the table in each family.
 pub const TABLE: &str = "longshore-proxy";
 
+/// Name of the table of upstream's proxy.
+pub const UPSTREAM_TABLE: &str = "kube-proxy";
+
 /// Which key a lookup uses: a virtual address with its port, or a port of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Origin {

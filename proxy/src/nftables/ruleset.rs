@@ -31,6 +31,9 @@ pub struct Ruleset {
     chains: BTreeSet<Behaviour>,
     /// Slots that endpoints had in the kernel when it was taken over.
     hints: HashMap<(Pool, Key), Slots>,
+    /// Elements in one batch of a repair, roughly: the kernel holds a lock for a few microseconds
+    /// for each.
+    pub batch: usize,
 }
 
 /// A transaction with what it will have changed here.
@@ -41,6 +44,8 @@ pub struct Planned {
     /// For each change of the transaction, whose elements it holds, by index into `services`.
     owners: Vec<Vec<u32>>,
     services: Vec<(NamespacedName, Option<Vec<SlottedPort>>)>,
+    /// Names by index, for a transaction of a repair.
+    names: Arc<[NamespacedName]>,
     behaviours: Vec<Behaviour>,
 }
 
@@ -49,7 +54,8 @@ impl Planned {
     pub fn owner(&self, op: usize, element: Option<usize>) -> Option<&NamespacedName> {
         let owners = self.owners.get(op)?;
         let index = owners.get(element.unwrap_or(0)).copied()?;
-        self.services.get(index as usize).map(|(name, _)| name)
+        let named = self.services.get(index as usize).map(|(name, _)| name);
+        named.or_else(|| self.names.get(index as usize))
     }
 
     /// Number of elements that are added or deleted.
@@ -59,6 +65,9 @@ impl Planned {
 }
 
 const NOBODY: u32 = u32::MAX;
+
+/// Elements in one batch, roughly: it holds the kernel's lock for 5 to 15 ms.
+pub const BATCH: usize = 4096;
 
 /// Elements by map, each with its owner.
 type ByMap = Vec<(MapId, Element, u32)>;
@@ -72,6 +81,7 @@ impl Ruleset {
             hairpin: HashMap::new(),
             chains: BTreeSet::new(),
             hints: HashMap::new(),
+            batch: BATCH,
         }
     }
 
@@ -157,6 +167,7 @@ impl Ruleset {
             transaction: Transaction::new(self.table()),
             owners: Vec::new(),
             services,
+            names: Arc::new([]),
             behaviours: Vec::new(),
         }
     }
@@ -280,14 +291,16 @@ impl Ruleset {
         self.hints = HashMap::new();
     }
 
-    /// The transaction that makes the kernel's table what it should be, whatever it is now. From
-    /// `scratch`, it is made anew within the transaction.
+    /// The transactions that make the kernel's table what it should be, whatever it is now: chains
+    /// first, then Service by Service, then what nobody wants, so that after each of them every
+    /// Service is as it was or as it should be. A table of another shape (or from `scratch`) is made
+    /// anew within one transaction.
     pub fn plan_repair(
         &mut self,
         state: Option<&TableState>,
         observed: &Observed,
         scratch: bool,
-    ) -> Planned {
+    ) -> Vec<Planned> {
         let names: Vec<NamespacedName> = self.services.keys().cloned().collect();
         let mut used: BTreeSet<Behaviour> = BTreeSet::new();
         let mut desired: Vec<(Entry, u32)> = Vec::new();
@@ -302,8 +315,8 @@ impl Ruleset {
             (entry, NOBODY)
         }));
 
-        let services = names.into_iter().map(|name| (name, None)).collect();
-        let mut planned = self.planned(services);
+        let names: Arc<[NamespacedName]> = names.into();
+        let mut planned = Planned { names: names.clone(), ..self.planned(Vec::new()) };
         let usable = state.filter(|state| !scratch && self.fits(state));
         if usable.is_none() && state.is_some() {
             planned.transaction.push(Op::DeleteTable);
@@ -366,14 +379,62 @@ impl Ruleset {
                 }
             }
         }
-        push_elements(&mut planned, deleted, added);
         self.chains = there;
+        if usable.is_none() && state.is_some() {
+            push_elements(&mut planned, deleted, added);
+            return vec![planned];
+        }
+        drop(seen);
+        adopt_orphans(&mut deleted, &desired);
+        drop(desired);
+        let mut all = batches(deleted, added, self.batch);
+        let first = all.first_mut().map(std::mem::take).unwrap_or_default();
+        push_elements(&mut planned, first.0, first.1);
+        let mut planned = vec![planned];
+        for (deleted, added) in all.into_iter().skip(1) {
+            let mut next = Planned { names: names.clone(), ..self.planned(Vec::new()) };
+            push_elements(&mut next, deleted, added);
+            planned.push(next);
+        }
         planned
+    }
+
+    /// As [`Ruleset::plan_repair`], for showing only.
+    pub fn plan_only(&mut self, state: Option<&TableState>, observed: &Observed) -> Vec<Planned> {
+        let chains = self.chains.clone();
+        let planned = self.plan_repair(state, observed, false);
+        self.chains = chains;
+        planned
+    }
+
+    /// The shapes of all sets and maps.
+    pub fn sets(&self) -> Vec<nft::Set> {
+        let family = self.family();
+        let mut sets: Vec<nft::Set> = MapId::all().iter().map(|map| map.set(family)).collect();
+        for ports in self.services.values() {
+            for chain in all_chains(&collect(ports).behaviours.into_iter().collect()) {
+                if let Behaviour::Slot { pool, slot, .. } = chain {
+                    sets.push(affinity_set(pool, slot, family));
+                }
+            }
+        }
+        sets.sort_by(|a, b| a.name.cmp(&b.name));
+        sets.dedup_by(|a, b| a.name == b.name);
+        sets
     }
 
     /// Takes note that the kernel took a transaction of [`Ruleset::plan_repair`].
     pub fn commit_repair(&mut self, planned: Planned) {
         self.chains.extend(planned.behaviours);
+    }
+
+    /// How many elements a plan may have, roughly: for cutting changes into batches.
+    pub fn weight(plan: Option<&Arc<ServicePlan>>) -> usize {
+        let of_port = |p: &PortPlan| {
+            let origins = 1 + p.external_ips.len() + usize::from(p.node_port != 0);
+            origins * (2 + p.cluster.len() + p.local.len()) + p.source_ranges.len()
+        };
+        plan.map_or(1, |plan| plan.ports.iter().map(of_port).sum::<usize>() + 1)
     }
 
     fn repair_fixed(&self, planned: &mut Planned, state: Option<&TableState>) {
@@ -485,6 +546,86 @@ impl Ruleset {
         all.sort_by(|a, b| (a.map, &a.key).cmp(&(b.map, &b.key)));
         all
     }
+}
+
+/// Gives what nobody wants any more to the Service that now has the address or port it was for: the
+/// Service's elements change together.
+fn adopt_orphans(deleted: &mut ByMap, desired: &[(Entry, u32)]) {
+    let mut wanted: HashMap<(Origin, Key), u32> = HashMap::new();
+    for (map, element, owner) in deleted.iter() {
+        if *owner == NOBODY
+            && let Some(place) = place(*map, &element.key)
+        {
+            wanted.insert(place, NOBODY);
+        }
+    }
+    if wanted.is_empty() {
+        return;
+    }
+    for (entry, owner) in desired.iter().filter(|(_, owner)| *owner != NOBODY) {
+        if let Some(place) = place(entry.map, &entry.key)
+            && let Some(found) = wanted.get_mut(&place)
+        {
+            *found = *owner;
+        }
+    }
+    for (map, element, owner) in deleted.iter_mut().filter(|(_, _, owner)| *owner == NOBODY) {
+        if let Some(found) = place(*map, &element.key).and_then(|place| wanted.get(&place)) {
+            *owner = *found;
+        }
+    }
+}
+
+/// The address or port that an element is for.
+fn place(map: MapId, key: &Key) -> Option<(Origin, Key)> {
+    let bytes = key.bytes();
+    let (origin, len) = match map {
+        MapId::Endpoints(pool) | MapId::Picks(pool) => (pool.origin, bytes.len() - 4),
+        MapId::Services | MapId::Firewalled => (Origin::Vip, bytes.len()),
+        MapId::NodePorts => (Origin::NodePort, bytes.len()),
+        MapId::Inside(origin) | MapId::NoEndpoints(origin) => (origin, bytes.len()),
+        // Address, protocol and port; then the source, as long as the address.
+        MapId::FirewallSources => (Origin::Vip, if bytes.len() > 24 { 24 } else { 12 }),
+        MapId::ClusterIps | MapId::Hairpin => return None,
+    };
+    Some((origin, Key::from_bytes(bytes.get(..len)?)))
+}
+
+/// Cuts changes into batches that keep what is of one Service together.
+fn batches(deleted: ByMap, added: ByMap, limit: usize) -> Vec<(ByMap, ByMap)> {
+    let (mut orphans, mut deleted): (ByMap, ByMap) =
+        deleted.into_iter().partition(|(_, _, owner)| *owner == NOBODY);
+    let (mut first, mut added): (ByMap, ByMap) =
+        added.into_iter().partition(|(_, _, owner)| *owner == NOBODY);
+    let mut all: Vec<(ByMap, ByMap)> = Vec::new();
+    while !first.is_empty() {
+        let rest = first.split_off(first.len().min(limit));
+        all.push((Vec::new(), std::mem::replace(&mut first, rest)));
+    }
+    // Taken from the end.
+    deleted.sort_by_key(|(_, _, owner)| std::cmp::Reverse(*owner));
+    added.sort_by_key(|(_, _, owner)| std::cmp::Reverse(*owner));
+    let mut batch: (ByMap, ByMap) = Default::default();
+    while let Some(owner) = [deleted.last(), added.last()].into_iter().flatten().map(|e| e.2).min()
+    {
+        for (from, to) in [(&mut deleted, &mut batch.0), (&mut added, &mut batch.1)] {
+            while from.last().is_some_and(|element| element.2 == owner) {
+                to.extend(from.pop());
+            }
+        }
+        if batch.0.len() + batch.1.len() >= limit {
+            all.push(std::mem::take(&mut batch));
+        }
+    }
+    all.push(batch);
+    // Verdicts go before the endpoints that they lead to.
+    orphans.sort_by_key(|(map, _, _)| std::cmp::Reverse(*map));
+    while !orphans.is_empty() {
+        let rest = orphans.split_off(orphans.len().min(limit));
+        all.push((std::mem::replace(&mut orphans, rest), Vec::new()));
+    }
+    all.retain(|(deleted, added)| !deleted.is_empty() || !added.is_empty());
+    all
 }
 
 /// Behaviours with all that they jump to.

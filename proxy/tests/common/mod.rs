@@ -217,6 +217,7 @@ pub fn eventually<T: std::fmt::Debug>(
 pub struct Running {
     pub changes: mpsc::Sender<Change>,
     pub status: watch::Receiver<ProxyStatus>,
+    pub asker: proxy::question::Asker,
     shutdown: watch::Sender<bool>,
     thread: Option<JoinHandle<Result<(), proxy::Error>>>,
 }
@@ -235,7 +236,7 @@ impl Running {
         let (changes, receiver) = mpsc::channel(1024);
         let (shutdown, stop) = watch::channel(false);
         let proxy = Proxy::new(config);
-        let status = proxy.status();
+        let (status, asker) = (proxy.status(), proxy.asker());
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -243,7 +244,7 @@ impl Running {
                 .expect("runtime");
             runtime.block_on(proxy.run(receiver, stop))
         });
-        Running { changes, status, shutdown, thread: Some(thread) }
+        Running { changes, status, asker, shutdown, thread: Some(thread) }
     }
 
     pub fn send(&self, change: Change) {
@@ -262,6 +263,12 @@ impl Running {
                 s.source_error == Some(begin.to_string()) && s.pending == 0 && s.last_sync.is_some()
             },
         );
+    }
+
+    /// Waits until a backend has been chosen, before anything is synced.
+    pub fn settle_unsynced(&mut self) {
+        let status = self.status.clone();
+        eventually("a mode", || status.borrow().mode, |mode| *mode != Mode::Auto);
     }
 
     pub fn stop(mut self) {
@@ -306,13 +313,19 @@ pub fn service(number: u16) -> Service {
         internal_traffic_policy: TrafficPolicy::Cluster,
         external_traffic_policy: TrafficPolicy::Cluster,
         health_check_node_port: 0,
-        traffic_distribution: None,
-        labels: Default::default(),
     }
 }
 
 pub fn endpoint(address: IpAddr) -> Endpoint {
-    Endpoint { address, ready: true, serving: true, terminating: false, local: true, zones: vec![] }
+    Endpoint {
+        address,
+        ready: true,
+        serving: true,
+        terminating: false,
+        local: true,
+        zones: vec![],
+        node_hint: Default::default(),
+    }
 }
 
 /// A slice of a Service for one family with these pods at port 8080.
@@ -324,6 +337,7 @@ pub fn slice(number: u16, v6: bool, pods: &[usize]) -> EndpointSlice {
         service: Arc::from(format!("svc{number}")),
         ports: vec![port("http", Protocol::Tcp), port("dns", Protocol::Udp)],
         endpoints: pods.iter().map(|pod| endpoint(pod_ip(*pod, v6))).collect(),
+        triggered: None,
     }
 }
 
