@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::streaming::StreamConfig;
 
@@ -39,6 +40,10 @@ pub struct Config {
     pub cni_cache_dir: PathBuf,
     /// Registry configuration in containerd's `hosts.toml` layout, first existing directory wins.
     pub registry_config_dirs: Vec<PathBuf>,
+    /// Images that garbage collection leaves alone: references by tag or digest, and ids.
+    pub pinned_images: Vec<String>,
+    /// How long a pull may make no progress.
+    pub image_pull_progress_timeout: Duration,
     /// External OCI runtimes that pods may ask for by RuntimeClass: handler and program.
     pub runtime_handlers: BTreeMap<String, PathBuf>,
     /// Where Exec, Attach and PortForward are served.
@@ -85,6 +90,8 @@ impl Config {
                 PathBuf::from("/etc/longshore/certs.d"),
                 PathBuf::from("/etc/containerd/certs.d"),
             ],
+            pinned_images: Vec::new(),
+            image_pull_progress_timeout: Duration::from_secs(300),
             runtime_handlers: installed_runtimes(),
             streaming: StreamConfig::default(),
         }

@@ -141,6 +141,8 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
         .map_err(|source| ServeError::Directory { path: folder, source })?;
     let mut store = StoreConfig::new(&config.state_dir);
     store.registry_dirs = config.registry_config_dirs.clone();
+    store.pinned = config.pinned_images.clone();
+    store.progress_timeout = config.image_pull_progress_timeout;
     let images = ImageStore::open(store)?;
     let snapshots = SnapshotStore::open(&config.state_dir)?;
     let network = open_network(&config).await?;

@@ -5,6 +5,10 @@
 
 #[path = "images/fixture.rs"]
 mod fixture;
+#[path = "images/protocol.rs"]
+mod protocol;
+#[path = "images/server.rs"]
+mod server;
 
 use std::{
     fs,
@@ -19,7 +23,7 @@ use cri_shim::{
     snapshot::{self, SnapshotStore},
 };
 use fixture::{
-    Entry, ImageSpec, Layer, Registry, digest, docker_archive, oci_layout, own_namespaces,
+    Entry, ImageSpec, Layer, Registry, Tls, digest, docker_archive, oci_layout, own_namespaces,
 };
 
 fn store(folder: &Path) -> ImageStore {
@@ -389,24 +393,93 @@ fn skopeo_and_the_registry_agree_with_the_store() {
 #[test]
 fn tls_registries_are_trusted_by_system_roots_or_their_own_ca() {
     own_namespaces();
-    let registry = Registry::start_tls();
+    let source = Registry::start(None);
+    source.push("app", "v1", &example());
+    let registry = source.beside(Some(("joe", "s3cret")), Tls::Server);
     let folder = tempfile::tempdir().unwrap();
     let store = store(folder.path());
-    let name = format!("{}/app:v1", registry.address);
-    // No certificate of the system vouches for it.
-    let error = runtime().block_on(store.pull(&name, None)).unwrap_err();
+    let name = registry.name("app:v1");
+    let auth = Some(AuthConfig {
+        username: "joe".to_owned(),
+        password: "s3cret".to_owned(),
+        ..Default::default()
+    });
+    let pull = |auth| runtime().block_on(store.pull(&name, auth));
+    // No certificate of the system vouches for it, and nothing is sent to it in plain.
+    let error = pull(auth.clone()).unwrap_err();
     assert!(matches!(error, ImageError::Network { .. }), "{error}");
+    assert!(error.to_string().contains("certificate"), "{error}");
 
     let hosts = folder.path().join("certs.d").join(registry.address.to_string());
     fs::create_dir_all(&hosts).unwrap();
-    fs::copy(registry.ca().unwrap(), hosts.join("ca.crt")).unwrap();
-    let pulled = runtime().block_on(store.pull(&name, None));
-    // The certificate is good by now; only the image is missing.
-    assert!(matches!(pulled, Err(ImageError::NotFound { .. })), "{pulled:?}");
+    fs::copy(registry.file("ca.pem"), hosts.join("ca.crt")).unwrap();
+    let error = pull(None).unwrap_err();
+    assert!(matches!(error, ImageError::Unauthorized { .. }), "{error}");
+    pull(auth.clone()).unwrap();
+    store.remove(&name).unwrap();
+
     let url = format!("https://{}", registry.address);
-    fs::write(hosts.join("hosts.toml"), format!("[host.\"{url}\"]\nskip_verify = true")).unwrap();
-    let pulled = runtime().block_on(store.pull(&name, None));
-    assert!(matches!(pulled, Err(ImageError::NotFound { .. })), "{pulled:?}");
+    fs::write(hosts.join("hosts.toml"), format!("server = \"{url}\"\nca = \"no.pem\"")).unwrap();
+    let error = pull(auth.clone()).unwrap_err();
+    assert!(error.to_string().contains("no.pem"), "{error}");
+    fs::write(hosts.join("hosts.toml"), format!("server = \"{url}\"\nskip_verify = true")).unwrap();
+    pull(auth).unwrap();
+}
+
+#[test]
+fn registries_that_want_client_certificates_get_them() {
+    own_namespaces();
+    let source = Registry::start(None);
+    source.push("app", "v1", &example());
+    let (registry, other) = (source.beside(None, Tls::Client), source.beside(None, Tls::Client));
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(folder.path());
+    let name = registry.name("app:v1");
+    let address = registry.address;
+    let hosts = folder.path().join(format!("certs.d/127.0.0.1_{}_", address.port()));
+    fs::create_dir_all(&hosts).unwrap();
+    let copy = |from: &Registry, name: &str, to: &str| {
+        fs::copy(from.file(name), hosts.join(to)).unwrap();
+    };
+    let pull = |client: &str| {
+        let text = format!("[host.\"https://{address}\"]\nca = [\"ca.pem\"]\n{client}\n");
+        fs::write(hosts.join("hosts.toml"), text).unwrap();
+        let pulled = runtime().block_on(store.pull(&name, None));
+        store.remove(&name).unwrap();
+        pulled
+    };
+    copy(&registry, "ca.pem", "ca.pem");
+    for file in ["client.pem", "client.key"] {
+        copy(&registry, file, file);
+        copy(&other, file, &format!("other-{file}"));
+    }
+    let both =
+        ["client.pem", "client.key"].map(|file| fs::read_to_string(hosts.join(file)).unwrap());
+    fs::write(hosts.join("both.pem"), both.concat()).unwrap();
+
+    let error = pull("").unwrap_err();
+    assert!(matches!(error, ImageError::Network { .. }), "{error}");
+    let error = pull("client = [[\"other-client.pem\", \"other-client.key\"]]").unwrap_err();
+    assert!(matches!(error, ImageError::Network { .. }), "{error}");
+    for good in [
+        "\"both.pem\"",
+        "[\"both.pem\"]",
+        "[[\"client.pem\", \"client.key\"]]",
+        // Of several, the one that the registry's CA has issued.
+        "[[\"other-client.pem\", \"other-client.key\"], [\"client.pem\", \"client.key\"]]",
+    ] {
+        pull(&format!("client = {good}")).unwrap_or_else(|error| panic!("{good}: {error}"));
+    }
+    for (bad, want) in [
+        ("\"client.pem\"", "no usable private key"),
+        ("[[\"client.pem\", \"other-client.key\"]]", "does not fit"),
+        ("\"client.key\"", "no client certificate"),
+    ] {
+        let error = pull(&format!("client = {bad}")).unwrap_err();
+        assert!(matches!(error, ImageError::Config { .. }), "{error}");
+        assert!(error.to_string().contains(want), "{bad}: {error}");
+        assert!(!error.to_string().contains("BEGIN"), "{error}");
+    }
 }
 
 #[test]
@@ -414,6 +487,7 @@ fn a_machine_without_certificates_says_what_to_install() {
     own_namespaces();
     let registry = Registry::start(None);
     registry.push("app", "v1", &example());
+    let secure = registry.beside(None, Tls::Server);
     let folder = tempfile::tempdir().unwrap();
     // An empty folder in place of the system's certificates, in this mount namespace.
     let empty = folder.path().join("empty");
@@ -431,8 +505,15 @@ fn a_machine_without_certificates_says_what_to_install() {
         }
     }
     let store = store(folder.path());
-    let error = runtime().block_on(store.pull(&registry.name("app:v1"), None)).unwrap_err();
+    let pull = |name: &str| runtime().block_on(store.pull(name, None));
+    let error = pull(&secure.name("app:v1")).unwrap_err();
     assert!(error.to_string().contains("install the package ca-certificates"), "{error}");
+    // What needs none of them works.
+    pull(&registry.name("app:v1")).unwrap();
+    let hosts = folder.path().join("certs.d").join(secure.address.to_string());
+    fs::create_dir_all(&hosts).unwrap();
+    fs::copy(secure.file("ca.pem"), hosts.join("ca.crt")).unwrap();
+    pull(&secure.name("app:v1")).unwrap();
 }
 
 #[test]

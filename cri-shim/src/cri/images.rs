@@ -1,10 +1,12 @@
 //! The ImageService: the CRI's words for the image store.
 
+use std::collections::HashMap;
+
 use tonic::Status;
 
 use super::{Shim, blocking, internal};
 use crate::api;
-use crate::image::{Image, ImageError};
+use crate::image::{Image, ImageError, ImageReference};
 use crate::monitor::record;
 
 impl Shim {
@@ -32,10 +34,31 @@ impl Shim {
             Err(ImageError::InvalidReference { .. }) => None,
             Err(error) => return Err(refused(error)),
         };
-        Ok(api::ImageStatusResponse {
-            image: found.as_ref().map(|i| described(i)),
-            info: Default::default(),
-        })
+        let info =
+            if request.verbose { self.verbose(name, found.as_deref()) } else { HashMap::new() };
+        Ok(api::ImageStatusResponse { image: found.as_ref().map(|i| described(i)), info })
+    }
+
+    /// What is there to say beside the status: `info` as crictl and containerd have it, and `pull`
+    /// while the image is being pulled, which is how `longshore image pull` sees the progress.
+    fn verbose(&self, name: &str, image: Option<&Image>) -> HashMap<String, String> {
+        let mut info = HashMap::new();
+        if let Some(image) = image {
+            let about = serde_json::json!({
+                "chainID": image.chain_id(),
+                "imageSpec": image.config,
+            });
+            info.insert("info".to_owned(), about.to_string());
+        }
+        let wanted = ImageReference::parse(name).map(|reference| reference.to_string());
+        let pulls = self.images.pulls();
+        if let Some(pull) =
+            pulls.iter().find(|pull| wanted.as_ref().is_ok_and(|w| *w == pull.reference))
+            && let Ok(text) = serde_json::to_string(pull)
+        {
+            info.insert("pull".to_owned(), text);
+        }
+        info
     }
 
     pub(super) async fn pull_image(

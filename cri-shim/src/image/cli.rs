@@ -1,18 +1,18 @@
 //! What `longshore image …` does, as data: the binary prints it.
 //!
 //! Pull, list and remove go over the CRI socket, to whatever runtime serves it. The CRI has no
-//! import, so that verb works on the store itself; a running shim looks at the index again with
-//! every question and sees the image at once.
+//! import and no pinning, so those verbs work on the store itself; a running shim looks at the index
+//! again with every question and sees the change at once.
 
 use std::{path::Path, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{ImageError, ImageStore, ImportSource, StoreConfig};
+use super::{ImageError, ImageStore, ImportSource, PullProgress, StoreConfig};
 use crate::api::{
-    AuthConfig, ImageSpec, ListImagesRequest, PullImageRequest, RemoveImageRequest,
-    image_service_client::ImageServiceClient,
+    AuthConfig, ImageSpec, ImageStatusRequest, ListImagesRequest, PullImageRequest,
+    RemoveImageRequest, image_service_client::ImageServiceClient,
 };
 
 /// A verb that failed.
@@ -80,7 +80,11 @@ pub async fn import(
     Ok(rows)
 }
 
-/// Pulls `image` through the runtime at `endpoint`; returns the image's id.
+/// How often a pull's progress is asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Pulls `image` through the runtime at `endpoint`; returns the image's id. `watch` hears of the
+/// progress now and then, if the runtime is one that tells it.
 ///
 /// # Errors
 /// [`CliError::Connect`] and [`CliError::Runtime`].
@@ -88,10 +92,39 @@ pub async fn pull(
     endpoint: &str,
     image: &str,
     auth: Option<AuthConfig>,
+    mut watch: impl FnMut(&PullProgress),
 ) -> Result<String, CliError> {
     let request = PullImageRequest { image: Some(spec(image)), auth, ..Default::default() };
-    let answer = connect(endpoint).await?.pull_image(request).await.map_err(refused)?;
-    Ok(answer.into_inner().image_ref)
+    let mut client = connect(endpoint).await?;
+    let mut looking = client.clone();
+    let mut pulled = std::pin::pin!(client.pull_image(request));
+    let answer = loop {
+        let looked = async {
+            tokio::time::sleep(LOOK_EVERY).await;
+            progress(&mut looking, image).await
+        };
+        tokio::select! {
+            answer = &mut pulled => break answer,
+            Some(progress) = looked => watch(&progress),
+            else => {}
+        }
+    };
+    Ok(answer.map_err(refused)?.into_inner().image_ref)
+}
+
+async fn progress(client: &mut ImageServiceClient<Channel>, image: &str) -> Option<PullProgress> {
+    let request = ImageStatusRequest { image: Some(spec(image)), verbose: true };
+    let answer = client.image_status(request).await.ok()?.into_inner();
+    serde_json::from_str(answer.info.get("pull")?).ok()
+}
+
+/// Pins `image` of the store in `state_dir`, or unpins it; returns its id.
+///
+/// # Errors
+/// [`CliError::Image`].
+pub fn pin(state_dir: &Path, image: &str, pinned: bool) -> Result<String, CliError> {
+    let store = ImageStore::open_shared(StoreConfig::new(state_dir))?;
+    Ok(store.pin(image, pinned)?.to_string())
 }
 
 /// All images of the runtime at `endpoint`, by name.

@@ -125,7 +125,7 @@ impl ImageStore {
                     unpacked
                 })
             };
-            let layers = self.ensure_layers(&work, &plans, unpack).await?;
+            let layers = self.ensure_layers(&work, &plans, unpack, |_, _| {}).await?;
             let names =
                 if image.names.is_empty() { vec![Names::default()] } else { image.names.clone() };
             if let Some(id) = self.commit(image.config.clone(), layers, names, true).await? {
@@ -263,9 +263,7 @@ impl Archive {
         let machine = manifest::this_machine();
         // Several entries may be one image's platforms, or images of their own.
         let usable = entries.iter().filter(|entry| {
-            entry.platform.as_ref().is_none_or(|platform| {
-                platform.os == machine.os && platform.architecture == machine.architecture
-            })
+            entry.platform.as_ref().is_none_or(|platform| manifest::fits(platform, &machine))
         });
         let mut images: Vec<Found> = Vec::new();
         for entry in usable {

@@ -31,13 +31,17 @@ pub(crate) struct Record {
     /// another boot they may not be whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) unsynced: Option<String>,
+    /// Whether an administrator said to keep it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) pinned: bool,
 }
 
 /// One layer of an image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LayerRecord {
-    /// `sha256:<hex>`, by the image specification's chain rule.
-    pub(crate) chain_id: String,
+    /// Where the store has it (`layout`).
+    #[serde(rename = "chain_id")]
+    pub(crate) key: String,
     /// Bytes of the unpacked files.
     pub(crate) bytes: u64,
     /// Unpacked files, folders and links.
@@ -121,15 +125,15 @@ impl Index {
         ids
     }
 
-    /// The chain ids that some image needs.
+    /// The keys of the layers that some image needs.
     pub(crate) fn layers_in_use(&self) -> BTreeSet<&str> {
         self.images
             .values()
-            .flat_map(|record| record.layers.iter().map(|layer| layer.chain_id.as_str()))
+            .flat_map(|record| record.layers.iter().map(|layer| layer.key.as_str()))
             .collect()
     }
 
-    /// The chain ids that only image `id` needs: what its removal frees.
+    /// The keys of the layers that only image `id` needs: what its removal frees.
     pub(crate) fn layers_freed_by(&self, id: &str) -> Vec<String> {
         let Some(record) = self.images.get(id) else {
             return Vec::new();
@@ -138,13 +142,13 @@ impl Index {
             .images
             .iter()
             .filter(|(other, _)| *other != id)
-            .flat_map(|(_, record)| record.layers.iter().map(|layer| layer.chain_id.as_str()))
+            .flat_map(|(_, record)| record.layers.iter().map(|layer| layer.key.as_str()))
             .collect();
         record
             .layers
             .iter()
-            .filter(|layer| !others.contains(layer.chain_id.as_str()))
-            .map(|layer| layer.chain_id.clone())
+            .filter(|layer| !others.contains(layer.key.as_str()))
+            .map(|layer| layer.key.clone())
             .collect()
     }
 
@@ -153,7 +157,7 @@ impl Index {
         let layers: BTreeMap<&str, &LayerRecord> = self
             .images
             .values()
-            .flat_map(|record| record.layers.iter().map(|l| (l.chain_id.as_str(), l)))
+            .flat_map(|record| record.layers.iter().map(|l| (l.key.as_str(), l)))
             .collect();
         layers.values().fold((0, 0), |(bytes, inodes), l| (bytes + l.bytes, inodes + l.inodes))
     }
@@ -164,7 +168,7 @@ mod tests {
     use super::*;
 
     fn layer(chain: &str, bytes: u64) -> LayerRecord {
-        LayerRecord { chain_id: chain.to_owned(), bytes, inodes: 1 }
+        LayerRecord { key: chain.to_owned(), bytes, inodes: 1 }
     }
 
     fn tag(tag: &str) -> Names {

@@ -1,9 +1,13 @@
-//! Getting an image's layers into the store: in parallel, each once, in chain order.
+//! Getting an image's layers into the store: in parallel, each once.
 //!
-//! States of a layer in a pull: waiting for whoever else has it in work (one lock per chain id),
-//! then for a free slot, then unpacking into the pull's work folder, then waiting for the layer
-//! below to be in place, then in place. Only an index entry makes layers lasting; those of a failed
-//! pull are found again by a retry and removed at the next start.
+//! States of a layer in a pull: waiting for whoever else has the same chain in work, then for whoever
+//! has the same content in work, then for a free slot; then unpacking into the pull's work folder.
+//! A layer that depends on those below waits for them to be in place. Then it is in place itself.
+//! Waits are acyclic: who holds a content's lock waits for nothing but a slot, who holds a chain's
+//! for shorter chains.
+//!
+//! Only an index entry makes layers lasting; those of a pull that failed or was killed are taken
+//! over by the next one, and removed if none comes.
 
 use std::{
     collections::HashMap,
@@ -20,29 +24,32 @@ use super::{
     blob::{Expected, digest_of},
     index::{LayerRecord, Names},
     layout::{LayerMeta, write_whole},
+    progress::LayerState,
+    steps::step,
     unpack::{UnpackError, Unpacked, inherit},
     work::Work,
 };
+use crate::snapshot::remove_tree;
 
 /// The layers in work, over all pulls and imports of this process.
 pub(crate) struct Flights {
     slots: Semaphore,
-    layers: Mutex<HashMap<String, Weak<AsyncMutex<()>>>>,
+    locks: Mutex<HashMap<String, Weak<AsyncMutex<()>>>>,
 }
 
 impl Flights {
     pub(crate) fn new(parallel: usize) -> Self {
-        Self { slots: Semaphore::new(parallel), layers: Mutex::default() }
+        Self { slots: Semaphore::new(parallel), locks: Mutex::default() }
     }
 
-    fn layer(&self, chain_id: &str) -> Arc<AsyncMutex<()>> {
-        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lock) = layers.get(chain_id).and_then(Weak::upgrade) {
+    fn lock_for(&self, what: &str) -> Arc<AsyncMutex<()>> {
+        let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lock) = locks.get(what).and_then(Weak::upgrade) {
             return lock;
         }
-        layers.retain(|_, lock| lock.strong_count() > 0);
+        locks.retain(|_, lock| lock.strong_count() > 0);
         let lock = Arc::new(AsyncMutex::new(()));
-        layers.insert(chain_id.to_owned(), Arc::downgrade(&lock));
+        locks.insert(what.to_owned(), Arc::downgrade(&lock));
         lock
     }
 }
@@ -79,61 +86,102 @@ pub(crate) fn plan_layers(
 
 impl ImageStore {
     /// Makes sure that all `plans` are in place; `unpack` gets a layer's position and the folder
-    /// to unpack it into.
+    /// to unpack it into. `tell` hears of each layer's state.
     pub(crate) async fn ensure_layers<F, Fut>(
         &self,
         work: &Work,
         plans: &[LayerPlan],
         unpack: F,
+        tell: impl Fn(usize, LayerState),
     ) -> Result<Vec<LayerRecord>, ImageError>
     where
         F: Fn(usize, PathBuf) -> Fut,
         Fut: Future<Output = Result<Unpacked, ImageError>>,
     {
-        // One sender per layer says whether it is in place.
-        let placed: Vec<watch::Sender<bool>> =
-            plans.iter().map(|_| watch::Sender::new(false)).collect();
+        // Each says under which key its layer is in place.
+        let placed: Vec<watch::Sender<Option<String>>> =
+            plans.iter().map(|_| watch::Sender::new(None)).collect();
+        let below = async |at: usize| {
+            let mut keys = Vec::new();
+            for sender in &placed[..at] {
+                // The senders live as long as this future.
+                if let Ok(key) = sender.subscribe().wait_for(Option::is_some).await {
+                    keys.extend(key.clone());
+                }
+            }
+            keys
+        };
         let one = async |at: usize| -> Result<LayerRecord, ImageError> {
-            let plan = &plans[at];
-            let lock = self.shared.flights.layer(&plan.chain_id);
-            let _lock = lock.lock().await;
-            let meta = match self.shared.layout.layer_meta(&plan.chain_id) {
+            let LayerPlan { chain_id, expected } = &plans[at];
+            let chain = self.shared.flights.lock_for(&format!("chain {chain_id}"));
+            let _chain = chain.lock().await;
+            let content = self.shared.flights.lock_for(&expected.diff_id);
+            let held = content.lock().await;
+            let meta = match self.present(chain_id, &expected.diff_id).await? {
                 Some(meta) => meta,
                 None => {
                     let slot = self.shared.flights.slots.acquire().await;
+                    tell(at, LayerState::Pulling);
                     let folder = work.path().join(at.to_string());
                     // A first try may have left its folder.
-                    let _ = fs::remove_dir_all(&folder);
+                    let _ = remove_tree(&folder);
                     let unpacked = unpack(at, folder.join("d")).await?;
                     drop(slot);
-                    if let Some(below) = at.checked_sub(1) {
-                        // Its sender lives as long as this future.
-                        let _ = placed[below].subscribe().wait_for(|placed| *placed).await;
+                    if unpacked.implicit.is_empty() {
+                        self.place(&expected.diff_id, &[], folder, unpacked).await?
+                    } else {
+                        drop(held);
+                        self.place(chain_id, &below(at).await, folder, unpacked).await?
                     }
-                    self.place(plan, &plans[..at], folder, unpacked).await?
                 }
             };
-            placed[at].send_replace(true);
-            Ok(LayerRecord { chain_id: meta.chain_id, bytes: meta.bytes, inodes: meta.inodes })
+            tell(at, LayerState::Done);
+            placed[at].send_replace(Some(meta.key.clone()));
+            Ok(LayerRecord { key: meta.key, bytes: meta.bytes, inodes: meta.inodes })
         };
         futures::future::try_join_all((0..plans.len()).map(one)).await
+    }
+
+    /// The layer, if it is in place by content or by chain. One that is gets young again, so that it
+    /// is not taken for what a forgotten pull left.
+    async fn present(
+        &self,
+        chain_id: &str,
+        diff_id: &str,
+    ) -> Result<Option<LayerMeta>, ImageError> {
+        let layout = self.shared.layout.clone();
+        let keys = [diff_id.to_owned(), chain_id.to_owned()];
+        blocking(move || {
+            let _lock =
+                layout.lock(false).map_err(ImageError::io("lock image store", layout.images()))?;
+            let found = keys.iter().find_map(|key| layout.layer_meta(key));
+            if let Some(meta) = &found {
+                let folder = layout.layer(&meta.key);
+                fs::File::open(&folder)
+                    .and_then(|open| open.set_modified(std::time::SystemTime::now()))
+                    .map_err(ImageError::io("set time of", folder))?;
+            }
+            Ok(found)
+        })
+        .await
     }
 
     /// Moves an unpacked layer to its place.
     async fn place(
         &self,
-        plan: &LayerPlan,
-        below: &[LayerPlan],
+        key: &str,
+        below: &[String],
         folder: PathBuf,
         unpacked: Unpacked,
     ) -> Result<LayerMeta, ImageError> {
         let layout = self.shared.layout.clone();
-        let lower: Vec<_> = below.iter().rev().map(|l| layout.layer_files(&l.chain_id)).collect();
+        let lower: Vec<_> = below.iter().rev().map(|key| layout.layer_files(key)).collect();
         let meta = LayerMeta {
             version: 1,
-            chain_id: plan.chain_id.clone(),
+            key: key.to_owned(),
             bytes: unpacked.bytes,
             inodes: unpacked.inodes,
+            boot: boot_id(),
         };
         blocking(move || {
             let files = folder.join("d");
@@ -141,19 +189,23 @@ impl ImageStore {
                 inherit(&files, path, &lower)
                     .map_err(ImageError::io("set owner and mode of", files.join(path)))?;
             }
+            step("layer unpacked");
             let record = folder.join("layer.json");
             let text = serde_json::to_vec(&meta)
                 .map_err(|error| ImageError::io("encode", &record)(error.into()))?;
             fs::write(&record, text).map_err(ImageError::io("write", &record))?;
+            step("layer described");
             let _lock =
                 layout.lock(false).map_err(ImageError::io("lock image store", layout.images()))?;
-            let target = layout.layer(&meta.chain_id);
-            match fs::rename(&folder, &target) {
+            let target = layout.layer(&meta.key);
+            let moved = match fs::rename(&folder, &target) {
                 Ok(()) => Ok(meta),
                 // Another process was first, and its layer is as good.
-                Err(_) if layout.layer_meta(&meta.chain_id).is_some() => Ok(meta),
+                Err(_) if layout.layer_meta(&meta.key).is_some() => Ok(meta),
                 Err(error) => Err(ImageError::io("move layer to", target)(error)),
-            }
+            };
+            step("layer placed");
+            moved
         })
         .await
     }
@@ -180,12 +232,13 @@ impl ImageStore {
                 let path = layout.config(&id);
                 write_whole(&path, &config, 0o600)
                     .map_err(ImageError::io("write image config", &path))?;
+                step("config written");
                 if wait {
                     store.sync()?;
                 }
             }
             let _lock = store.lock(true)?;
-            let whole = layers.iter().all(|l| layout.layer_meta(&l.chain_id).is_some());
+            let whole = layers.iter().all(|l| layout.layer_meta(&l.key).is_some());
             if !whole || !layout.config(&id).exists() {
                 return Ok((None, true));
             }

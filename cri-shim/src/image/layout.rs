@@ -4,12 +4,16 @@
 //! <state>/images/lock                  flock: exclusive to change the index or remove layers
 //!               /index.json            the images (`index`)
 //!               /configs/<hex>         image configs as they came, named by their digest
-//!               /layers/<24 hex>/d     an unpacked layer, named by the start of its chain id
+//!               /layers/<24 hex>/d     an unpacked layer, named by the start of its key
 //!                               /layer.json
 //!               /tmp/<random>/         work in progress, removed at the next start
 //! <state>/snapshots/<container id>/    (`crate::snapshot`)
 //! ```
 //! Layer folders have short names because overlay's mount options must fit in one page.
+//!
+//! A layer's key is the digest of its tar, so that images share it whatever is below it. One that
+//! leaves out the folders its files lie in takes their owners and modes from the layers below, so
+//! its key is the chain id, which stands for those too.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -30,9 +34,13 @@ pub(crate) struct Layout {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LayerMeta {
     pub(crate) version: u32,
-    pub(crate) chain_id: String,
+    #[serde(rename = "chain_id")]
+    pub(crate) key: String,
     pub(crate) bytes: u64,
     pub(crate) inodes: u64,
+    /// The boot it was unpacked in. In another one, only an image's word makes it whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) boot: Option<String>,
 }
 
 impl Layout {
@@ -56,13 +64,13 @@ impl Layout {
         self.images().join("layers")
     }
 
-    pub(crate) fn layer(&self, chain_id: &str) -> PathBuf {
-        self.layers().join(layer_name(chain_id))
+    pub(crate) fn layer(&self, key: &str) -> PathBuf {
+        self.layers().join(layer_name(key))
     }
 
     /// The unpacked files of a layer.
-    pub(crate) fn layer_files(&self, chain_id: &str) -> PathBuf {
-        self.layer(chain_id).join("d")
+    pub(crate) fn layer_files(&self, key: &str) -> PathBuf {
+        self.layer(key).join("d")
     }
 
     pub(crate) fn tmp(&self) -> PathBuf {
@@ -99,15 +107,19 @@ impl Layout {
     }
 
     /// The layer's own record, if the layer is there and is the one meant.
-    pub(crate) fn layer_meta(&self, chain_id: &str) -> Option<LayerMeta> {
-        let text = fs::read(self.layer(chain_id).join("layer.json")).ok()?;
-        serde_json::from_slice::<LayerMeta>(&text).ok().filter(|meta| meta.chain_id == chain_id)
+    pub(crate) fn layer_meta(&self, key: &str) -> Option<LayerMeta> {
+        self.meta_in(&self.layer(key)).filter(|meta| meta.key == key)
+    }
+
+    /// The record in a layer's folder.
+    pub(crate) fn meta_in(&self, folder: &Path) -> Option<LayerMeta> {
+        serde_json::from_slice(&fs::read(folder.join("layer.json")).ok()?).ok()
     }
 }
 
-/// The folder name of a layer: enough of the chain id to be unique, short for the mount options.
-pub(crate) fn layer_name(chain_id: &str) -> &str {
-    let hex = hex(chain_id);
+/// The folder name of a layer: enough of the key to be unique, short for the mount options.
+pub(crate) fn layer_name(key: &str) -> &str {
+    let hex = hex(key);
     hex.get(..24).unwrap_or(hex)
 }
 

@@ -6,27 +6,27 @@
 //! file lock, and looked at again whenever it has changed. A layer is unpacked while it is
 //! downloaded and becomes visible only after its digest was checked.
 
-mod auth;
 mod blob;
 pub mod cli;
 mod error;
-mod hosts;
 mod import;
 mod index;
 mod layers;
 pub(crate) mod layout;
 mod manifest;
+mod progress;
 mod pull;
 mod reference;
 mod registry;
+mod steps;
 mod store;
 mod sys;
 mod tar_stream;
-mod tls;
 mod unpack;
 mod work;
 
 pub use error::ImageError;
+pub use progress::{LayerProgress, LayerState, PullCounts, PullProgress, pull_counts};
 pub use reference::ImageReference;
+pub use registry::init_tls;
 pub use store::{FsInfo, Image, ImageId, ImageStore, ImportSource, StoreConfig};
-pub use tls::init_tls;

@@ -13,12 +13,12 @@ use tokio::sync::mpsc;
 
 use super::{
     ImageError, ImageId, ImageReference, ImageStore,
-    blob::unpack_blob,
-    hosts,
+    blob::{Expected, unpack_blob},
     index::Names,
     layers::{blocking, plan_layers, unpack_error},
     manifest::{self, Descriptor, Document},
-    registry::Remote,
+    progress::{Counted, Layer, Pull, PullProgress},
+    registry::Registry,
     unpack::Unpacked,
     work::Work,
 };
@@ -26,7 +26,7 @@ use crate::api::AuthConfig;
 
 /// What a reference led to.
 struct Resolved {
-    remote: Remote,
+    registry: Registry,
     /// Digest of what the reference itself names: a manifest or an index.
     digest: String,
     config: Vec<u8>,
@@ -45,8 +45,37 @@ impl ImageStore {
         auth: Option<AuthConfig>,
     ) -> Result<ImageId, ImageError> {
         let reference = ImageReference::parse(reference)?;
-        let resolved = self.resolve(&reference, auth.as_ref()).await?;
-        let config = parse_config(&reference, &resolved.config)?;
+        let pull = self.shared.pulls.begin(reference.to_string());
+        let counted = Counted::new();
+        let patience = self.shared.config.progress_timeout;
+        let pulled = tokio::select! {
+            pulled = self.pull_in(&reference, auth.as_ref(), &pull) => pulled,
+            () = pull.stalled(patience) => Err(ImageError::Network {
+                reference: reference.to_string(),
+                host: reference.registry().to_owned(),
+                reason: format!("no progress for {} s", patience.as_secs()),
+            }),
+        };
+        if pulled.is_ok() {
+            counted.succeeded();
+        }
+        pulled
+    }
+
+    /// The pulls in flight.
+    pub fn pulls(&self) -> Vec<PullProgress> {
+        self.shared.pulls.list()
+    }
+
+    async fn pull_in(
+        &self,
+        reference: &ImageReference,
+        auth: Option<&AuthConfig>,
+        pull: &Pull,
+    ) -> Result<ImageId, ImageError> {
+        let resolved = resolve(Registry::open(reference, auth, &self.shared.config)?, reference);
+        let resolved = resolved.await?;
+        let config = parse_config(reference, &resolved.config)?;
         let diff_ids = config.rootfs().diff_ids();
         if diff_ids.len() != resolved.layers.len() {
             return Err(ImageError::Corrupt {
@@ -61,6 +90,8 @@ impl ImageStore {
         }
         let blobs = resolved.layers.iter().map(|layer| Some((layer.digest.clone(), layer.size)));
         let plans = plan_layers(diff_ids, blobs);
+        pull.plan(resolved.layers.iter().map(|l| Layer::new(&l.digest, l.size)).collect());
+        let progress = pull.layers();
         let names = vec![Names {
             repo_tag: reference.repo_tag(),
             repo_digest: Some(reference.repo_digest(&resolved.digest)),
@@ -69,90 +100,61 @@ impl ImageStore {
         for _ in 0..3 {
             let work = self.start_work().await?;
             let fetch = |at: usize, folder| {
-                let (resolved, plans, work) = (&resolved, &plans, Arc::clone(&work));
-                let reference = &reference;
+                let (resolved, work) = (&resolved, Arc::clone(&work));
+                let (expected, progress) = (plans[at].expected.clone(), Arc::clone(&progress));
                 async move {
                     let layer = &resolved.layers[at];
-                    self.fetch(reference, &resolved.remote, layer, plans, at, folder, work).await
+                    self.fetch(
+                        reference,
+                        &resolved.registry,
+                        layer,
+                        expected,
+                        folder,
+                        work,
+                        progress,
+                        at,
+                    )
+                    .await
                 }
             };
-            let layers = self.ensure_layers(&work, &plans, fetch).await?;
+            let tell = |at: usize, state| progress[at].set(state);
+            let layers = self.ensure_layers(&work, &plans, fetch, tell).await?;
             let committed =
                 self.commit(resolved.config.clone(), layers, names.clone(), false).await?;
             if let Some(id) = committed {
-                tracing::debug!(image = %reference, %id, host = resolved.remote.host(), "pulled");
+                tracing::debug!(image = %reference, %id, "pulled");
                 return Ok(id);
             }
         }
         Err(vanished(&reference.to_string()))
     }
 
-    /// Asks the registry's hosts in turn.
-    async fn resolve(
-        &self,
-        reference: &ImageReference,
-        auth: Option<&AuthConfig>,
-    ) -> Result<Resolved, ImageError> {
-        let config = &self.shared.config;
-        let mut last: Option<ImageError> = None;
-        for host in hosts::load(reference.registry(), &config.registry_dirs)? {
-            let tls_failed = last.as_ref().is_some_and(ImageError::is_retryable);
-            if host.only_after_failed_tls && !tls_failed {
-                continue;
-            }
-            if !host.resolve && reference.digest().is_none() {
-                continue;
-            }
-            let found = match Remote::open(&host, reference, auth, config).await {
-                Ok(remote) => resolve_at(remote, reference).await,
-                Err(error) => Err(error),
-            };
-            match found {
-                Ok(resolved) => return Ok(resolved),
-                Err(error) => {
-                    tracing::debug!(image = %reference, host = host.authority, %error, "no image");
-                    last = Some(match (last, error) {
-                        // Which of the two the registry was meant to speak nobody knows.
-                        (
-                            Some(ImageError::Network { reference, host: name, reason }),
-                            ImageError::Network { reason: plain, .. },
-                        ) if host.only_after_failed_tls => {
-                            let reason = format!("{reason}; over plain http: {plain}");
-                            ImageError::Network { reference, host: name, reason }
-                        }
-                        (_, error) => error,
-                    });
-                }
-            }
-        }
-        Err(last.unwrap_or_else(|| ImageError::NotFound {
-            reference: reference.to_string(),
-            reason: "no configured host may resolve it".to_owned(),
-        }))
-    }
-
     #[expect(clippy::too_many_arguments, reason = "the pieces of one layer's way")]
     async fn fetch(
         &self,
         reference: &ImageReference,
-        remote: &Remote,
+        registry: &Registry,
         layer: &Descriptor,
-        plans: &[super::layers::LayerPlan],
-        at: usize,
+        expected: Expected,
         folder: PathBuf,
         work: Arc<Work>,
+        progress: Arc<[Layer]>,
+        at: usize,
     ) -> Result<Unpacked, ImageError> {
         let (sender, receiver) = mpsc::channel(64);
         let limits = self.shared.limits();
-        let expected = plans[at].expected.clone();
         let (name, object) = (reference.to_string(), format!("layer {}", layer.digest));
+        let counted = Arc::clone(&progress);
         let unpacked = blocking(move || {
-            let unpacked = unpack_blob(Chunks::new(receiver), &expected, &folder, limits);
+            let chunks = Chunks { receiver, current: Bytes::new(), progress: counted, at };
+            let unpacked = unpack_blob(chunks, &expected, &folder, limits);
             // The folder must not go before this thread is done with it.
             drop(work);
             unpacked.map_err(|error| unpack_error(&name, &object, error))
         });
-        let (fed, unpacked) = tokio::join!(remote.feed(layer, sender), unpacked);
+        progress[at].begin();
+        let count = |bytes| progress[at].receive(bytes);
+        let (fed, unpacked) = tokio::join!(registry.feed(layer, sender, count), unpacked);
         // A broken download makes the unpacking fail too; the download's error says why.
         fed?;
         unpacked
@@ -168,9 +170,9 @@ impl ImageStore {
     }
 }
 
-async fn resolve_at(remote: Remote, reference: &ImageReference) -> Result<Resolved, ImageError> {
+async fn resolve(registry: Registry, reference: &ImageReference) -> Result<Resolved, ImageError> {
     let name = reference.to_string();
-    let (text, digest) = remote.document(None).await?;
+    let (text, digest) = registry.resolve().await?;
     let mut document = manifest::parse(&name, &text)?;
     let machine = manifest::this_machine();
     // An index may name another; deeper nesting is nobody's practice.
@@ -180,13 +182,13 @@ async fn resolve_at(remote: Remote, reference: &ImageReference) -> Result<Resolv
             reference: name.clone(),
             reason: format!("it has no image for {}/{}", machine.os, machine.architecture),
         })?;
-        let (text, _) = remote.document(Some(&chosen.digest)).await?;
+        let text = registry.manifest(chosen).await?;
         document = manifest::parse(&name, &text)?;
     }
     match document {
         Document::Image { config, layers } => {
-            let config = remote.small_blob(&config).await?;
-            Ok(Resolved { remote, digest, config, layers })
+            let config = registry.small_blob(&config).await?;
+            Ok(Resolved { registry, digest, config, layers })
         }
         Document::Index(_) => Err(ImageError::Unsupported {
             reference: name,
@@ -219,12 +221,8 @@ pub(crate) fn vanished(reference: &str) -> ImageError {
 struct Chunks {
     receiver: mpsc::Receiver<Bytes>,
     current: Bytes,
-}
-
-impl Chunks {
-    fn new(receiver: mpsc::Receiver<Bytes>) -> Self {
-        Self { receiver, current: Bytes::new() }
-    }
+    progress: Arc<[Layer]>,
+    at: usize,
 }
 
 impl Read for Chunks {
@@ -237,6 +235,7 @@ impl Read for Chunks {
         }
         let most = buffer.len().min(self.current.len());
         self.current.copy_to_slice(&mut buffer[..most]);
+        self.progress[self.at].unpack(most as u64);
         Ok(most)
     }
 }

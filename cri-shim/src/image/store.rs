@@ -16,9 +16,11 @@ use super::{
     index::{self, Index},
     layers::Flights,
     layout::{self, Layout},
+    progress::Pulls,
+    steps::step,
     unpack::Limits,
 };
-use crate::snapshot;
+use crate::snapshot::{self, remove_tree};
 
 /// How a store is set up.
 #[derive(Debug, Clone)]
@@ -33,7 +35,7 @@ pub struct StoreConfig {
     pub max_layer_bytes: u64,
     /// The most files one layer may have.
     pub max_layer_entries: u64,
-    /// References that are never garbage-collected.
+    /// References, by tag or digest, and ids that are never garbage-collected.
     pub pinned: Vec<String>,
     /// How long connecting to a registry may take.
     pub connect_timeout: Duration,
@@ -41,6 +43,11 @@ pub struct StoreConfig {
     pub read_timeout: Duration,
     /// How often a broken download is taken up again.
     pub retries: u32,
+    /// How long a pull may get nothing and unpack nothing before it is given up (containerd's
+    /// `image_pull_progress_timeout`).
+    pub progress_timeout: Duration,
+    /// How long layers stay that no image names, such as those of a pull that was killed.
+    pub orphan_life: Duration,
 }
 
 impl StoreConfig {
@@ -57,6 +64,8 @@ impl StoreConfig {
             connect_timeout: Duration::from_secs(10),
             read_timeout: Duration::from_secs(30),
             retries: 4,
+            progress_timeout: Duration::from_secs(300),
+            orphan_life: Duration::from_secs(3600),
         }
     }
 }
@@ -91,10 +100,20 @@ pub struct Image {
     pub size: u64,
     /// User, environment, command and so on.
     pub config: ImageConfiguration,
-    /// The chain ids of its layers, bottom first.
+    /// The keys of its layers in the store, bottom first, each once: of equal layers the topmost
+    /// says all that the others say.
     pub layers: Vec<String>,
     /// Whether garbage collection must leave it alone.
     pub pinned: bool,
+}
+
+impl Image {
+    /// The chain id of its topmost layer; empty without layers.
+    pub fn chain_id(&self) -> String {
+        let diff_ids = self.config.rootfs().diff_ids();
+        let plans = super::layers::plan_layers(diff_ids, std::iter::repeat(None));
+        plans.last().map(|plan| plan.chain_id.clone()).unwrap_or_default()
+    }
 }
 
 /// What the image filesystem holds.
@@ -135,6 +154,7 @@ pub(crate) struct Shared {
     pub(crate) config: StoreConfig,
     pub(crate) layout: Layout,
     pub(crate) flights: Flights,
+    pub(crate) pulls: Pulls,
     cache: Mutex<Cache>,
 }
 
@@ -172,7 +192,8 @@ impl ImageStore {
         let layout = Layout::new(&config.state_dir);
         layout.create().map_err(ImageError::io("create image store", &config.state_dir))?;
         let flights = Flights::new(config.parallel.max(1));
-        let shared = Shared { config, layout, flights, cache: Mutex::default() };
+        let pulls = Pulls::default();
+        let shared = Shared { config, layout, flights, pulls, cache: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -224,14 +245,38 @@ impl ImageStore {
         }
         index.images.remove(&id);
         self.write_index(&index)?;
+        step("image forgotten");
         let config = layout.config(&id);
         if let Err(error) = fs::remove_file(&config) {
             tracing::debug!(path = %config.display(), %error, "cannot remove image config");
         }
-        for chain_id in &freed {
-            self.discard_layer(chain_id)?;
+        step("config removed");
+        for key in &freed {
+            self.discard_layer(&layout.layer(key))?;
         }
-        Ok(())
+        // Room is wanted: what forgotten pulls left goes too.
+        self.discard_orphans(&index)
+    }
+
+    /// Says whether `name` is to be kept from garbage collection. Images that the configuration
+    /// pins are pinned whatever is said here.
+    ///
+    /// # Errors
+    /// [`ImageError::NotFound`] for an image that is not there.
+    pub fn pin(&self, name: &str, pinned: bool) -> Result<ImageId, ImageError> {
+        let _lock = self.lock(true)?;
+        let mut index = (*self.read_index()?).clone();
+        let id = index.resolve(name).map(str::to_owned);
+        let Some((id, record)) = id.and_then(|id| index.images.get_mut(&id).map(|r| (id, r)))
+        else {
+            return Err(ImageError::NotFound {
+                reference: name.to_owned(),
+                reason: "it is not on this node".to_owned(),
+            });
+        };
+        record.pinned = pinned;
+        self.write_index(&index)?;
+        Ok(ImageId(id))
     }
 
     /// What the layers take on disk.
@@ -250,23 +295,50 @@ impl ImageStore {
 
     /// Moves a layer out of sight in one step, then deletes it: a crash in between leaves only
     /// rubbish in `tmp`.
-    fn discard_layer(&self, chain_id: &str) -> Result<(), ImageError> {
+    fn discard_layer(&self, folder: &Path) -> Result<(), ImageError> {
         let layout = &self.shared.layout;
-        let folder = layout.layer(chain_id);
         let grave = tempfile::Builder::new()
             .prefix("gone")
             .tempdir_in(layout.tmp())
             .map_err(ImageError::io("create folder in", layout.tmp()))?;
-        match fs::rename(&folder, grave.path().join("layer")) {
+        step("grave dug");
+        match fs::rename(folder, grave.path().join("layer")) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(ImageError::io("remove layer", folder)(error))
+                return Err(ImageError::io("remove layer", folder)(error));
             }
-            _ => grave.close().map_err(ImageError::io("remove layer", folder)),
+            _ => {}
         }
+        step("layer out of sight");
+        remove_tree(&grave.path().join("layer"))
+            .and_then(|()| grave.close())
+            .map_err(ImageError::io("remove layer", folder))
     }
 
-    /// Removes unfinished work and layers that no image names. Work of a running import is locked
-    /// and stays.
+    /// Removes layers that no image names and that nobody has taken up for a while. Those of an
+    /// earlier boot may not be whole.
+    fn discard_orphans(&self, index: &Index) -> Result<(), ImageError> {
+        let layout = &self.shared.layout;
+        let boot = super::layers::boot_id();
+        let used: BTreeSet<&str> =
+            index.layers_in_use().into_iter().map(layout::layer_name).collect();
+        for folder in read_dir(&layout.layers())? {
+            let name = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if used.contains(name) {
+                continue;
+            }
+            let young = fs::metadata(&folder).and_then(|meta| meta.modified()).is_ok_and(|time| {
+                time.elapsed().unwrap_or_default() < self.shared.config.orphan_life
+            });
+            let whole = layout.meta_in(&folder).is_some_and(|meta| meta.boot == boot);
+            if !(young && whole && boot.is_some()) {
+                self.discard_layer(&folder)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes unfinished work and layers that no image names any more. Work of a running import is
+    /// locked and stays; whole layers of a pull that was killed stay a while, for it to be resumed.
     fn sweep(&self) -> Result<(), ImageError> {
         let layout = &self.shared.layout;
         let _lock = self.lock(true)?;
@@ -282,13 +354,7 @@ impl ImageStore {
                 remove_all(&entry)?;
             }
         }
-        let used: BTreeSet<&str> =
-            index.layers_in_use().into_iter().map(layout::layer_name).collect();
-        for entry in read_dir(&layout.layers())? {
-            if !entry.file_name().is_some_and(|n| n.to_str().is_some_and(|n| used.contains(n))) {
-                remove_all(&entry)?;
-            }
-        }
+        self.discard_orphans(&index)?;
         let ids: BTreeSet<&str> = index.images.keys().map(|id| layout::hex(id)).collect();
         for entry in read_dir(&layout.images().join("configs"))? {
             if !entry.file_name().is_some_and(|n| n.to_str().is_some_and(|n| ids.contains(n))) {
@@ -328,7 +394,11 @@ impl ImageStore {
         let path = self.shared.layout.index();
         let text = serde_json::to_vec(index)
             .map_err(|e| ImageError::io("encode image index", &path)(e.into()))?;
-        layout::write_whole(&path, &text, 0o600).map_err(ImageError::io("write image index", path))
+        step("index to be written");
+        layout::write_whole(&path, &text, 0o600)
+            .map_err(ImageError::io("write image index", path))?;
+        step("index written");
+        Ok(())
     }
 
     /// Reads the index again if another process or thread replaced it.
@@ -365,20 +435,27 @@ impl ImageStore {
             object: "config".to_owned(),
             reason: error.to_string(),
         })?;
-        let pinned = self.shared.config.pinned.iter().any(|pin| {
-            super::ImageReference::parse(pin)
-                .ok()
-                .and_then(|pin| pin.repo_tag())
-                .is_some_and(|pin| record.repo_tags.contains(&pin))
-        });
+        let named = |pin: &super::ImageReference| match (pin.repo_tag(), pin.digest()) {
+            (Some(tag), _) => record.repo_tags.contains(&tag),
+            (None, Some(digest)) => record.repo_digests.contains(&pin.repo_digest(digest)),
+            (None, None) => false,
+        };
+        let pinned =
+            self.shared.config.pinned.iter().any(|pin| {
+                pin == id || super::ImageReference::parse(pin).is_ok_and(|pin| named(&pin))
+            });
+        let mut seen = BTreeSet::new();
+        let mut layers: Vec<_> =
+            record.layers.iter().rev().filter(|layer| seen.insert(&layer.key)).collect();
+        layers.reverse();
         Ok(Image {
             id: ImageId(id.to_owned()),
             repo_tags: record.repo_tags.clone(),
             repo_digests: record.repo_digests.clone(),
-            size: record.layers.iter().map(|layer| layer.bytes).sum(),
+            size: layers.iter().map(|layer| layer.bytes).sum(),
             config,
-            layers: record.layers.iter().map(|layer| layer.chain_id.clone()).collect(),
-            pinned,
+            layers: layers.into_iter().map(|layer| layer.key.clone()).collect(),
+            pinned: pinned || record.pinned,
         })
     }
 }
@@ -390,10 +467,5 @@ fn read_dir(path: &Path) -> Result<Vec<PathBuf>, ImageError> {
 }
 
 fn remove_all(path: &Path) -> Result<(), ImageError> {
-    let removed = if path.is_dir() && !path.is_symlink() {
-        fs::remove_dir_all(path)
-    } else {
-        fs::remove_file(path)
-    };
-    removed.map_err(ImageError::io("remove leftover", path))
+    remove_tree(path).map_err(ImageError::io("remove leftover", path))
 }

@@ -9,7 +9,7 @@ use std::{
     ops::Range,
 };
 
-/// The most an extension header may hold; Go's writer stays far below.
+/// The most the extension headers before one member may hold; Go's writer stays far below.
 const MAX_EXTENSION: u64 = 1 << 20;
 
 /// What a member is.
@@ -57,6 +57,8 @@ pub(crate) struct TarStream<R> {
     padding: u64,
     /// Bytes consumed so far: where the current member's data starts right after `next`.
     position: u64,
+    /// Bytes of the extensions of the member to come.
+    extension_bytes: u64,
     done: bool,
 }
 
@@ -73,7 +75,7 @@ struct Extensions {
 
 impl<R: Read> TarStream<R> {
     pub(crate) fn new(inner: R) -> Self {
-        Self { inner, left: 0, padding: 0, position: 0, done: false }
+        Self { inner, left: 0, padding: 0, position: 0, extension_bytes: 0, done: false }
     }
 
     /// Where the current member's data starts in the stream.
@@ -89,6 +91,7 @@ impl<R: Read> TarStream<R> {
     /// Skips to the next member; none at the end of the archive.
     pub(crate) fn next(&mut self) -> Result<Option<Member>, TarError> {
         let mut extensions = Extensions::default();
+        self.extension_bytes = 0;
         while !self.done {
             self.skip()?;
             let mut header = tar::Header::new_old();
@@ -130,9 +133,12 @@ impl<R: Read> TarStream<R> {
     }
 
     fn extension(&mut self, size: u64) -> Result<Vec<u8>, TarError> {
-        if size > MAX_EXTENSION {
-            return Err(TarError::Format(format!("a header extension of {size} bytes")));
+        // Each counts as the block that its header is, so that empty ones have an end too.
+        let total = self.extension_bytes.saturating_add(size).saturating_add(512);
+        if total > MAX_EXTENSION {
+            return Err(TarError::Format(format!("header extensions of {total} bytes")));
         }
+        self.extension_bytes = total;
         let mut content = vec![0; size as usize];
         self.read_exact(&mut content).map_err(truncated)?;
         Ok(content)
@@ -393,6 +399,15 @@ mod tests {
         header.set_size(1 << 40);
         header.set_cksum();
         assert!(matches!(all(header.as_bytes()), Err(TarError::Format(_))));
+        // Many small ones come to the same.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::XHeader);
+        header.set_size(512);
+        header.set_cksum();
+        let record = format!("512 SCHILY.xattr.user.x={}\n", "v".repeat(512 - 25));
+        let flood = [header.as_bytes(), record.as_bytes()].concat().repeat(2000);
+        let error = all(&flood).unwrap_err().to_string();
+        assert!(error.contains("header extensions"), "{error}");
         for pax in ["x", "9 path=a", "99 path=a\n", "4 x\n", "10 uid=-1\n"] {
             assert!(read_pax(pax.as_bytes(), &mut Extensions::default()).is_err(), "{pax:?}");
         }

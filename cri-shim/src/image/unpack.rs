@@ -9,7 +9,7 @@
 use std::{
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
@@ -32,6 +32,7 @@ use super::{
     sys,
     tar_stream::{Kind, Member, TarError, TarStream},
 };
+use crate::snapshot::remove_tree_at;
 
 const OPAQUE: &[u8] = b"trusted.overlay.opaque";
 /// The most bytes of folder names kept until their times are set.
@@ -275,6 +276,14 @@ impl Layer {
                 Err(error)
                     if error.raw_os_error() == Some(libc::EOPNOTSUPP)
                         && name != b"security.capability" => {}
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::E2BIG | libc::ERANGE | libc::EINVAL)
+                    ) =>
+                {
+                    return Err(bad(path, &format!("an extended attribute: {error}")));
+                }
                 other => other.map_err(io_disk("set extended attribute of", path))?,
             }
         }
@@ -493,10 +502,7 @@ fn remove(parent: &OwnedFd, name: &Path, what: &FileStat) -> Result<(), Errno> {
     if !is_folder(what) {
         return unlinkat(parent, name, UnlinkatFlags::NoRemoveDir);
     }
-    // The standard library removes trees without following links, but takes no descriptor.
-    let path = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string()).join(name);
-    std::fs::remove_dir_all(path)
-        .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
+    remove_tree_at(parent.as_fd(), name.as_os_str())
 }
 
 fn format_of(stat: &FileStat) -> u32 {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::layout::Layout;
+use crate::snapshot::remove_tree;
 
 /// A folder in the store's `tmp` that disappears with its owner: on drop, or at the next sweep
 /// after a crash.
@@ -29,6 +30,16 @@ impl Work {
 
     pub(crate) fn path(&self) -> &Path {
         self.folder.path()
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // Layers may be deeper than what the folder's own removal gets down to. What stays is the
+        // next sweep's.
+        if let Err(error) = remove_tree(self.path()) {
+            tracing::debug!(path = %self.path().display(), %error, "cannot remove work");
+        }
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod error;
 mod mount;
+mod remove;
 
 use std::{
     fs, io,
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::SnapshotError;
 pub use mount::{is_mounted, mount, unmount};
+pub(crate) use remove::{remove_tree, remove_tree_at};
 
 use crate::image::{Image, layout::Layout, layout::write_whole};
 
@@ -144,14 +146,9 @@ impl SnapshotStore {
         // The record goes last, so that an interrupted removal is found again by its name.
         for name in ["upper", "work", "merged", RECORD] {
             let path = folder.join(name);
-            let removed = match fs::symlink_metadata(&path) {
-                Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path),
-                Ok(_) => fs::remove_file(&path),
-                Err(error) => Err(error),
-            };
-            ignore_absent(removed).map_err(SnapshotError::io("remove", &path))?;
+            remove_tree(&path).map_err(SnapshotError::io("remove", &path))?;
         }
-        ignore_absent(fs::remove_dir_all(&folder)).map_err(SnapshotError::io("remove", &folder))
+        remove_tree(&folder).map_err(SnapshotError::io("remove", &folder))
     }
 
     /// What the container wrote, by walking its upper folder. Blocking; cost grows with the number
@@ -167,6 +164,8 @@ impl SnapshotStore {
             let entries = match fs::read_dir(&folder) {
                 Ok(entries) => entries,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                // Deeper than a path can say: what is above is counted.
+                Err(error) if error.raw_os_error() == Some(libc::ENAMETOOLONG) => continue,
                 Err(error) => return Err(SnapshotError::io("read", &folder)(error)),
             };
             for entry in entries.flatten() {
@@ -234,11 +233,4 @@ fn read_record(folder: &Path) -> io::Result<Option<Record>> {
         return Err(io::Error::other(format!("unknown snapshot version {}", record.version)));
     }
     Ok(Some(record))
-}
-
-fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
 }

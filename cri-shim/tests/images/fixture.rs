@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -167,33 +168,53 @@ pub fn oci_layout(image: &ImageSpec, name: &str) -> Vec<u8> {
 pub struct Registry {
     process: Child,
     folder: tempfile::TempDir,
+    data: PathBuf,
     pub address: SocketAddr,
     auth: Option<String>,
 }
 
+/// How a registry is talked to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Tls {
+    None,
+    /// With a certificate for 127.0.0.1, signed by a CA of its own.
+    Server,
+    /// The same, and only for clients with a certificate by that CA.
+    Client,
+}
+
 impl Registry {
     pub fn start(user: Option<(&str, &str)>) -> Self {
-        Self::run(user, false)
-    }
-
-    /// With a certificate for 127.0.0.1, signed by a CA of its own.
-    pub fn start_tls() -> Self {
-        Self::run(None, true)
-    }
-
-    /// The certificate of the CA.
-    pub fn ca(&self) -> Option<std::path::PathBuf> {
-        Some(self.folder.path().join("ca.pem")).filter(|path| path.exists())
-    }
-
-    fn run(user: Option<(&str, &str)>, tls: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        Self::run(folder, &data, user, Tls::None)
+    }
+
+    /// Another way to what this one has.
+    pub fn beside(&self, user: Option<(&str, &str)>, tls: Tls) -> Self {
+        Self::run(tempfile::tempdir().unwrap(), &self.data, user, tls)
+    }
+
+    /// A file of its CA: `ca.pem`, and `client.pem` with `client.key` by it.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn run(folder: tempfile::TempDir, data: &Path, user: Option<(&str, &str)>, tls: Tls) -> Self {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut config = format!(
             "version: 0.1\nlog:\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    \
-             rootdirectory: {}/data\nhttp:\n  addr: {address}\n",
-            folder.path().display()
+             rootdirectory: {}\nhttp:\n  addr: {address}\n",
+            data.display()
         );
+        if tls != Tls::None {
+            let [certificate, key] = make_certificates(folder.path());
+            config += &format!("  tls:\n    certificate: {certificate}\n    key: {key}\n");
+        }
+        if tls == Tls::Client {
+            let ca = folder.path().join("ca.pem");
+            config += &format!("    clientcas:\n      - {}\n", ca.display());
+        }
         let mut auth = None;
         if let Some((user, password)) = user {
             let file = folder.path().join("htpasswd");
@@ -209,10 +230,6 @@ impl Registry {
             let text = format!("{user}:{password}");
             auth = Some(base64::engine::general_purpose::STANDARD.encode(text));
         }
-        if tls {
-            let [certificate, key] = make_certificate(folder.path());
-            config += &format!("  tls:\n    certificate: {certificate}\n    key: {key}\n");
-        }
         let path = folder.path().join("config.yml");
         fs::write(&path, config).unwrap();
         let log = fs::File::create(folder.path().join("log")).unwrap();
@@ -223,7 +240,8 @@ impl Registry {
             .stderr(log)
             .spawn()
             .expect("docker-registry is needed");
-        let registry = Self { process, folder, address, auth };
+        let data = data.to_owned();
+        let registry = Self { process, folder, data, address, auth };
         let started = Instant::now();
         while TcpStream::connect(address).is_err() {
             assert!(started.elapsed() < Duration::from_secs(20), "{}", registry.log());
@@ -249,10 +267,8 @@ impl Registry {
     /// Flips bytes of a stored blob.
     pub fn damage(&self, blob: &[u8]) {
         let hex = &digest(blob)[7..];
-        let path = self
-            .folder
-            .path()
-            .join(format!("data/docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]));
+        let path =
+            self.data.join(format!("docker/registry/v2/blobs/sha256/{}/{hex}/data", &hex[..2]));
         let mut content = fs::read(&path).unwrap();
         assert_eq!(content, blob);
         let middle = content.len() / 2;
@@ -343,58 +359,37 @@ impl Drop for Registry {
     }
 }
 
-/// A CA in `folder` and a certificate for 127.0.0.1 by it; the paths of certificate and key.
-fn make_certificate(folder: &std::path::Path) -> [String; 2] {
-    let path = |name: &str| folder.join(name).display().to_string();
-    let openssl = |args: &[&str]| {
-        let output = Command::new("openssl").args(args).output().expect("openssl is needed");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+/// A CA in `folder`, a certificate for 127.0.0.1 and one for a client by it; the paths of the
+/// server's certificate and key.
+fn make_certificates(folder: &Path) -> [String; 2] {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+    let new = |names: &[&str], name: &str| {
+        let names: Vec<_> = names.iter().map(|name| (*name).to_owned()).collect();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params
     };
-    let (ca, ca_key) = (path("ca.pem"), path("ca.key"));
-    let (request, certificate, key) = (path("r.csr"), path("c.pem"), path("c.key"));
-    let extensions = path("ext");
-    fs::write(&extensions, "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n").unwrap();
-    let new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-    openssl(
-        &[
-            &[
-                "req",
-                "-x509",
-                "-subj",
-                "/CN=test ca",
-                "-days",
-                "2",
-                "-keyout",
-                &ca_key,
-                "-out",
-                &ca,
-            ][..],
-            &new_key,
+    let write = |name: &str, text: String| {
+        let path = folder.join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    // Clients choose their certificate by the name of the CA.
+    let mut ca = new(&[], &format!("CA of {}", folder.display()));
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca_key = KeyPair::generate().unwrap();
+    write("ca.pem", ca.self_signed(&ca_key).unwrap().pem());
+    let issuer = Issuer::new(ca, ca_key);
+    let issue = |names: &[&str], name: &str| {
+        let key = KeyPair::generate().unwrap();
+        let certificate = new(names, name).signed_by(&key, &issuer).unwrap();
+        [
+            write(&format!("{name}.pem"), certificate.pem()),
+            write(&format!("{name}.key"), key.serialize_pem()),
         ]
-        .concat(),
-    );
-    openssl(
-        &[&["req", "-subj", "/CN=registry", "-keyout", &key, "-out", &request][..], &new_key]
-            .concat(),
-    );
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        &request,
-        "-CA",
-        &ca,
-        "-CAkey",
-        &ca_key,
-        "-CAcreateserial",
-        "-days",
-        "2",
-        "-extfile",
-        &extensions,
-        "-out",
-        &certificate,
-    ]);
-    [certificate, key]
+    };
+    issue(&[], "client");
+    issue(&["127.0.0.1"], "registry")
 }
 
 /// A proxy before `target` that cuts each connection after `limit` bytes of answers.

@@ -115,7 +115,9 @@ fn paths_out_of_the_layer_are_refused_or_contained() {
         &[(File, "f", ""), (File, "f/below", "")],
         &[(Sym, "loop", "loop"), (File, "loop/x", "")],
         &[(File, ".wh.", "")],
+        &[(File, ".wh..", "")],
         &[(File, ".wh...", "")],
+        &[(File, "d/.wh...", "")],
         &[(Sym, "empty", "")],
     ] {
         let place = Place::new();
@@ -129,6 +131,9 @@ fn paths_out_of_the_layer_are_refused_or_contained() {
         (&[(Dir, "real", ""), (Sym, "l", "/real"), (File, "l/f", "evil")], "real/f"),
         (&[(Sym, "f", "../victim"), (File, "f", "evil")], "f"),
         (&[(Sym, "d", "../.."), (Dir, "d", ""), (File, "d/victim", "evil")], "d/victim"),
+        // What hides or replaces things by way of a link stays inside as well.
+        (&[(Sym, "d", "/.."), (File, "d/.wh.victim", ""), (File, "d/x", "evil")], "x"),
+        (&[(Sym, "d", "../.."), (File, "d/.wh..wh..opq", ""), (File, "d/x", "evil")], "x"),
     ] {
         let place = Place::new();
         place.unpack(members).unwrap();
@@ -251,4 +256,82 @@ fn implicit_folders_inherit_from_the_layer_below() {
     }
     let mail = upper.meta("var/mail");
     assert_eq!((mail.mode() & 0o777, mail.uid(), mail.mtime()), (0o750, 1000, 1_000_000));
+}
+
+#[test]
+fn names_that_no_filesystem_takes_are_the_archives_fault() {
+    let long = "n".repeat(256);
+    let deep = "d/".repeat(2040);
+    for (path, link) in [
+        (long.clone(), String::new()),
+        (format!("{deep}{deep}file"), String::new()),
+        ("link".to_owned(), "t".repeat(5000)),
+        ("nul\0byte".to_owned(), String::new()),
+    ] {
+        let mut builder = tar::Builder::new(Vec::new());
+        let pax = [("path", path.as_bytes()), ("linkpath", link.as_bytes())];
+        builder.append_pax_extensions(pax.into_iter().filter(|(_, v)| !v.is_empty())).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(if link.is_empty() { File } else { Sym });
+        header.set_size(0);
+        header.set_mode(0o644);
+        header.set_cksum();
+        builder.append(&header, &b""[..]).unwrap();
+        let place = Place::new();
+        let bytes = builder.into_inner().unwrap();
+        let error = unpack(&mut TarStream::new(bytes.as_slice()), &place.layer, LIMITS);
+        assert!(matches!(error, Err(UnpackError::Archive(_))), "{path:.20}: {error:?}");
+    }
+}
+
+#[test]
+fn attributes_too_large_are_the_archives_fault() {
+    let place = Place::new();
+    let mut builder = tar::Builder::new(Vec::new());
+    builder.append_pax_extensions([("SCHILY.xattr.user.big", &vec![b'v'; 70_000][..])]).unwrap();
+    let mut header = tar::Header::new_ustar();
+    header.set_size(0);
+    builder.append_data(&mut header, "file", &b""[..]).unwrap();
+    let bytes = builder.into_inner().unwrap();
+    let error = unpack(&mut TarStream::new(bytes.as_slice()), &place.layer, LIMITS).unwrap_err();
+    assert!(matches!(error, UnpackError::Archive(_)), "{error:?}");
+}
+
+#[test]
+fn a_tree_deeper_than_a_path_is_unpacked_and_removed() {
+    let place = Place::new();
+    // Links shorten the way down, each 40 levels further.
+    let down = "d/".repeat(40);
+    let mut members = Vec::new();
+    for n in 0..20 {
+        let above = if n == 0 { String::new() } else { format!("l{}/", n - 1) };
+        members.push((Dir, format!("{above}{down}"), String::new()));
+        members.push((Sym, format!("l{n}"), format!("{above}{down}")));
+    }
+    let members: Vec<_> = members.iter().map(|(k, p, l)| (*k, p.as_str(), l.as_str())).collect();
+    place.unpack(&members).unwrap();
+    crate::snapshot::remove_tree(&place.layer).unwrap();
+    assert!(!place.layer.exists());
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(300))]
+
+    /// Whatever an archive says, nothing is touched outside its folder ([`Place::unpack`] looks).
+    #[test]
+    fn no_archive_reaches_out(members in proptest::collection::vec(
+        (
+            proptest::sample::select(vec![File, Dir, Sym, Link, Fifo, Char, Block]),
+            "(/|\\.\\./)?(a|b|c|\\.\\.|\\.|victim|\\.wh\\.a|\\.wh\\.\\.wh\\.\\.opq|\\.wh\\.victim)(/(a|b|\\.\\.|victim|\\.wh\\.b)){0,3}",
+            "(/|\\.\\./\\.\\./|\\.\\./)?(a|b|victim|\\.\\.|proc/self/root)(/(a|b|victim|\\.\\.)){0,2}",
+        ),
+        1..12,
+    )) {
+        let members: Vec<_> =
+            members.iter().map(|(k, p, l)| (*k, p.as_str(), l.as_str())).collect();
+        // Refused by the archive's fault, or contained.
+        if let Err(error) = Place::new().unpack(&members) {
+            proptest::prop_assert!(matches!(error, UnpackError::Archive(_)), "{error:?}");
+        }
+    }
 }
