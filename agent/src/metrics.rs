@@ -99,6 +99,40 @@ pub struct Metrics {
     probes: Family<ProbeLabels, Counter>,
     user_namespaced: Counter,
     user_namespaced_errors: Counter,
+    pulls: Histograms<PullLabels>,
+}
+
+/// The size class of a pulled image.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PullLabels {
+    image_size_in_bytes: &'static str,
+}
+
+/// Buckets of the time a pull takes, seconds.
+const PULL: [f64; 18] = [
+    1.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0, 600.0, 900.0,
+    1200.0, 1800.0, 2700.0, 3600.0,
+];
+
+/// Upstream's classes of sizes: the least a larger one begins above, in MiB, and its name.
+const SIZES: [(u64, &str); 12] = [
+    (0, "0-10MB"),
+    (10, "10MB-100MB"),
+    (100, "100MB-500MB"),
+    (500, "500MB-1GB"),
+    (1 << 10, "1GB-5GB"),
+    (5 << 10, "5GB-10GB"),
+    (10 << 10, "10GB-20GB"),
+    (20 << 10, "20GB-30GB"),
+    (30 << 10, "30GB-40GB"),
+    (40 << 10, "40GB-60GB"),
+    (60 << 10, "60GB-100GB"),
+    (100 << 10, "GT100GB"),
+];
+
+fn size_class(bytes: u64) -> &'static str {
+    let fits = SIZES.iter().rev().find(|(above, _)| bytes > above << 20);
+    fits.unwrap_or(&SIZES[0]).1
 }
 
 /// Labels of the time that requests to the API server take.
@@ -130,6 +164,7 @@ impl Metrics {
             probes: Family::default(),
             user_namespaced: Counter::default(),
             user_namespaced_errors: Counter::default(),
+            pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
         };
         new.registered()
     }
@@ -206,6 +241,11 @@ impl Metrics {
             "Cumulative number of errors when starting pods with user namespaces. This metric will only be collected on Linux",
             self.user_namespaced_errors.clone(),
         );
+        all.register(
+            "kubelet_image_pull_duration_seconds",
+            "Duration in seconds to pull an image",
+            self.pulls.clone(),
+        );
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
@@ -223,6 +263,12 @@ impl Metrics {
         if failed {
             self.runtime_errors.get_or_create(&operation).inc();
         }
+    }
+
+    /// An image of so many bytes was pulled.
+    pub fn image_pulled(&self, bytes: u64, took: Duration) {
+        let labels = PullLabels { image_size_in_bytes: size_class(bytes) };
+        self.pulls.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
     /// A request to the node API came.
@@ -338,6 +384,23 @@ mod tests {
         ] {
             assert_eq!(snake(verb), name);
         }
+    }
+
+    #[test]
+    fn pulls_are_told_apart_by_size() {
+        for (bytes, class) in [
+            (0, "0-10MB"),
+            (10 << 20, "0-10MB"),
+            ((10 << 20) + 1, "10MB-100MB"),
+            (2 << 30, "1GB-5GB"),
+            (u64::MAX, "GT100GB"),
+        ] {
+            assert_eq!(size_class(bytes), class);
+        }
+        let metrics = Metrics::new();
+        metrics.image_pulled(300 << 20, Duration::from_secs(4));
+        let line = r#"kubelet_image_pull_duration_seconds_bucket{le="5.0",image_size_in_bytes="100MB-500MB"} 1"#;
+        assert!(metrics.encode().contains(line), "{}", metrics.encode());
     }
 
     #[test]

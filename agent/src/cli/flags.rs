@@ -171,6 +171,9 @@ pub struct NodeFlags {
     /// Private key of it, a PEM file
     #[arg(long, value_name = "FILE", requires = "stream_tls_cert_file")]
     pub stream_tls_key_file: Option<PathBuf>,
+    /// Images that garbage collection leaves alone, by tag, digest or id, separated by commas
+    #[arg(long, value_name = "IMAGES", value_delimiter = ',')]
+    pub pinned_images: Option<Vec<String>>,
     /// Verbosity, 0 to 10 as Kubernetes counts it
     #[arg(short, long = "v", value_name = "LEVEL")]
     pub verbosity: Option<u8>,

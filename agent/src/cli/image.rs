@@ -11,6 +11,7 @@ use clap::{Args, Subcommand};
 use cri_shim::api::AuthConfig;
 use cri_shim::image::cli::{self, ImageRow};
 
+use super::pull_progress::Progress;
 use super::{Output, UsageError, command_runtime};
 
 /// Arguments of `longshore image`.
@@ -52,6 +53,16 @@ enum Verb {
     },
     /// List images
     Ls,
+    /// Keep an image from garbage collection
+    Pin {
+        /// The image's name or id
+        reference: String,
+    },
+    /// Give a pinned image back to garbage collection
+    Unpin {
+        /// The image's name or id
+        reference: String,
+    },
     /// Remove an image
     Rm {
         /// The image's name or id
@@ -62,9 +73,10 @@ enum Verb {
 /// Runs `longshore image`.
 pub(super) fn run(args: ImageArgs, output: Output) -> anyhow::Result<()> {
     let external = args.container_runtime_endpoint;
-    if external.is_some() && matches!(args.verb, Verb::Import { .. }) {
+    let own = matches!(args.verb, Verb::Import { .. } | Verb::Pin { .. } | Verb::Unpin { .. });
+    if external.is_some() && own {
         let remedy =
-            "import writes to the built-in runtime's store; use the other runtime's own tool";
+            "this verb writes to the built-in runtime's store; use the other runtime's own tool";
         return Err(UsageError(remedy.into()).into());
     }
     let endpoint =
@@ -78,8 +90,20 @@ pub(super) fn run(args: ImageArgs, output: Output) -> anyhow::Result<()> {
         }
         Verb::Pull { reference, username } => {
             let auth = username.map(credentials).transpose()?;
-            let id = runtime.block_on(cli::pull(&endpoint, &reference, auth))?;
+            let mut shown = Progress::new(output);
+            let pull = cli::pull(&endpoint, &reference, auth, |now| shown.show(now));
+            let pulled = runtime.block_on(pull);
+            shown.end();
+            let id = pulled?;
             say(&id, &serde_json::json!({ "id": id }), output)
+        }
+        Verb::Pin { reference } => {
+            let id = cli::pin(&args.state_dir, &reference, true)?;
+            say(&id, &serde_json::json!({ "id": id, "pinned": true }), output)
+        }
+        Verb::Unpin { reference } => {
+            let id = cli::pin(&args.state_dir, &reference, false)?;
+            say(&id, &serde_json::json!({ "id": id, "pinned": false }), output)
         }
         Verb::Ls => print(&runtime.block_on(cli::list(&endpoint))?, output),
         Verb::Rm { reference } => {

@@ -16,6 +16,7 @@ mod explain;
 mod flags;
 mod image;
 mod join;
+mod pull_progress;
 mod reset;
 mod run;
 mod status;

@@ -139,6 +139,7 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
         cni_conf_dir: config.cni_conf_dir.clone(),
         cni_bin_dirs,
         streaming: config.streaming.clone(),
+        pinned_images: config.pinned_images.clone(),
         ..defaults
     }
 }

@@ -26,6 +26,8 @@ pub struct LongshoreConfiguration {
     /// PEM files for streaming over HTTPS.
     pub stream_tls_cert_file: Option<String>,
     pub stream_tls_key_file: Option<String>,
+    /// Images that garbage collection leaves alone, by tag, digest or id.
+    pub pinned_images: Option<Vec<String>>,
     /// Ranges that standalone Services get a clusterIP from, one of each family.
     #[serde(rename = "serviceClusterIPRange")]
     pub service_cluster_ip_range: Option<String>,
@@ -47,6 +49,7 @@ pub(super) const FIELDS: Fields = &[
     ("streamServerPort", Used),
     ("streamTlsCertFile", Used),
     ("streamTlsKeyFile", Used),
+    ("pinnedImages", Used),
     ("serviceClusterIPRange", Used),
     ("serviceNodePortRange", Used),
 ];

@@ -126,6 +126,8 @@ pub struct NodeConfig {
     pub cni_bin_dir: PathBuf,
     /// Where the built-in shim streams exec, attach and port-forward.
     pub streaming: cri_shim::streaming::StreamConfig,
+    /// Images that garbage collection leaves alone.
+    pub pinned_images: Vec<String>,
     pub log_filter: String,
     pub log_json: bool,
     pub notes: Vec<Note>,
@@ -487,6 +489,7 @@ pub fn resolve(
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
+        pinned_images: flags.pinned_images.clone().or(longshore.pinned_images).unwrap_or_default(),
         streaming: cri_shim::streaming::StreamConfig {
             address: flags
                 .stream_server_address

@@ -160,7 +160,23 @@ fn look(shared: &Shared) -> String {
     pods(&mut out, shared);
     certificates(&mut out, shared);
     process(&mut out);
+    pulls(&mut out);
     out.render()
+}
+
+/// The built-in runtime's pulls, under containerd's names.
+fn pulls(out: &mut Exposition) {
+    let counts = cri_shim::image::pull_counts();
+    let help = "succeeded and failed counters";
+    let name = "containerd_cri_sandboxed_image_pulls_total";
+    for (status, count) in [("success", counts.succeeded), ("failure", counts.failed)] {
+        out.sample((name, Counter, help), &[("status", status)], count as f64, None);
+    }
+    let name = "containerd_cri_sandboxed_in_progress_image_pulls_total";
+    out.sample((name, Gauge, "in progress pulls"), &[], counts.in_progress as f64, None);
+    let name = "longshore_image_pull_received_bytes_total";
+    let help = "Bytes of layers received from registries, also by pulls under way.";
+    out.sample((name, Counter, help), &[], counts.received_bytes as f64, None);
 }
 
 fn pods(out: &mut Exposition, shared: &Shared) {

@@ -13,6 +13,7 @@ use super::image_name::{ImageName, parse_image};
 use super::keyring::Keyring;
 use super::spec::spec_of;
 use crate::ids::NamespacedName;
+use crate::metrics::METRICS;
 use crate::node_context::{NodeContext, PullLimits};
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType};
@@ -155,6 +156,7 @@ impl Images {
                 return Err(failed("ErrImagePull", message));
             }
         };
+        METRICS.image_pulled(found.size, took);
         let seconds = |d: std::time::Duration| format!("{:.3}s", d.as_secs_f64());
         let message = format!(
             "Successfully pulled image \"{image}\" in {} ({} including waiting). Image size: {} bytes.",
