@@ -4,17 +4,32 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use crate::monitor::frame::{self, Inbox};
-use crate::monitor::protocol::{Reply, Request};
+use crate::monitor::protocol::{Reply, Request, VERSION};
 
 /// A sandbox's monitor, by its socket.
 #[derive(Clone, Debug)]
 pub struct MonitorClient {
     socket: PathBuf,
+    /// The protocol it speaks; zero as long as nobody has asked.
+    version: Arc<AtomicU32>,
+}
+
+/// What a monitor says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Greeting {
+    /// The version of the protocol it speaks.
+    pub version: u32,
+    /// Its process.
+    pub pid: i32,
+    /// The first process of the pod's shared PID namespace.
+    pub init: Option<i32>,
 }
 
 /// An open exchange.
@@ -49,7 +64,18 @@ impl Conversation {
 
 impl MonitorClient {
     pub fn new(socket: PathBuf) -> Self {
-        MonitorClient { socket }
+        MonitorClient { socket, version: Arc::default() }
+    }
+
+    /// Asks what it is; from then on only what it knows is asked of it.
+    pub async fn greet(&self) -> io::Result<Greeting> {
+        match self.call(&Request::Hello { version: VERSION }).await? {
+            Reply::Hello { version, pid, init } => {
+                self.version.store(version, Ordering::Relaxed);
+                Ok(Greeting { version, pid, init })
+            }
+            other => Err(io::Error::other(format!("the monitor answered hello with {other:?}"))),
+        }
     }
 
     pub fn socket(&self) -> &Path {
@@ -58,6 +84,14 @@ impl MonitorClient {
 
     /// Sends a request with descriptors and leaves the connection open for its replies.
     pub async fn open(&self, request: &Request, fds: &[OwnedFd]) -> io::Result<Conversation> {
+        let (needs, speaks) = (request.needs(), self.version.load(Ordering::Relaxed));
+        if speaks != 0 && needs > speaks {
+            let message = format!(
+                "the pod's monitor was started by an older version: it speaks version {speaks} of \
+                 the protocol, and this needs {needs}; make the pod anew"
+            );
+            return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+        }
         // Connecting to a listening unix socket and writing one small frame do not block.
         let stream = StdStream::connect(&self.socket)?;
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();

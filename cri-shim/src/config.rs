@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use crate::streaming::StreamConfig;
 
+pub use crate::monitor::protocol::LogRotation;
+
 /// The node's own state.
 const STATE_DIR: &str = "/var/lib/longshore";
 
@@ -48,6 +50,9 @@ pub struct Config {
     pub runtime_handlers: BTreeMap<String, PathBuf>,
     /// Where Exec, Attach and PortForward are served.
     pub streaming: StreamConfig,
+    /// When the monitors rotate their containers' logs by themselves. Without it logs grow until
+    /// the kubelet renames them and has them reopened.
+    pub log_rotation: Option<LogRotation>,
 }
 
 /// How cgroup parents are named (KubeletConfiguration `cgroupDriver`).
@@ -94,6 +99,7 @@ impl Config {
             image_pull_progress_timeout: Duration::from_secs(300),
             runtime_handlers: installed_runtimes(),
             streaming: StreamConfig::default(),
+            log_rotation: None,
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod api {
 pub mod cgroup;
 pub mod client;
 pub mod config;
+mod crash;
 pub mod cri;
 pub mod image;
 pub mod monitor;

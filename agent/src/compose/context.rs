@@ -140,6 +140,10 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
         cni_bin_dirs,
         streaming: config.streaming.clone(),
         pinned_images: config.pinned_images.clone(),
+        log_rotation: Some(cri_shim::config::LogRotation {
+            max_size: config.container_log_max_size,
+            max_files: config.container_log_max_files,
+        }),
         ..defaults
     }
 }

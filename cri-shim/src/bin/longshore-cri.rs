@@ -1,11 +1,14 @@
 //! The shim alone: for its own tests, and to put it under another kubelet or a CRI tool.
 //!
-//! `longshore-cri [STATE_DIR RUN_DIR]` serves until SIGTERM or SIGINT.
+//! `longshore-cri [STATE_DIR RUN_DIR [LOG_MAX_SIZE LOG_MAX_FILES]]` serves until SIGTERM or SIGINT.
+//! Logs are left to the kubelet to rotate unless their size, in bytes, and number are given.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use cri_shim::Config;
+use cri_shim::config::LogRotation;
 use tokio::signal::unix::{SignalKind, signal};
 
 fn main() -> ExitCode {
@@ -13,10 +16,14 @@ fn main() -> ExitCode {
     if arguments.next_if(|a| a == "monitor").is_some() {
         return cri_shim::monitor::main(arguments);
     }
-    let config = match (arguments.next(), arguments.next()) {
+    let mut config = match (arguments.next(), arguments.next()) {
         (Some(state), Some(run)) => Config::at(PathBuf::from(state), PathBuf::from(run)),
         _ => Config::default(),
     };
+    let number = |text: Option<OsString>| text?.to_str()?.parse::<u32>().ok();
+    if let (Some(size), Some(max_files)) = (number(arguments.next()), number(arguments.next())) {
+        config.log_rotation = Some(LogRotation { max_size: size.into(), max_files });
+    }
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

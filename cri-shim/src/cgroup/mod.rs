@@ -80,6 +80,31 @@ impl Hierarchies {
         if self.v2 { base.join(relative) } else { base.join(controller).join(relative) }
     }
 
+    /// Puts the calling process into `cgroup`, and there into a group of its own by which it and all
+    /// it starts are known: in the unified hierarchy, or in the freezer's, which says nothing about
+    /// resources.
+    pub fn join(&self, cgroup: &Path, group: &str) -> Result<(), (PathBuf, io::Error)> {
+        let tracking = self.controller("freezer", cgroup);
+        for mut directory in self.directories(cgroup) {
+            if directory == tracking {
+                let own = directory.join(group);
+                if fs::create_dir(&own).is_ok() {
+                    directory = own;
+                }
+            }
+            fs::write(directory.join("cgroup.procs"), "0").map_err(|e| (directory, e))?;
+        }
+        Ok(())
+    }
+
+    /// Makes the same group on v2 and opens it, for a process to begin in.
+    pub fn group(&self, cgroup: &Path, group: &str) -> Result<fs::File, (PathBuf, io::Error)> {
+        let directory = self.controller("", cgroup);
+        let own = directory.join(group);
+        let directory = if fs::create_dir(&own).is_ok() { own } else { directory };
+        fs::File::open(&directory).map_err(|e| (directory, e))
+    }
+
     /// The processes in `cgroup` and below it.
     pub fn processes(&self, cgroup: &Path) -> Vec<Pid> {
         let mut pids = Vec::new();
@@ -106,12 +131,16 @@ impl Hierarchies {
         for _ in 0..100 {
             let pids = self.processes(cgroup);
             if pids.is_empty() || pids == before {
-                return;
+                break;
             }
             for pid in &pids {
                 let _ = kill(*pid, Signal::SIGKILL);
             }
             before = pids;
+        }
+        // The frozen of v1 do not even die.
+        if !self.v2 && !before.is_empty() {
+            thaw(&self.controller("freezer", cgroup));
         }
     }
 
@@ -163,6 +192,13 @@ fn children(directory: &Path) -> impl Iterator<Item = PathBuf> {
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|t| t.is_dir()))
         .map(|entry| entry.path())
+}
+
+fn thaw(directory: &Path) {
+    let _ = fs::write(directory.join("freezer.state"), "THAWED");
+    for child in children(directory) {
+        thaw(&child);
+    }
 }
 
 fn remove_tree(directory: &Path) -> bool {

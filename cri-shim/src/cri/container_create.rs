@@ -8,6 +8,7 @@ use tonic::Status;
 use super::store::{Container, ContainerName, ContainerStatus, Sandbox};
 use super::{Shim, blocking, internal};
 use crate::api::{self, ContainerEventType};
+use crate::crash::point;
 use crate::image::Image;
 use crate::spec::{ImageDefaults, cgroup_path, stop_signal};
 use crate::state::{ContainerRecord, new_id, remove_directory};
@@ -89,12 +90,15 @@ impl Shim {
         blocking(move || {
             std::fs::create_dir_all(&directory)
                 .map_err(|e| internal("making the container's directory", e))?;
+            point("create container: directory made");
             snapshots
                 .prepare(&owned, &image)
                 .map_err(|e| internal("preparing the container's root file system", e))?;
+            point("create container: snapshot prepared");
             written.write(&directory).map_err(|e| internal("recording the container", e))
         })
         .await??;
+        point("create container: recorded");
         self.durability.sync(self.layout.container(id));
         let container = Container::new(record, config, sandbox, ContainerStatus::default());
         let container = Arc::new(container);

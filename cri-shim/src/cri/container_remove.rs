@@ -7,6 +7,7 @@ use tonic::Status;
 use super::store::Container;
 use super::{Shim, blocking, internal};
 use crate::api::{self, ContainerEventType};
+use crate::crash::point;
 use crate::state::{ignore_absent, remove_directory};
 
 impl Shim {
@@ -33,22 +34,27 @@ impl Shim {
             return Ok(());
         }
         let (layout, snapshots) = (self.layout.clone(), self.snapshots.clone());
-        let (cgroups, cgroup) = (self.cgroups.clone(), container.record().cgroup.clone());
+        let cgroup = container.record().cgroup.clone();
         let id = container.id.clone();
+        // The cgroup before the record, which alone knows where it is. An abandoned start may have
+        // left a process that is about to die.
+        self.cgroups.kill(&cgroup);
+        self.remove_cgroup(&cgroup).await;
+        point("remove container: cgroup removed");
         blocking(move || {
             // The record first: what is left of an interrupted removal is then known for what it is.
             remove_directory(&layout.container(&id))
                 .map_err(|e| internal("removing the container's directory", e))?;
+            point("remove container: directory removed");
             ignore_absent(std::fs::remove_dir_all(layout.bundle(&id)))
                 .map_err(|e| internal("removing the container's bundle", e))?;
-            // An abandoned start may have left a process that is about to die.
-            cgroups.kill(&cgroup);
-            cgroups.remove(&cgroup);
+            point("remove container: bundle removed");
             snapshots
                 .remove(&id)
                 .map_err(|e| internal("removing the container's root file system", e))
         })
         .await??;
+        point("remove container: snapshot removed");
         container.end_told().await;
         // The event shows the pod without it.
         self.store.drop_container(&container.id);

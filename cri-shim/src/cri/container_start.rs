@@ -11,6 +11,7 @@ use super::container_create::defaults;
 use super::store::{Container, Sandbox};
 use super::{Shim, blocking, devices, internal, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
+use crate::crash::point;
 use crate::monitor::protocol::{Exited, Overlay, Reply, Request, StartContainer, Started};
 use crate::monitor::{protocol, record};
 use crate::spec::{Inputs, PidNamespace, Pod, Userns, plan_spec, seccomp, user, userns};
@@ -46,8 +47,10 @@ impl Shim {
             }
         }
         let request = self.plan_start(container).await?;
+        point("start container: bundle written");
         container.status.send_modify(|s| s.starting = true);
         let answer = self.ask_monitor(&container.sandbox, request).await;
+        point("start container: answered");
         match answer {
             Ok(started) => {
                 container.status.send_modify(|s| s.started = Some(started));
@@ -73,6 +76,7 @@ impl Shim {
                     tracing::error!(container = container.id, %error, "recording a failed start");
                 }
                 self.exited(container, exit);
+                point("start container: failure recorded");
                 Err(Status::internal(format!("starting container {}: {message}", container.id)))
             }
         }
@@ -155,6 +159,7 @@ impl Shim {
         // What an interrupted start left is not this one's.
         let _ = fs::remove_dir_all(&bundle);
         fs::create_dir_all(&bundle).map_err(|e| internal("making the bundle", e))?;
+        point("start container: bundle made");
         let text = serde_json::to_vec(&spec).map_err(|e| internal("encoding the spec", e))?;
         fs::write(bundle.join("config.json"), text).map_err(|e| internal("writing the spec", e))?;
         let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
@@ -185,6 +190,7 @@ impl Shim {
             tty: config.tty,
             runtime,
             userns: users.map(|map| protocol::Userns { path, map }),
+            rotation: self.config.log_rotation,
         })
     }
 

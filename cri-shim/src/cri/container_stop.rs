@@ -8,6 +8,7 @@ use tonic::Status;
 use super::store::Container;
 use super::{PATIENCE, Shim, internal};
 use crate::api;
+use crate::crash::point;
 use crate::monitor::protocol::Request;
 
 impl Shim {
@@ -36,11 +37,13 @@ impl Shim {
         if !grace.is_zero() {
             let signal = container.record().stop_signal;
             self.signal(container, signal, false).await?;
+            point("stop container: signalled");
             if tokio::time::timeout(grace, container.exited()).await.is_ok() {
                 return Ok(());
             }
         }
         self.signal(container, libc::SIGKILL, true).await?;
+        point("stop container: killed");
         if tokio::time::timeout(PATIENCE, container.exited()).await.is_ok() {
             return Ok(());
         }

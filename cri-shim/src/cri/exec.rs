@@ -1,10 +1,12 @@
 //! ExecSync: a process in a container, its exit code and what it wrote.
 
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe::Receiver;
+use tokio::task::JoinHandle;
 use tonic::Status;
 
 use super::container_list::running;
@@ -47,43 +49,58 @@ impl Shim {
         drop(given);
         let mut conversation = conversation.map_err(|e| internal("asking the monitor", e))?;
 
-        let reading =
-            async { tokio::spawn(async move { tokio::join!(read(stdout), read(stderr)) }).await };
-        tokio::pin!(reading);
+        let outputs = [Output::read(stdout), Output::read(stderr)];
         let limit = match u64::try_from(request.timeout) {
             Ok(seconds) if seconds > 0 => Duration::from_secs(seconds),
             _ => Duration::MAX,
         };
-        let ended = async {
-            let ended = tokio::time::timeout(limit, end(&mut conversation)).await;
-            // Closing the conversation kills the process and what it started.
-            drop(conversation);
-            ended
-        };
-        tokio::pin!(ended);
-        // The output has to be read while the process runs, or it would wait for us.
-        let mut read = None;
-        let code = loop {
-            tokio::select! {
-                result = &mut reading, if read.is_none() => read = Some(result),
-                result = &mut ended => break result,
-            }
-        };
-        let code = code.map_err(|_| {
+        let ended = tokio::time::timeout(limit, end(&mut conversation)).await;
+        // Closing the conversation kills the process and what it started.
+        drop(conversation);
+        let code = ended.map_err(|_| {
             Status::deadline_exceeded(format!(
                 "command timed out after {} s and was killed",
                 request.timeout
             ))
         })??;
-        let read = match read {
-            Some(read) => Some(read),
-            None => tokio::time::timeout(DRAIN, &mut reading).await.ok(),
-        };
-        let (stdout, stderr) = match read {
-            Some(read) => read.map_err(|e| internal("reading output", e))?,
-            None => Default::default(),
-        };
+        let [stdout, stderr] = outputs;
+        let (stdout, stderr) = tokio::join!(stdout.all(), stderr.all());
         Ok(api::ExecSyncResponse { stdout, stderr, exit_code: code })
+    }
+}
+
+/// What a process writes. It is read from the beginning, or the process would wait for us, and no
+/// longer than somebody wants it: a process that was left behind may hold the stream for ever.
+struct Output {
+    kept: Arc<Mutex<Vec<u8>>>,
+    reading: JoinHandle<()>,
+}
+
+impl Output {
+    fn read(mut stream: Receiver) -> Self {
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let into = kept.clone();
+        let reading = tokio::spawn(async move {
+            let mut buffer = vec![0u8; 16 << 10];
+            while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+                let mut kept = into.lock().unwrap_or_else(PoisonError::into_inner);
+                let room = MAX_OUTPUT - kept.len();
+                kept.extend_from_slice(&buffer[..read.min(room)]);
+            }
+        });
+        Output { kept, reading }
+    }
+
+    /// All of it, or what came until [`DRAIN`] after the end of the process.
+    async fn all(mut self) -> Vec<u8> {
+        let _ = tokio::time::timeout(DRAIN, &mut self.reading).await;
+        std::mem::take(&mut *self.kept.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        self.reading.abort();
     }
 }
 
@@ -105,14 +122,4 @@ pub(super) async fn end(conversation: &mut Conversation) -> Result<i32, Status> 
             Err(error) => return Err(internal("waiting for the command", error)),
         }
     }
-}
-
-async fn read(mut stream: Receiver) -> Vec<u8> {
-    let mut kept = Vec::new();
-    let mut buffer = vec![0u8; 16 << 10];
-    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
-        let room = MAX_OUTPUT - kept.len();
-        kept.extend_from_slice(&buffer[..read.min(room)]);
-    }
-    kept
 }

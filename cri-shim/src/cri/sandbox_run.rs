@@ -14,7 +14,8 @@ use super::store::{Sandbox, SandboxName};
 use super::{PATIENCE, Shim, blocking, internal, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::client::MonitorClient;
-use crate::monitor::protocol::{Reply, Request, SpawnMonitor, Userns, VERSION};
+use crate::crash::point;
+use crate::monitor::protocol::{SpawnMonitor, Userns};
 use crate::network::{Dns, PortMapping, Protocol, SandboxNetwork};
 use crate::spec::userns::IdMap;
 use crate::spec::{cgroup_path, userns};
@@ -92,16 +93,20 @@ impl Shim {
             let directory = layout.sandbox(&sandbox_id);
             std::fs::create_dir_all(&directory)
                 .map_err(|e| internal("making the sandbox directory", e))?;
+            point("run sandbox: directory made");
             sandbox_files::write(&directory, &files, &name, host_network)
                 .map_err(|e| internal("writing the sandbox's files", e))?;
+            point("run sandbox: files written");
             if !host_ipc {
                 mount_shm(&layout.shm(&sandbox_id), users.as_ref())?;
             }
+            point("run sandbox: shm mounted");
             // That of a user namespace can only be made in it, which the monitor does.
             if !host_network && users.is_none() {
                 crate::network::netns::create(&pinned)
                     .map_err(|e| internal("making the network namespace", e))?;
             }
+            point("run sandbox: netns pinned");
             Ok::<(), Status>(())
         })
         .await??;
@@ -122,6 +127,7 @@ impl Shim {
             }
             let request = sandbox_network(id, &config, netns)?;
             let result = self.network.setup(&request).await;
+            point("run sandbox: network set up");
             result.map(Some).map_err(|e| internal("setting up the pod's network", e))
         };
         let monitor = async {
@@ -129,6 +135,7 @@ impl Shim {
                 .spawn(spawn)
                 .await
                 .map_err(|e| internal("starting the pod's monitor", e))?;
+            point("run sandbox: monitor listens");
             self.scope_monitor(id, &cgroup).await
         };
         let network = if users.is_some() {
@@ -145,7 +152,7 @@ impl Shim {
                 .map_err(|e| internal("writing the sandbox's resolv.conf", e))?;
         }
         let monitor = MonitorClient::new(self.layout.monitor(id));
-        let init = if shared_pid { hello(&monitor).await? } else { None };
+        let init = if shared_pid { greet(&monitor).await? } else { None };
 
         let mut record = SandboxRecord::new(id, &config);
         record.boot_id = self.boot_id.clone();
@@ -157,11 +164,14 @@ impl Shim {
         record.cgroup = cgroup;
         record.own_cgroup = own_cgroup;
         let directory = self.layout.sandbox(id);
+        point("run sandbox: all but recorded");
         record.write(&directory).map_err(|e| internal("recording the sandbox", e))?;
+        point("run sandbox: recorded");
         self.durability.sync(directory);
         let sandbox = Arc::new(Sandbox::new(record, config, monitor, init, true));
         self.watch_monitor(&sandbox).await?;
         self.store.add_sandbox(sandbox);
+        point("run sandbox: followed");
         self.emit(ContainerEventType::ContainerCreatedEvent, id, id);
         self.emit(ContainerEventType::ContainerStartedEvent, id, id);
         Ok(())
@@ -211,13 +221,9 @@ impl Shim {
     }
 }
 
-async fn hello(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
-    let call = monitor.call(&Request::Hello { version: VERSION });
-    match tokio::time::timeout(PATIENCE, call).await {
-        Ok(Ok(Reply::Hello { init, .. })) => Ok(init),
-        Ok(Ok(other)) => {
-            Err(Status::internal(format!("the monitor answered hello with {other:?}")))
-        }
+async fn greet(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
+    match tokio::time::timeout(PATIENCE, monitor.greet()).await {
+        Ok(Ok(greeting)) => Ok(greeting.init),
         Ok(Err(error)) => Err(internal("greeting the pod's monitor", error)),
         Err(_) => Err(Status::deadline_exceeded("the pod's monitor does not answer")),
     }

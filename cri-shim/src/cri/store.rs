@@ -172,6 +172,8 @@ impl Container {
 struct Index {
     sandboxes: HashMap<String, Arc<Sandbox>>,
     containers: HashMap<String, Arc<Container>>,
+    /// The containers of each sandbox, oldest first: a change in one pod looks at no other.
+    of_sandbox: HashMap<String, Vec<Arc<Container>>>,
     /// Names in use, also by what is being made: name to id.
     sandbox_names: HashMap<SandboxName, String>,
     container_names: HashMap<ContainerName, String>,
@@ -245,6 +247,8 @@ impl Store {
     pub fn add_container(&self, container: Arc<Container>) {
         let mut index = self.write();
         index.container_names.insert(container_name(&container), container.id.clone());
+        let siblings = index.of_sandbox.entry(container.sandbox.id.clone()).or_default();
+        siblings.push(container.clone());
         index.containers.insert(container.id.clone(), container);
     }
 
@@ -259,6 +263,12 @@ impl Store {
         let mut index = self.write();
         if let Some(container) = index.containers.remove(id) {
             index.container_names.remove(&container_name(&container));
+            if let Some(siblings) = index.of_sandbox.get_mut(&container.sandbox.id) {
+                siblings.retain(|other| other.id != id);
+                if siblings.is_empty() {
+                    index.of_sandbox.remove(&container.sandbox.id);
+                }
+            }
         }
     }
 
@@ -291,7 +301,7 @@ impl Store {
     }
 
     pub fn containers_of(&self, sandbox: &str) -> Vec<Arc<Container>> {
-        self.read().containers.values().filter(|c| c.sandbox.id == sandbox).cloned().collect()
+        self.read().of_sandbox.get(sandbox).cloned().unwrap_or_default()
     }
 }
 

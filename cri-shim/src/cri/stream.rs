@@ -13,7 +13,7 @@ use super::exec::end;
 use super::{PATIENCE, Shim, blocking};
 use crate::api;
 use crate::client::{Conversation, MonitorClient};
-use crate::monitor::protocol::{Reply, Request, STREAMING, VERSION};
+use crate::monitor::protocol::{Reply, Request};
 use crate::network::netns;
 use crate::streaming::Runtime;
 use crate::streaming::descriptor::Descriptor;
@@ -68,7 +68,6 @@ impl Runtime for Shim {
             tty: request.tty,
         };
         if request.tty {
-            check_version(monitor).await?;
             let (mut conversation, terminal) = open(monitor, &exec, Vec::new()).await?;
             let terminal = terminal.ok_or("the monitor gave no terminal")?;
             let terminal = Descriptor::new(terminal).map_err(|e| e.to_string())?;
@@ -114,7 +113,6 @@ impl Runtime for Shim {
         let container = self.store.container(&request.container_id).map_err(message)?;
         running(&container).map_err(message)?;
         let monitor = &container.sandbox.monitor;
-        check_version(monitor).await?;
         let config = container.config();
         let pipe = |wanted: bool| wanted.then(Descriptor::output).transpose();
         let pipes = pipe(request.stdout).and_then(|out| Ok((out, pipe(request.stderr)?)));
@@ -217,20 +215,6 @@ async fn open(
         Ok(Ok((_, Some(Reply::Failed { message })))) => Err(message),
         Ok(Ok((_, Some(other)))) => Err(format!("the monitor answered {other:?}")),
         Ok(Ok((_, None))) => Err("the pod's monitor is gone".to_owned()),
-        Ok(Err(error)) => Err(format!("asking the pod's monitor: {error}")),
-        Err(_) => Err("the pod's monitor does not answer".to_owned()),
-    }
-}
-
-/// Monitors of pods that were started by an older version live on.
-async fn check_version(monitor: &MonitorClient) -> Result<(), String> {
-    let hello = Request::Hello { version: VERSION };
-    match tokio::time::timeout(PATIENCE, monitor.call(&hello)).await {
-        Ok(Ok(Reply::Hello { version, .. })) if version >= STREAMING => Ok(()),
-        Ok(Ok(Reply::Hello { .. })) => {
-            Err("the pod was started by a version without this; restart the pod".to_owned())
-        }
-        Ok(Ok(other)) => Err(format!("the monitor answered {other:?}")),
         Ok(Err(error)) => Err(format!("asking the pod's monitor: {error}")),
         Err(_) => Err("the pod's monitor does not answer".to_owned()),
     }

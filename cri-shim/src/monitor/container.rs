@@ -1,6 +1,6 @@
 //! A container as its monitor sees it: a process, its output, its log, who follows it.
 
-use std::io::{self, PipeReader, Read};
+use std::io::{self, PipeReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -9,10 +9,19 @@ use nix::unistd::Pid;
 
 use super::follower::Follower;
 use super::launch::Stdio;
-use super::log::{Lines, Log, MAX_PIECE, Source};
+use super::log::{Lines, Log, Source};
 use super::protocol::StartContainer;
-use super::record;
+use super::{record, sys};
 use crate::spec::userns::IdMap;
+
+/// The most that is read at once, in bytes: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// A stream that gives so much at once, in bytes, is asked again at once...
+const BUSY: usize = 4 << 10;
+
+/// ... so often, before the other streams have their turn.
+const TURNS: usize = 16;
 
 /// One stream of output.
 struct Output {
@@ -32,6 +41,8 @@ pub(super) struct Container {
     pub(super) userns: Option<IdMap>,
     /// Those of its pod that were killed for want of memory before it was made.
     pub(super) oom_kills_before: Option<u64>,
+    /// The last signal somebody asked to send it; zero when none.
+    pub(super) asked: i32,
     log: Log,
     outputs: [Option<Output>; 2],
     /// Attached clients.
@@ -45,7 +56,7 @@ pub(super) struct Container {
 impl Container {
     /// Opens the log and makes the streams of a container that is about to be started.
     pub(super) fn new(start: &StartContainer) -> io::Result<(Self, Stdio)> {
-        let log = Log::open(start.log.clone()).map_err(|e| {
+        let log = Log::open(start.log.clone(), start.rotation).map_err(|e| {
             let path = start.log.clone().unwrap_or_default();
             io::Error::new(e.kind(), format!("opening the log {}: {e}", path.display()))
         })?;
@@ -57,6 +68,7 @@ impl Container {
             records: start.records.clone(),
             userns: start.userns.as_ref().map(|userns| userns.map),
             oom_kills_before: None,
+            asked: 0,
             log,
             outputs: [None, None],
             followers: Vec::new(),
@@ -142,31 +154,37 @@ impl Container {
 
     /// Copies what a stream has into the log.
     pub(super) fn copy_output(&mut self, at: usize) {
-        let _ = self.copy_once(at);
+        for _ in 0..TURNS {
+            let waits = self.followers.iter().any(|f| f.stream == at && f.is_behind());
+            if waits || self.copy_once(at) < BUSY {
+                return;
+            }
+        }
     }
 
-    /// Whether more may follow at once.
-    fn copy_once(&mut self, at: usize) -> bool {
-        let Some(output) = &mut self.outputs[at] else { return false };
-        let mut buffer = [0u8; MAX_PIECE];
+    /// How much was there.
+    fn copy_once(&mut self, at: usize) -> usize {
+        let Some(output) = &mut self.outputs[at] else { return 0 };
+        // Only the part that is filled becomes memory.
+        let mut piece = Vec::with_capacity(CHUNK);
         let stamp = || record::rfc3339(record::now());
-        match output.reader.read(&mut buffer) {
-            Ok(read) if read > 0 => {
-                output.lines.push(&mut self.log, output.source, &stamp(), &buffer[..read]);
-                self.followers.retain_mut(|f| f.stream != at || f.give(&buffer[..read]));
-                true
+        match sys::read(&output.reader, &mut piece) {
+            Ok(()) if !piece.is_empty() => {
+                output.lines.push(&mut self.log, output.source, &stamp(), &piece);
+                self.followers.retain_mut(|f| f.stream != at || f.give(&piece));
+                piece.len()
             }
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) =>
             {
-                false
+                0
             }
             // The end; a terminal says so with EIO.
             _ => {
                 output.lines.finish(&mut self.log, output.source, &stamp());
                 self.outputs[at] = None;
                 self.followers.retain(|f| f.stream != at || f.is_behind());
-                false
+                0
             }
         }
     }
@@ -176,7 +194,7 @@ impl Container {
         for at in 0..self.outputs.len() {
             // Bounded, as a process that left the container may hold the other end and write on.
             for _ in 0..4096 {
-                if !self.copy_once(at) {
+                if self.copy_once(at) == 0 {
                     break;
                 }
             }

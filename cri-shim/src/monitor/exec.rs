@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::stat::{fstat, major, minor};
 use nix::sys::statfs::{DEVPTS_SUPER_MAGIC, fstatfs};
-use nix::unistd::chdir;
+use nix::unistd::{Pid, chdir};
 use oci_spec::runtime::{LinuxNamespaceType, Process, Spec};
 
 use super::launch::{Progress, report_and_exit};
@@ -165,14 +165,20 @@ pub(super) fn open_terminal() -> std::io::Result<(OwnedFd, OwnedFd)> {
 /// may put nobody anywhere.
 fn join_cgroup(target: &Target<'_>) -> Result<Option<fs::File>, String> {
     let hierarchies = Hierarchies::find().map_err(|e| format!("finding cgroups: {e}"))?;
-    for directory in hierarchies.directories(target.cgroup) {
-        let failed = |e: std::io::Error| format!("joining {}: {e}", directory.display());
-        if hierarchies.v2 && target.userns.is_none() {
-            return fs::File::open(&directory).map(Some).map_err(failed);
-        }
-        fs::write(directory.join("cgroup.procs"), "0").map_err(failed)?;
+    let own = nix::unistd::getpid();
+    let failed = |(path, e): (std::path::PathBuf, std::io::Error)| {
+        format!("joining {}: {e}", path.display())
+    };
+    if hierarchies.v2 && target.userns.is_none() {
+        return hierarchies.group(target.cgroup, &group(own)).map(Some).map_err(failed);
     }
-    Ok(None)
+    hierarchies.join(target.cgroup, &group(own)).map(|()| None).map_err(failed)
+}
+
+/// The cgroup below the container's in which what the child `maker` makes is found again, however
+/// far it got from its parent and session.
+pub(super) fn group(maker: Pid) -> String {
+    format!("exec-{maker}")
 }
 
 /// The namespaces of the container's first process, the mount namespace last.

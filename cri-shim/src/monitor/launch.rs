@@ -12,6 +12,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +47,8 @@ pub(super) struct Stdio {
 /// The child's whole life. Never returns.
 pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: UnixStream) -> ! {
     sys::reset_signals();
+    // Nobody would take what is made any more.
+    let _ = prctl::set_pdeathsig(Some(Signal::SIGKILL));
     // A group that can be killed as one: the container's first process stays in it until it is in
     // the container's cgroup (see `Pod::end_launch`).
     let _ = nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0));

@@ -23,6 +23,7 @@ use super::launch::{self, Progress};
 use super::protocol::{Reply, Request, StartContainer, Started, VERSION};
 use super::{exec, record, sys, tree};
 use crate::cgroup::Hierarchies;
+use crate::crash::point;
 
 mod reap;
 mod shutdown;
@@ -59,13 +60,15 @@ struct Launch {
 
 enum Kind {
     Container(Box<Container>),
-    Exec { container: String },
+    Exec { container: String, group: PathBuf },
 }
 
 struct Exec {
     connection: u64,
     pid: Pid,
     container: String,
+    /// The cgroup of what it started.
+    group: PathBuf,
 }
 
 struct Pod {
@@ -78,6 +81,8 @@ struct Pod {
     /// Clients of containers that have ended, who have not taken the last words yet.
     followers: Vec<Follower>,
     execs: Vec<Exec>,
+    /// Cgroups of execs that have ended, to be removed with the last that they left behind.
+    spent: Vec<PathBuf>,
     unclaimed: Vec<(Pid, i32, i32)>,
     unwritten: Vec<unwritten::Unwritten>,
     /// When the containers of a machine that shuts down are killed.
@@ -123,6 +128,7 @@ fn serve(listener: UnixListener, init: Option<i32>) -> io::Result<()> {
         containers: Vec::new(),
         followers: Vec::new(),
         execs: Vec::new(),
+        spent: Vec::new(),
         unclaimed: Vec::new(),
         unwritten: Vec::new(),
         deadline: None,
@@ -291,9 +297,12 @@ impl Pod {
                 };
                 reply(&mut self.connections[at], &answer);
             }
-            Request::Exit => {
+            Request::Exit { force } => {
                 if self.containers.is_empty() && self.launches.is_empty() {
                     self.ending = true;
+                    reply(&mut self.connections[at], &Reply::Done);
+                } else if force {
+                    self.end_all();
                     reply(&mut self.connections[at], &Reply::Done);
                 } else {
                     let message = "containers are running; stop them first".to_owned();
@@ -331,6 +340,7 @@ impl Pod {
             launch::run(&start, stdio, theirs);
         };
         drop((theirs, stdio));
+        point("monitor: maker forked");
         progress.set_nonblocking(true)?;
         self.launches.push(Launch {
             child,
@@ -357,12 +367,12 @@ impl Pod {
             Some(found) => fork_exec(found, arguments, Streams::Given(stdio)),
         };
         match forked {
-            Ok((child, progress)) => self.launches.push(Launch {
+            Ok((child, progress, cgroup)) => self.launches.push(Launch {
                 child,
                 progress,
                 inbox: Inbox::default(),
                 connection,
-                kind: Kind::Exec { container },
+                kind: Kind::Exec { container, group: cgroup.join(exec::group(child)) },
                 process: None,
                 terminal: None,
                 done: false,
@@ -375,7 +385,8 @@ impl Pod {
     }
 
     fn kill(&mut self, container: &str, signal: i32, all: bool) {
-        let Some(found) = self.containers.iter().find(|c| c.id == container) else { return };
+        let Some(found) = self.containers.iter_mut().find(|c| c.id == container) else { return };
+        found.asked = signal;
         if all && signal == libc::SIGKILL {
             self.cgroups.kill(&found.cgroup);
         }
@@ -412,6 +423,7 @@ impl Pod {
         let launch = &mut self.launches[at];
         match progress {
             Progress::Created { pid, user } => {
+                point("monitor: process made");
                 launch.process = Some(Started { pid, at: 0, user });
                 let terminal = launch.inbox.fds.pop();
                 match &mut launch.kind {
@@ -430,8 +442,8 @@ impl Pod {
                 started.at = record::now();
                 let connection = launch.connection;
                 let terminal = launch.terminal.take();
-                let kind =
-                    std::mem::replace(&mut launch.kind, Kind::Exec { container: String::new() });
+                let nothing = Kind::Exec { container: String::new(), group: PathBuf::new() };
+                let kind = std::mem::replace(&mut launch.kind, nothing);
                 self.running(connection, kind, started, terminal);
             }
             Progress::Failed { message } => {
@@ -449,10 +461,16 @@ impl Pod {
     fn end_launch(&mut self, at: usize) {
         let launch = &self.launches[at];
         let _ = kill(launch.child, Signal::SIGKILL);
-        if let Kind::Container(container) = &launch.kind {
-            let _ = killpg(launch.child, Signal::SIGKILL);
-            self.cgroups.kill(&container.cgroup);
-            let _ = self.cgroups.remove(&container.cgroup);
+        match &launch.kind {
+            Kind::Container(container) => {
+                let _ = killpg(launch.child, Signal::SIGKILL);
+                self.cgroups.kill(&container.cgroup);
+                let _ = self.cgroups.remove(&container.cgroup);
+            }
+            Kind::Exec { group, .. } => {
+                self.cgroups.kill(group);
+                self.spent.push(group.clone());
+            }
         }
         if let Some(process) = &launch.process {
             sys::kill(Pid::from_raw(process.pid), libc::SIGKILL);
@@ -471,6 +489,7 @@ impl Pod {
             Kind::Container(container) => {
                 match record::write(&container.records, record::STARTED, &started) {
                     Ok(()) => {
+                        point("monitor: start recorded");
                         self.containers.push(*container);
                         self.tell(connection, &Reply::Started(started));
                     }
@@ -485,8 +504,8 @@ impl Pod {
                     }
                 }
             }
-            Kind::Exec { container } => {
-                self.execs.push(Exec { connection, pid, container });
+            Kind::Exec { container, group } => {
+                self.execs.push(Exec { connection, pid, container, group });
                 if let Some(found) = self.connections.iter_mut().find(|c| c.id == connection) {
                     let fds: Vec<_> = terminal.iter().map(|fd| fd.as_raw_fd()).collect();
                     reply_with(found, &Reply::Done, &fds);
@@ -542,6 +561,7 @@ impl Pod {
             tree::kill_tree(exec.pid, || {
                 container.map(|c| self.cgroups.processes(&c.cgroup)).unwrap_or_default()
             });
+            self.cgroups.kill(&exec.group);
         }
     }
 }
@@ -550,7 +570,7 @@ fn fork_exec(
     container: &Container,
     arguments: &[String],
     streams: Streams,
-) -> io::Result<(Pid, UnixStream)> {
+) -> io::Result<(Pid, UnixStream, PathBuf)> {
     let (progress, theirs) = UnixStream::pair()?;
     let bundle: &PathBuf = &container.bundle;
     let target = exec::Target {
@@ -564,7 +584,7 @@ fn fork_exec(
     };
     drop((theirs, streams));
     progress.set_nonblocking(true)?;
-    Ok((child, progress))
+    Ok((child, progress, container.cgroup.clone()))
 }
 
 /// A connection that does not take its frames is dropped: the shim finds what it missed on disk.

@@ -1,9 +1,17 @@
 //! What a shim and a monitor say to each other over the monitor's unix socket.
 //!
 //! A frame is a little-endian `u32` length and that many bytes of JSON; file descriptors travel
-//! with the first byte. A monitor outlives the program that started it, so the version is part of
-//! the first exchange and fields are only ever added: a newer shim must be able to manage an older
-//! monitor.
+//! with the first byte.
+//!
+//! A monitor outlives the program that started it, so a newer shim must be able to manage an older
+//! monitor. Therefore:
+//! * Fields are only ever added, with a default. Neither side minds a field it does not know.
+//! * The first exchange tells the versions, and a shim asks nothing of a monitor that its version
+//!   does not know ([`Request::needs`]). What a monitor would do wrongly without knowing a field
+//!   needs a version too.
+//! * A monitor answers only with replies that the request's version had.
+//!
+//! `protocol/tests.rs` holds what each version said, word for word.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,11 +22,12 @@ use crate::spec::user::{Identity, UserRequest};
 use crate::spec::userns::IdMap;
 
 /// The protocol this program speaks. 2 added terminals of execs, [`Request::Attach`] and
-/// [`Request::CloseStdin`].
-pub const VERSION: u32 = 2;
+/// [`Request::CloseStdin`]; 3 added `force` to [`Request::Exit`] and `rotation` to
+/// [`StartContainer`], which a monitor may do without.
+pub const VERSION: u32 = 3;
 
 /// The first version that knows terminals of execs and attached clients.
-pub const STREAMING: u32 = 2;
+const STREAMING: u32 = 2;
 
 /// The longest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 1 << 20;
@@ -55,8 +64,24 @@ pub enum Request {
     CloseStdin { container: String },
     /// Closes and opens the log again, after it was renamed.
     ReopenLog { container: String },
-    /// Ends the monitor. Refused while a container runs.
-    Exit,
+    /// Ends the monitor. Refused while a container runs, unless the containers are to end too.
+    /// Answered by [`Reply::Done`]; the end of the connection is the end of the process.
+    Exit {
+        #[serde(default)]
+        force: bool,
+    },
+}
+
+impl Request {
+    /// The first version of the protocol whose monitors do what this asks.
+    pub fn needs(&self) -> u32 {
+        match self {
+            Request::Attach { .. }
+            | Request::CloseStdin { .. }
+            | Request::Exec { tty: true, .. } => STREAMING,
+            _ => 1,
+        }
+    }
 }
 
 /// A container to start.
@@ -84,6 +109,9 @@ pub struct StartContainer {
     /// The pod's user namespace.
     #[serde(default)]
     pub userns: Option<Userns>,
+    /// When its log is rotated without being told; never when absent.
+    #[serde(default)]
+    pub rotation: Option<LogRotation>,
 }
 
 /// A user namespace.
@@ -93,6 +121,15 @@ pub struct Userns {
     pub path: PathBuf,
     /// Its ids.
     pub map: IdMap,
+}
+
+/// How much is kept of a container's log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogRotation {
+    /// The most a file holds, in bytes; only an entry that is longer is longer.
+    pub max_size: u64,
+    /// How many files are kept, the one that is written to among them; at least 2.
+    pub max_files: u32,
 }
 
 /// The parts of an overlay mount, uppermost layer first.
@@ -197,3 +234,6 @@ pub struct Spawned {
     /// Empty when the monitor listens, or pods can have user namespaces.
     pub error: String,
 }
+
+#[cfg(test)]
+mod tests;

@@ -39,14 +39,18 @@ pub fn read<T: DeserializeOwned>(directory: &Path, name: &str) -> io::Result<Opt
     };
     match serde_json::from_slice(&bytes) {
         Ok(record) => Ok(Some(record)),
-        Err(error) => {
-            let _ = fs::rename(&path, directory.join(format!("{name}.bad")));
-            Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("{}: {error}; set aside as {name}.bad", path.display()),
-            ))
-        }
+        Err(error) => Err(set_aside(directory, name, &error)),
     }
+}
+
+/// Renames a record that cannot be used to `<name>.bad`; the error that says so.
+pub fn set_aside(directory: &Path, name: &str, error: &impl std::fmt::Display) -> io::Error {
+    let path = directory.join(name);
+    let _ = fs::rename(&path, directory.join(format!("{name}.bad")));
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{}: {error}; set aside as {name}.bad", path.display()),
+    )
 }
 
 /// Nanoseconds since the epoch.

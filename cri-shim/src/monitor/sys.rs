@@ -167,3 +167,14 @@ pub fn kill(pid: Pid, signal: i32) {
         let _ = unsafe { libc::kill(pid.as_raw(), signal) };
     }
 }
+
+/// Reads once, as much as `buffer` has capacity for beyond what it holds; nothing at the end.
+pub fn read(fd: &impl AsRawFd, buffer: &mut Vec<u8>) -> io::Result<()> {
+    let spare = buffer.spare_capacity_mut();
+    // SAFETY: read(2) writes at most the spare capacity, which is ours and need not be initialised.
+    let read = unsafe { libc::read(fd.as_raw_fd(), spare.as_mut_ptr().cast(), spare.len()) };
+    let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has just filled so many bytes of it.
+    unsafe { buffer.set_len(buffer.len() + read) };
+    Ok(())
+}

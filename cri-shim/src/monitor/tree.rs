@@ -1,7 +1,8 @@
 //! Killing a process and everything it started, for an exec that timed out.
 //!
 //! A process belongs to the tree when it descends from the root, or is in the session that the
-//! root leads, which also catches children whose parents have ended.
+//! root leads, which also catches children whose parents have ended. Those that left both are in the
+//! exec's own cgroup (see `exec::group`).
 
 use std::collections::HashMap;
 use std::fs;

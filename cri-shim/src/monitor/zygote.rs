@@ -11,6 +11,7 @@ use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 
 use super::protocol::{SpawnMonitor, Spawned, ZygoteRequest};
 use super::{frame, namespaces, pod, sys, userns};
+use crate::crash::point;
 
 /// Serves spawn requests on standard input until the shim closes it.
 pub(super) fn run() -> io::Result<()> {
@@ -29,10 +30,12 @@ pub(super) fn run() -> io::Result<()> {
                 continue;
             }
         };
+        point("zygote: asked");
         let (ours, theirs) = UnixStream::pair()?;
         match sys::fork() {
             Ok(Some(_)) => {
                 drop(theirs);
+                point("zygote: forked");
                 let spawned = frame::receive::<Spawned>(&ours)?
                     .unwrap_or(Spawned { error: "the monitor died before it listened".to_owned() });
                 frame::send(&requests, &spawned, &[])?;
@@ -62,8 +65,11 @@ fn quiet_stdio() -> io::Result<()> {
 
 fn become_monitor(spawn: &SpawnMonitor, answer: UnixStream) -> i32 {
     sys::default_action(Signal::SIGCHLD);
+    // Without the zygote nobody is told of this monitor, and another is made in its place.
+    let _ = prctl::set_pdeathsig(Some(Signal::SIGKILL));
     match prepare(spawn) {
         Ok((listener, init)) => {
+            let _ = prctl::set_pdeathsig(None);
             let told = frame::send(&answer, &Spawned { error: String::new() }, &[]);
             drop(answer);
             if told.is_err() {
@@ -91,5 +97,6 @@ fn prepare(spawn: &SpawnMonitor) -> Result<(UnixListener, Option<i32>), String> 
     let _ = fs::remove_file(&spawn.socket);
     let listener = UnixListener::bind(&spawn.socket)
         .map_err(|e| format!("binding {}: {e}", spawn.socket.display()))?;
+    point("monitor: listens");
     Ok((listener, init))
 }

@@ -144,6 +144,7 @@ impl Bridge {
                 other => break other?,
             }
         };
+        crate::crash::point("network: addresses reserved");
         let addresses: Vec<_> = record.ips.iter().copied().zip(gateways).collect();
         let connected = self.connect(bridge, sandbox, &addresses, &record).await;
         if let Err(error) = connected {
@@ -152,6 +153,7 @@ impl Bridge {
             }
             return Err(error);
         }
+        crate::crash::point("network: connected");
         record.ready = true;
         let given = self.given(&record);
         self.shared.put(record)?;
@@ -281,6 +283,7 @@ impl Bridge {
         }
         self.close_ports(record)?;
         self.forget_flows(record, stale_after);
+        crate::crash::point("network: ports closed");
         let mut closed = record.clone();
         if let Kind::Bridge { ports, .. } = &mut closed.kind {
             ports.clear();
@@ -296,14 +299,15 @@ impl Bridge {
             let ifb = bandwidth.egress.map(|_| ifb_name(veth));
             let links = ifb.iter().chain([veth]).map(|link| self.links.remove(link));
             futures::future::try_join_all(links).await?;
+            crate::crash::point("network: link removed");
         }
         let forgotten = self.shared.forget(&record.id);
         self.freed.notify_waiters();
         forgotten
     }
 
-    /// Removes links that belong to no record, and writes the rules anew.
-    pub(crate) async fn collect(&self) -> Result<(), NetworkError> {
+    /// Removes links that belong to no record and to no sandbox in `keep`, and writes the rules anew.
+    pub(crate) async fn collect(&self, keep: &BTreeSet<&str>) -> Result<(), NetworkError> {
         let wanted: BTreeSet<String> = self
             .shared
             .known()
@@ -314,8 +318,11 @@ impl Bridge {
             })
             .flatten()
             .collect();
-        let left: Vec<_> =
-            self.links.own().await?.into_iter().filter(|link| !wanted.contains(link)).collect();
+        // A sandbox that runs keeps its link also when its record was lost.
+        let kept: BTreeSet<String> =
+            keep.iter().flat_map(|id| [veth_name(id), ifb_name(&veth_name(id))]).collect();
+        let unknown = |link: &String| !wanted.contains(link) && !kept.contains(link);
+        let left: Vec<_> = self.links.own().await?.into_iter().filter(unknown).collect();
         for link in &left {
             tracing::info!(link, "removing a link that belongs to no sandbox");
         }

@@ -267,7 +267,7 @@ impl Network for NodeNetwork {
         let done: Vec<_> =
             futures::stream::iter(teardowns).buffer_unordered(AT_ONCE).collect().await;
         let mut failures: Vec<_> = done.into_iter().filter_map(Result::err).collect();
-        failures.extend(inner.bridge.collect().await.err());
+        failures.extend(inner.bridge.collect(&keep).await.err());
         if failures.is_empty() { Ok(()) } else { Err(NetworkError::Several(failures)) }
     }
 }

@@ -113,6 +113,7 @@ impl SnapshotStore {
             _ => Ok(()),
         };
         make(&folder)?;
+        crate::crash::point("snapshot: folder made");
         for name in ["upper", "work", "merged"] {
             make(&folder.join(name))?;
         }
@@ -143,11 +144,13 @@ impl SnapshotStore {
     pub fn remove(&self, container: &str) -> Result<(), SnapshotError> {
         let folder = self.folder(container)?;
         unmount(&folder.join("merged"))?;
+        crate::crash::point("snapshot: removal begun");
         // The record goes last, so that an interrupted removal is found again by its name.
         for name in ["upper", "work", "merged", RECORD] {
             let path = folder.join(name);
             remove_tree(&path).map_err(SnapshotError::io("remove", &path))?;
         }
+        crate::crash::point("snapshot: emptied");
         remove_tree(&folder).map_err(SnapshotError::io("remove", &folder))
     }
 

@@ -2,7 +2,9 @@
 //! immutable record; starts and exits are recorded beside it by the monitor.
 //!
 //! Records are versioned JSON; the CRI config inside is the protocol's own encoding, which every
-//! version of the schema can read.
+//! version of the schema can read. Fields are only ever added, with a default; a version that an
+//! older shim must not touch gets a new number. A malformed record is set aside as `<name>.bad`,
+//! and stays known as unreadable; one of a newer version stays as it is.
 
 use std::fs;
 use std::io;
@@ -14,6 +16,7 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 
 use crate::api;
+use crate::crash::point;
 use crate::monitor::record;
 
 pub mod durability;
@@ -23,6 +26,29 @@ const VERSION: u32 = 1;
 
 const SANDBOX: &str = "sandbox.json";
 const CONTAINER: &str = "container.json";
+
+/// What is in the directory of a sandbox or container.
+pub enum Found<R, C> {
+    Record(Box<R>, C),
+    /// None was written yet, or it has been removed: the rest is a leftover.
+    Nothing,
+    Unreadable(RecordError),
+}
+
+/// Why a record cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    #[error("reading the record {path} failed: {source}")]
+    Io { path: PathBuf, source: io::Error },
+    /// Found by an earlier start.
+    #[error("the record {path} was malformed and set aside")]
+    SetAside { path: PathBuf },
+    #[error(
+        "the record {path} is of version {version}, this program knows {VERSION}; run the newer \
+         version again, or remove its pods first"
+    )]
+    Newer { path: PathBuf, version: u32 },
+}
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -164,8 +190,8 @@ impl SandboxRecord {
         record::write(directory, SANDBOX, self)
     }
 
-    pub fn read(directory: &Path) -> io::Result<Option<Self>> {
-        record::read(directory, SANDBOX)
+    pub fn find(directory: &Path) -> Found<Self, api::PodSandboxConfig> {
+        find(directory, SANDBOX, Self::config)
     }
 }
 
@@ -198,8 +224,55 @@ impl ContainerRecord {
         record::write(directory, CONTAINER, self)
     }
 
-    pub fn read(directory: &Path) -> io::Result<Option<Self>> {
-        record::read(directory, CONTAINER)
+    pub fn find(directory: &Path) -> Found<Self, api::ContainerConfig> {
+        find(directory, CONTAINER, Self::config)
+    }
+}
+
+fn find<R: serde::de::DeserializeOwned, C>(
+    directory: &Path,
+    name: &str,
+    config: impl FnOnce(&R) -> io::Result<C>,
+) -> Found<R, C> {
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let path = directory.join(name);
+    let io = |source| Found::Unreadable(RecordError::Io { path: path.clone(), source });
+    // The version first: what a newer one says of the rest is its own affair.
+    match fs::read(&path).map(|bytes| serde_json::from_slice::<Version>(&bytes)) {
+        Ok(Ok(Version { version })) if version > VERSION => {
+            return Found::Unreadable(RecordError::Newer { path, version });
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let bad = directory.join(format!("{name}.bad"));
+            return if bad.exists() {
+                Found::Unreadable(RecordError::SetAside { path: bad })
+            } else {
+                Found::Nothing
+            };
+        }
+        _ => {}
+    }
+    match record::read::<R>(directory, name) {
+        Ok(Some(record)) => match config(&record) {
+            Ok(config) => Found::Record(Box::new(record), config),
+            Err(error) => io(record::set_aside(directory, name, &error)),
+        },
+        Ok(None) => Found::Nothing,
+        Err(error) => io(error),
+    }
+}
+
+/// Keeps a record that nobody can read for whoever wants to know, before its directory goes.
+pub fn keep_unreadable(layout: &Layout, directory: &Path, id: &str) {
+    let kept = layout.state.join("unreadable");
+    let _ = fs::create_dir_all(&kept);
+    for name in [SANDBOX, CONTAINER] {
+        for name in [name.to_owned(), format!("{name}.bad")] {
+            let _ = fs::rename(directory.join(&name), kept.join(format!("{id}-{name}")));
+        }
     }
 }
 
@@ -215,6 +288,7 @@ pub fn remove_directory(directory: &Path) -> io::Result<()> {
     for name in [SANDBOX, CONTAINER] {
         ignore_absent(fs::remove_file(directory.join(name)))?;
     }
+    point("state: record removed");
     ignore_absent(fs::remove_dir_all(directory))
 }
 

@@ -26,28 +26,40 @@ pub struct Node {
     name: String,
     pub server: Child,
     pub runtime: RuntimeServiceClient<Channel>,
-    /// Keeps the mount namespace over restarts of the server.
-    namespace: Child,
+    /// Keeps the namespaces over restarts of the server.
+    pub namespace: Child,
+    /// The server's program.
+    pub program: PathBuf,
+    pub setup: Setup,
+}
+
+/// How a node differs from the others.
+#[derive(Default)]
+pub struct Setup {
+    /// A network namespace of its own, in which pods get their networks.
+    pub own_network: bool,
+    /// What the next server finds in its environment, but not the one after it.
+    pub environment: Vec<(String, String)>,
+    /// The size and number of log files, when the monitors are to rotate them.
+    pub rotation: Option<(u32, u32)>,
 }
 
 impl Node {
     pub async fn start() -> anyhow::Result<Node> {
-        Self::start_in(&["--mount"]).await
+        Node::start_with(Setup::default()).await
     }
 
     /// A node with a network of its own, where pods can have theirs. From now on the calling thread
     /// is in it too.
     pub async fn start_networked() -> anyhow::Result<Node> {
-        let node = Self::start_in(&["--mount", "--net"]).await?;
+        let setup = Setup { own_network: true, ..Setup::default() };
+        let node = Self::start_with(setup).await?;
         let network = fs::File::open(format!("/proc/{}/ns/net", node.namespace.id()))?;
         nix::sched::setns(network, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        // For the streaming server, which is on it.
-        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status()?;
-        anyhow::ensure!(up.success(), "no loopback");
         Ok(node)
     }
 
-    async fn start_in(namespaces: &[&str]) -> anyhow::Result<Node> {
+    pub async fn start_with(setup: Setup) -> anyhow::Result<Node> {
         let root = tempfile::Builder::new().prefix("ls").tempdir_in("/tmp")?;
         // As a node's directories are: what is in them is closed, they can be passed.
         fs::set_permissions(root.path(), fs::Permissions::from_mode(0o711))?;
@@ -55,28 +67,69 @@ impl Node {
         let archive = root.path().join("busybox.tar");
         write_image(&archive)?;
         store.import(ImportSource::File(archive)).await?;
-        let namespace = Command::new("unshare")
-            .args(namespaces)
-            .args(["--propagation", "private", "sh", "-c", "echo; exec sleep 1000"])
+        let script = if setup.own_network {
+            "ip link set lo up; echo; exec sleep 1000"
+        } else {
+            "echo; exec sleep 1000"
+        };
+        let mut namespace = Command::new("unshare")
+            .args(["--mount", "--propagation", "private"])
+            .args(setup.own_network.then_some("--net"))
+            .args(["sh", "-c", script])
             .stdout(Stdio::piped())
             .spawn()?;
-        let mut namespace = namespace;
         if let Some(stdout) = namespace.stdout.as_mut() {
             std::io::Read::read_exact(stdout, &mut [0u8; 1])?;
         }
-        let server = serve(root.path(), &namespace)?;
-        let runtime = RuntimeServiceClient::new(connect(root.path()).await?);
+        // For figures: a program that was built otherwise.
+        let program = std::env::var_os("LONGSHORE_CRI")
+            .map_or_else(|| env!("CARGO_BIN_EXE_longshore-cri").into(), PathBuf::from);
+        let mut setup = setup;
+        let server = serve(&program, root.path(), &namespace, &setup)?;
+        setup.environment.clear();
         let name = root.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Node { root, name, server, runtime, namespace })
+        // Nobody listens yet; `connected` waits for that.
+        let runtime = RuntimeServiceClient::new(lazily(root.path()));
+        let mut node = Node { root, name, server, runtime, namespace, program, setup };
+        node.connected().await?;
+        Ok(node)
     }
 
     /// Kills the server without warning and starts another.
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.server.kill()?;
         self.server.wait()?;
-        self.server = serve(self.root.path(), &self.namespace)?;
-        self.runtime = RuntimeServiceClient::new(connect(self.root.path()).await?);
-        Ok(())
+        self.serve_again().await
+    }
+
+    /// Starts a server in the place of one that has ended.
+    pub async fn serve_again(&mut self) -> anyhow::Result<()> {
+        self.server = serve(&self.program, self.root.path(), &self.namespace, &self.setup)?;
+        self.setup.environment.clear();
+        self.connected().await
+    }
+
+    /// Waits until the server answers; starts another in the place of one that ends before.
+    async fn connected(&mut self) -> anyhow::Result<()> {
+        for _ in 0..3 {
+            let server = &mut self.server;
+            let gone = async {
+                while matches!(server.try_wait(), Ok(None)) {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            let connected = tokio::select! {
+                connected = connect(self.root.path()) => Some(connected?),
+                () = gone => None,
+            };
+            if let Some(channel) = connected {
+                self.runtime =
+                    RuntimeServiceClient::new(channel).max_decoding_message_size(64 << 20);
+                return Ok(());
+            }
+            self.server = serve(&self.program, self.root.path(), &self.namespace, &self.setup)?;
+        }
+        anyhow::bail!("the server ends before it answers")
     }
 
     pub fn cgroup(&self) -> String {
@@ -138,6 +191,53 @@ impl Node {
         };
         let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
         Ok((id, config))
+    }
+
+    /// A sandbox with a network of its own.
+    pub async fn networked(&mut self, name: &str) -> anyhow::Result<(String, PodSandboxConfig)> {
+        let options =
+            NamespaceOption { pid: NamespaceMode::Container as i32, ..Default::default() };
+        let config = PodSandboxConfig {
+            metadata: Some(PodSandboxMetadata {
+                name: name.into(),
+                namespace: "default".into(),
+                uid: name.into(),
+                attempt: 0,
+            }),
+            hostname: name.into(),
+            log_directory: self.root.path().join("logs").display().to_string(),
+            linux: Some(LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup(),
+                security_context: Some(LinuxSandboxSecurityContext {
+                    namespace_options: Some(options),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
+        let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        Ok((id, config))
+    }
+
+    /// Kills all monitors.
+    pub fn end_monitors(&self) {
+        for entry in fs::read_dir(self.root.path().join("run/m")).into_iter().flatten().flatten() {
+            end_monitor(&entry.path());
+        }
+    }
+
+    /// Takes away what a reboot takes: everything below the run directory.
+    pub fn forget_run_directory(&self) -> anyhow::Result<()> {
+        let script = "for m in $(cut -d' ' -f5 /proc/self/mountinfo | grep \"^$0/\" | sort -r); \
+                      do umount -l $m; done; rm -rf $0";
+        let status = Command::new("nsenter")
+            .args(["--target", &self.namespace.id().to_string(), "--mount", "sh", "-ec", script])
+            .arg(self.root.path().join("run"))
+            .status()?;
+        anyhow::ensure!(status.success(), "taking the run directory away: {status}");
+        Ok(())
     }
 
     pub async fn create(
@@ -258,9 +358,7 @@ impl Drop for Node {
         let _ = self.server.wait();
         let _ = self.namespace.kill();
         let _ = self.namespace.wait();
-        for entry in fs::read_dir(self.root.path().join("run/m")).into_iter().flatten().flatten() {
-            end_monitor(&entry.path());
-        }
+        self.end_monitors();
         for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let procs = hierarchy.path().join(&self.name);
             kill_and_remove(&procs);
@@ -318,32 +416,40 @@ fn kill_and_remove(cgroup: &Path) {
     }
 }
 
-fn serve(root: &Path, namespace: &Child) -> anyhow::Result<Child> {
+fn serve(program: &Path, root: &Path, namespace: &Child, setup: &Setup) -> anyhow::Result<Child> {
     let pid = namespace.id().to_string();
+    let rotation = setup.rotation.map(|(size, files)| [size.to_string(), files.to_string()]);
     Ok(Command::new("nsenter")
-        .args(["--target", &pid, "--mount", "--net", "--", env!("CARGO_BIN_EXE_longshore-cri")])
+        .args(["--target", &pid, "--mount"])
+        .args(setup.own_network.then_some("--net"))
+        .arg("--")
+        .arg(program)
         .args([root.join("state"), root.join("run")])
+        .args(rotation.iter().flatten())
+        .envs(setup.environment.iter().map(|(name, value)| (name, value)))
         .spawn()?)
 }
 
-async fn connect(root: &Path) -> anyhow::Result<Channel> {
+/// A channel that connects when it is used.
+fn lazily(root: &Path) -> Channel {
     let socket = root.join("run/cri.sock");
-    let deadline = Instant::now() + Duration::from_secs(30);
-    loop {
+    let connector = tower::service_fn(move |_: Uri| {
         let path = socket.clone();
-        let connector = tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move {
-                let stream = tokio::net::UnixStream::connect(path).await?;
-                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
-            }
-        });
-        let endpoint = Endpoint::from_static("http://cri.local");
-        if let Ok(channel) = endpoint.connect_with_connector(connector).await {
-            let mut images = ImageServiceClient::new(channel.clone());
-            if images.list_images(ListImagesRequest::default()).await.is_ok() {
-                return Ok(channel);
-            }
+        async move {
+            let stream = tokio::net::UnixStream::connect(path).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
+        }
+    });
+    Endpoint::from_static("http://cri.local").connect_with_connector_lazy(connector)
+}
+
+async fn connect(root: &Path) -> anyhow::Result<Channel> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let channel = lazily(root);
+        let mut images = ImageServiceClient::new(channel.clone());
+        if images.list_images(ListImagesRequest::default()).await.is_ok() {
+            return Ok(channel);
         }
         anyhow::ensure!(Instant::now() < deadline, "the server does not answer");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -373,6 +479,7 @@ fn write_image(path: &Path) -> anyhow::Result<()> {
         "wc",
         "head",
         "tr",
+        "setsid",
     ] {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(tar::EntryType::Symlink);

@@ -25,6 +25,7 @@ use super::launch::{Progress, Stdio};
 use super::protocol::StartContainer;
 use super::{process, sys};
 use crate::cgroup::{Hierarchies, create};
+use crate::crash::point;
 use crate::mount::Detached;
 use crate::spec::user::Identity;
 
@@ -73,6 +74,7 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
     let none = LinuxResources::default();
     let resources = linux.and_then(|l| l.resources().as_ref()).unwrap_or(&none);
     create::create(&cgroups, &start.cgroup, resources).map_err(|e| e.to_string())?;
+    point("maker: cgroups made");
 
     let (mut ours, theirs) =
         UnixStream::pair().map_err(|e| format!("making the socket to the container: {e}"))?;
@@ -89,6 +91,7 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
         init::run(start, &mut spec, stdio, made, theirs);
     };
     drop((theirs, stdio, made));
+    point("maker: process made");
     if !cgroups.v2 {
         for directory in cgroups.directories(&start.cgroup) {
             match fs::write(directory.join("cgroup.procs"), pid.as_raw().to_string()) {
@@ -119,6 +122,7 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
     frame::send(progress, &Progress::Created { pid: pid.as_raw(), user }, &fds)
         .map_err(|e| format!("reporting to the monitor: {e}"))?;
     drop(terminal);
+    point("maker: process reported");
     go_on(&mut ours)?;
     // The program's start closes the socket; what keeps it from starting is said over it.
     match frame::receive::<Told>(&ours).map_err(|e| format!("waiting for the program: {e}"))? {
@@ -126,6 +130,7 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
         Some(Told::Failed { message }) => return Err(message),
         Some(other) => return Err(format!("the container's process said {other:?} out of turn")),
     }
+    point("maker: program runs");
     frame::send(progress, &Progress::Running, &[]).map_err(|e| format!("reporting: {e}"))?;
     // Too late to fail the start; upstream's runtimes warn.
     let _ = hooks::run(hooks.poststart().as_deref().unwrap_or_default(), &state("running"));

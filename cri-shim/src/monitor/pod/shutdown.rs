@@ -19,13 +19,23 @@ impl Pod {
             return;
         }
         self.deadline = Some(Instant::now() + GRACE);
-        for at in 0..self.launches.len() {
-            if !self.launches[at].done {
-                self.advance(at, Progress::Failed { message: "the machine shuts down".to_owned() });
-            }
-        }
+        self.abandon_launches("the machine shuts down");
         for container in &self.containers {
             send_signal(container.pid, Signal::SIGTERM as i32);
+        }
+    }
+
+    /// Ends everything now, and the monitor with it.
+    pub(super) fn end_all(&mut self) {
+        self.deadline = Some(Instant::now());
+        self.abandon_launches("the pod is ended");
+    }
+
+    fn abandon_launches(&mut self, why: &str) {
+        for at in 0..self.launches.len() {
+            if !self.launches[at].done {
+                self.advance(at, Progress::Failed { message: why.to_owned() });
+            }
         }
     }
 
