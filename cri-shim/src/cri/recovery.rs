@@ -102,7 +102,11 @@ impl Shim {
     }
 
     /// A sandbox whose record cannot be read: whether it has to be left alone.
-    async fn leave_sandbox(self: &Arc<Self>, id: &str, error: &dyn std::fmt::Display) -> bool {
+    async fn leave_sandbox(
+        self: &Arc<Self>,
+        id: &str,
+        error: &(dyn std::fmt::Display + Sync),
+    ) -> bool {
         let Some(greeting) = greet(&MonitorClient::new(self.layout.monitor(id))).await else {
             tracing::error!(sandbox = id, %error, "nothing of it runs any more; it is taken away");
             keep_unreadable(&self.layout, &self.layout.sandbox(id), id);
@@ -161,7 +165,11 @@ impl Shim {
     }
 
     /// A container whose record cannot be read: whether it has to be left alone.
-    async fn leave_container(self: &Arc<Self>, id: &str, error: &dyn std::fmt::Display) -> bool {
+    async fn leave_container(
+        self: &Arc<Self>,
+        id: &str,
+        error: &(dyn std::fmt::Display + Sync),
+    ) -> bool {
         let runs = bundle_cgroup(&self.layout.bundle(id))
             .is_some_and(|cgroup| !self.cgroups.processes(Path::new(&cgroup)).is_empty());
         if runs {
