@@ -18,6 +18,7 @@ pub mod node_context;
 pub mod objects;
 pub mod pod;
 pub mod probe;
+pub mod proxy_api;
 pub mod report;
 pub mod reset;
 pub mod runtime;

@@ -1,17 +1,69 @@
-//! `longshore explain`: explains a field or a reason.
+//! `longshore explain`: explains what happens to packets of a Service, a field or a reason.
 
-use clap::Args;
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
-use super::{Output, unimplemented};
+use clap::{Args, Subcommand};
+
+use super::{Output, UsageError, socket, unimplemented};
+use crate::proxy_api::{self, ExplainQuery};
 
 /// Arguments of `longshore explain`.
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
-    /// What to explain.
-    pub topic: String,
+    #[command(subcommand)]
+    topic: Topic,
+}
+
+#[derive(Debug, Subcommand)]
+enum Topic {
+    /// Which rule and which endpoints packets of a Service take, and why an endpoint is not used
+    Service(ServiceArgs),
+    /// A field or a reason
+    #[command(external_subcommand)]
+    Other(Vec<String>),
+}
+
+#[derive(Debug, Args)]
+struct ServiceArgs {
+    /// The Service; without a namespace, in `default`
+    #[arg(value_name = "NAMESPACE/NAME")]
+    service: String,
+    /// Only for this client
+    #[arg(long, value_name = "IP")]
+    from: Option<IpAddr>,
+    /// Only for this destination: a cluster, external or load-balancer IP, or a NodePort of the node
+    #[arg(long, value_name = "IP:PORT")]
+    to: Option<SocketAddr>,
+    /// The node's run directory
+    #[arg(long, value_name = "DIR", default_value = "/run/longshore")]
+    run_dir: PathBuf,
 }
 
 /// Runs `longshore explain`.
-pub(super) fn run(_args: ExplainArgs, _output: Output) -> anyhow::Result<()> {
-    Err(unimplemented("explain"))
+pub(super) fn run(args: ExplainArgs, output: Output) -> anyhow::Result<()> {
+    match args.topic {
+        Topic::Service(args) => service(args, output),
+        Topic::Other(topic) => Err(unimplemented(&format!("explain {}", topic.join(" ")))),
+    }
+}
+
+fn service(args: ServiceArgs, output: Output) -> anyhow::Result<()> {
+    let (namespace, name) = args.service.split_once('/').unwrap_or(("default", &args.service));
+    if namespace.is_empty() || name.is_empty() || name.contains('/') {
+        let text = format!("{:?} is not NAMESPACE/NAME of a Service", args.service);
+        return Err(UsageError(text).into());
+    }
+    let query = ExplainQuery {
+        namespace: namespace.to_owned(),
+        name: name.to_owned(),
+        from: args.from,
+        to: args.to,
+        json: output == Output::Json,
+    };
+    let query = serde_json::to_vec(&query)?;
+    let text = socket::post(&proxy_api::path(&args.run_dir), "/explain", query)?;
+    writeln!(std::io::stdout().lock(), "{}", text.trim_end())?;
+    Ok(())
 }

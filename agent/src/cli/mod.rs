@@ -16,9 +16,11 @@ mod explain;
 mod flags;
 mod image;
 mod join;
+mod proxy;
 mod pull_progress;
 mod reset;
 mod run;
+mod socket;
 mod status;
 mod version;
 
@@ -63,8 +65,10 @@ enum Command {
     Image(image::ImageArgs),
     /// Check what this machine lacks to be a node
     Doctor(doctor::DoctorArgs),
-    /// Explain a configuration field or a reason seen in Events and statuses
+    /// Explain what happens to packets of a Service, a configuration field or a reason
     Explain(explain::ExplainArgs),
+    /// Show the rules of Services, or take them away
+    Proxy(proxy::ProxyArgs),
     /// Print the version
     Version(version::VersionArgs),
     /// Print a completion script for a shell
@@ -102,6 +106,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Image(args) => image::run(args, cli.output),
         Command::Doctor(args) => doctor::run(args, cli.output),
         Command::Explain(args) => explain::run(args, cli.output),
+        Command::Proxy(args) => proxy::run(args, cli.output),
         Command::Version(args) => version::run(args, cli.output),
         Command::Completion(args) => completion::run(args),
     };
@@ -146,6 +151,12 @@ mod tests {
             ("longshore run --healthz-port pineapple", ExitCode::from(64)),
             ("longshore run --only kitchen", ExitCode::from(64)),
             ("longshore completion bash", ExitCode::SUCCESS),
+            ("longshore explain service a/b/c", ExitCode::from(64)),
+            ("longshore explain service --from pineapple x", ExitCode::from(64)),
+            ("longshore explain service x --run-dir /nowhere", ExitCode::FAILURE),
+            ("longshore proxy", ExitCode::from(64)),
+            ("longshore proxy ruleset --diff --dry-run x", ExitCode::from(64)),
+            ("longshore proxy ruleset --run-dir /nowhere", ExitCode::FAILURE),
         ] {
             assert_eq!(format!("{:?}", exit(line)), format!("{code:?}"), "{line}");
         }

@@ -23,6 +23,7 @@ use crate::node_api::{ClusterReviews, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::pod::SyncLoop;
+use crate::proxy_api;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
 use crate::runtime::cri::CriRuntime;
@@ -145,7 +146,7 @@ impl Parts {
         }
         self.node_api(&watched).await?;
         if agent {
-            let socket = health::bind_status(&self.config.run_dir)?;
+            let socket = health::bind_socket(&self.config.run_dir, health::STATUS_SOCKET)?;
             let serving = health::serve_status(socket, watched.clone(), self.shutdown.clone());
             self.spawn("the status socket", serving);
         }
@@ -174,6 +175,10 @@ impl Parts {
         if self.config.parts.proxy {
             let proxy = Proxy::new(self.config.proxy.clone());
             self.watched.proxy = Some(proxy.status());
+            let socket = health::bind_socket(&self.config.run_dir, proxy_api::PROXY_SOCKET)?;
+            let (asker, name) = (proxy.asker(), self.config.node_name.clone());
+            let answering = proxy_api::serve(socket, asker, name, self.shutdown.clone());
+            self.spawn("the proxy's socket", answering);
             let (changes, shutdown) = (world.proxy, self.shutdown.clone());
             self.spawn("the proxy", async move { Ok(proxy.run(changes, shutdown).await?) });
         } else {

@@ -50,9 +50,9 @@ async fn healthz(State(watched): State<Arc<Watched>>) -> (StatusCode, String) {
     }
 }
 
-/// Makes the status socket, for root only.
-pub fn bind_status(run_dir: &Path) -> anyhow::Result<UnixListener> {
-    let path = run_dir.join(STATUS_SOCKET);
+/// Makes a socket in the run directory, for root only.
+pub fn bind_socket(run_dir: &Path, name: &str) -> anyhow::Result<UnixListener> {
+    let path = run_dir.join(name);
     // What an earlier run left; the lock says that it is gone.
     let _ = fs::remove_file(&path);
     let listener =

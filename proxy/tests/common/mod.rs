@@ -196,13 +196,14 @@ pub fn ask_datagram(socket: &UdpSocket, to: SocketAddr) -> Result<String, String
     Ok(String::from_utf8_lossy(&buffer[..len]).into_owned())
 }
 
-/// Tries until it holds, for 10 seconds.
+/// Tries until it holds, for 20 seconds.
 pub fn eventually<T: std::fmt::Debug>(
     what: &str,
     mut look: impl FnMut() -> T,
     holds: impl Fn(&T) -> bool,
 ) -> T {
-    let end = Instant::now() + Duration::from_secs(10);
+    // Longer than any wait within the proxy but that for the periodic look.
+    let end = Instant::now() + Duration::from_secs(20);
     loop {
         let seen = look();
         if holds(&seen) {
