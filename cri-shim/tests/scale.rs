@@ -267,11 +267,16 @@ async fn many_containers_at_once_are_listed_found_again_and_removed() -> anyhow:
     let (running, took) = list(node.runtime.clone()).await?;
     ensure!(running == total, "{running} of {total} run");
     println!("listed in {took:?}");
-    let monitors: Vec<i64> = processes(&node)
-        .into_iter()
-        .filter(|(_, name)| name == "longshore-pod")
-        .map(|(pid, _)| pss(pid))
-        .collect();
+    let monitors = || -> Vec<i64> {
+        let found = processes(&node).into_iter().filter(|(_, name)| name == "longshore-pod");
+        found.map(|(pid, _)| pss(pid)).collect()
+    };
+    // What made a container is a child of its monitor for a moment more.
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while monitors().len() > pods.len() && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let monitors = monitors();
     ensure!(monitors.len() == pods.len(), "{} monitors", monitors.len());
     let full = count(&node);
     println!(

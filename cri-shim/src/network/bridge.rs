@@ -299,7 +299,6 @@ impl Bridge {
             let ifb = bandwidth.egress.map(|_| ifb_name(veth));
             let links = ifb.iter().chain([veth]).map(|link| self.links.remove(link));
             futures::future::try_join_all(links).await?;
-            crate::crash::point("network: link removed");
         }
         let forgotten = self.shared.forget(&record.id);
         self.freed.notify_waiters();
