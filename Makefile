@@ -46,9 +46,10 @@ deny: ## licences, advisories, duplicate crates
 deb: release ## the Debian package, in dist/
 	systemd/deb/build.sh $(TARGET)/release/longshore dist
 
-bench: release ## the figures of the README, in one table
+bench: release ## the figures of the README, in two tables
 	cargo build --release -p tests
 	$(SUDO) $(TARGET)/release/bench --longshore $(TARGET)/release/longshore
+	$(SUDO) $(TARGET)/release/bench-runtime --longshore $(TARGET)/release/longshore
 
 doc: ## API documentation
 	cargo doc --workspace --no-deps
