@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test ends where something fails")]
 
+#[path = "images/builders.rs"]
+mod builders;
 #[path = "images/fixture.rs"]
 mod fixture;
 #[path = "images/protocol.rs"]

@@ -9,6 +9,8 @@
 mod blob;
 pub mod cli;
 mod error;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod import;
 mod index;
 mod layers;
@@ -21,6 +23,7 @@ mod registry;
 mod steps;
 mod store;
 mod sys;
+pub(crate) use sys::get_xattr;
 mod tar_stream;
 mod unpack;
 mod work;

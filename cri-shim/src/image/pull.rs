@@ -141,7 +141,8 @@ impl ImageStore {
         progress: Arc<[Layer]>,
         at: usize,
     ) -> Result<Unpacked, ImageError> {
-        let (sender, receiver) = mpsc::channel(64);
+        // Chunks are as large as the HTTP library reads at once, up to some 100 kB.
+        let (sender, receiver) = mpsc::channel(16);
         let limits = self.shared.limits();
         let (name, object) = (reference.to_string(), format!("layer {}", layer.digest));
         let counted = Arc::clone(&progress);

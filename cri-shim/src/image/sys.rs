@@ -24,8 +24,7 @@ pub(super) fn set_xattr(file: impl AsFd, name: &[u8], value: &[u8]) -> io::Resul
 }
 
 /// Reads extended attribute `name`, up to 4 KiB.
-#[cfg(test)]
-pub(super) fn get_xattr(file: impl AsFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
+pub(crate) fn get_xattr(file: impl AsFd, name: &std::ffi::CStr) -> io::Result<Vec<u8>> {
     let mut value = vec![0u8; 4096];
     // SAFETY: the name is a C string and the buffer writable for its length.
     let length = unsafe {

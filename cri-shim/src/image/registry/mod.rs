@@ -313,6 +313,22 @@ fn pause(failures: u32, wait: Option<Duration>) -> Duration {
     wait.map_or(own, |wait| wait.max(own))
 }
 
+/// `hosts.toml` and challenges, for `fuzz`.
+#[cfg(fuzzing)]
+pub(super) fn fuzz(text: &str) {
+    for host in hosts::plan("quay.io", std::path::Path::new("/x"), text).unwrap_or_default() {
+        assert!(!host.address.is_empty() && !host.path.contains("//"));
+    }
+    let mut headers = reqwest::header::HeaderMap::new();
+    if let Ok(value) = text.parse() {
+        headers.insert(reqwest::header::WWW_AUTHENTICATE, value);
+        if let Some(auth::Challenge::Bearer(service)) = auth::challenge(&headers) {
+            assert!(!service.realm.is_empty());
+        }
+    }
+    let _ = range_start(text);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
