@@ -48,6 +48,13 @@ pub struct Config {
     pub image_pull_progress_timeout: Duration,
     /// External OCI runtimes that pods may ask for by RuntimeClass: handler and program.
     pub runtime_handlers: BTreeMap<String, PathBuf>,
+    /// OCI specs that containers of a runtime handler start from, by handler; the empty one is the
+    /// default. A handler that is here alone is the built-in runtime with that spec.
+    pub base_specs: BTreeMap<String, PathBuf>,
+    /// CRIU's program, which checkpoints are made with; none where it is not installed.
+    pub criu: Option<PathBuf>,
+    /// Folders with CDI files; devices of later folders replace those of earlier ones.
+    pub cdi_dirs: Vec<PathBuf>,
     /// Where Exec, Attach and PortForward are served.
     pub streaming: StreamConfig,
     /// When the monitors rotate their containers' logs by themselves. Without it logs grow until
@@ -72,6 +79,17 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The runtime handlers that pods may ask for besides the default.
+    pub fn handlers(&self) -> impl Iterator<Item = &str> {
+        let alone = self.base_specs.keys().filter(|h| !self.runtime_handlers.contains_key(*h));
+        self.runtime_handlers.keys().chain(alone).map(String::as_str).filter(|h| !h.is_empty())
+    }
+
+    /// Whether pods may ask for a runtime handler; the empty one is the default.
+    pub fn has_handler(&self, handler: &str) -> bool {
+        handler.is_empty() || self.handlers().any(|known| known == handler)
+    }
+
     /// The default configuration with its state and run directories elsewhere.
     pub fn at(state_dir: PathBuf, run_dir: PathBuf) -> Self {
         Config {
@@ -98,6 +116,9 @@ impl Config {
             pinned_images: Vec::new(),
             image_pull_progress_timeout: Duration::from_secs(300),
             runtime_handlers: installed_runtimes(),
+            criu: installed("criu"),
+            base_specs: BTreeMap::new(),
+            cdi_dirs: vec![PathBuf::from("/etc/cdi"), PathBuf::from("/var/run/cdi")],
             streaming: StreamConfig::default(),
             log_rotation: None,
         }
@@ -106,10 +127,12 @@ impl Config {
 
 /// The OCI runtimes that are handlers wherever they are installed.
 fn installed_runtimes() -> BTreeMap<String, PathBuf> {
-    const DIRECTORIES: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
-    let find = |name: &str| {
-        let mut places = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
-        places.find(|path| path.is_file()).map(|path| (name.to_owned(), path))
-    };
+    let find = |name: &str| Some((name.to_owned(), installed(name)?));
     ["runc", "crun"].into_iter().filter_map(find).collect()
+}
+
+fn installed(name: &str) -> Option<PathBuf> {
+    const DIRECTORIES: [&str; 4] = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin"];
+    let mut places = DIRECTORIES.iter().map(|directory| Path::new(directory).join(name));
+    places.find(|path| path.is_file())
 }

@@ -10,6 +10,7 @@ pub mod api {
     tonic::include_proto!("runtime.v1");
 }
 
+pub mod cdi;
 pub mod cgroup;
 pub mod client;
 pub mod config;

@@ -195,6 +195,24 @@ fn private_mount(path: &Path) -> io::Result<()> {
     fs::create_dir_all(path.join("shm"))
 }
 
+/// Those that every cgroup2 mount of the node's cgroup namespace sets for all of them.
+fn cgroup_v2_options() -> Vec<String> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let here = |line: &&str| line.split(' ').nth(1) == Some(ROOT);
+    let options = mounts.lines().rfind(here).and_then(|line| line.split(' ').nth(3));
+    let kept = |option: &&str| ["nsdelegate", "memory_recursiveprot"].contains(option);
+    options.unwrap_or_default().split(',').filter(kept).map(str::to_owned).collect()
+}
+
+/// The kernel's version, as far as it says what there is.
+fn kernel() -> (u32, u32) {
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let mut parts = release.split(['.', '-']).map_while(|part| part.parse().ok());
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}
+
 fn look_at_host(cgroups: &Hierarchies) -> Host {
     let memory = cgroups.controller("memory", Path::new("/"));
     let swap_accounting = if cgroups.v2 {
@@ -220,10 +238,13 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
         .unwrap_or(0);
     let max_open_files = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(_, hard)| hard);
     Host {
+        cgroup_v2_options: if cgroups.v2 { cgroup_v2_options() } else { Vec::new() },
+        recursive_read_only: kernel() >= (5, 12),
         cgroup_v2: cgroups.v2,
         cgroup_v1: cgroups.v1_controllers(),
         swap_accounting,
         hugetlb,
+        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         apparmor,
         capabilities,
         max_open_files,

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use client::{Dialect, Session};
 use cri_shim::api::*;
-use node::Node;
+use node::{Entry, Node};
 
 /// The ids of a pod.
 fn ids(first: u32) -> Vec<IdMapping> {
@@ -242,6 +242,44 @@ async fn terminals_and_forwarded_ports_reach_the_namespace() -> anyhow::Result<(
     node.exited(&id).await?;
     assert!(node.log("a").contains(" stdout F /dev/pts/0"), "{}", node.log("a"));
     remove(&mut node, &pod.0).await?;
+    nothing_left(&node);
+    Ok(())
+}
+
+#[tokio::test]
+async fn files_of_image_volumes_belong_to_whom_they_belong_in_the_image() -> anyhow::Result<()> {
+    let mut node = Node::start_networked().await?;
+    let one = vec![Entry::File("data/file", "lower")];
+    node.add_image("localhost/one:1", &[one.clone()]).await?;
+    node.add_image("localhost/two:1", &[one, vec![Entry::File("data/more", "upper")]]).await?;
+    for (at, handler) in ["", "runc"].into_iter().enumerate() {
+        let first = 65_536 * (at as u32 + 1);
+        let name = format!("pod{handler}");
+        let pod = node.sandbox_of(&name, userns(first), handler, |_| {}).await?;
+        let image = |name: &str, path: &str, sub_path: &str| Mount {
+            container_path: path.into(),
+            readonly: true,
+            image: Some(ImageSpec { image: name.into(), ..Default::default() }),
+            image_sub_path: sub_path.into(),
+            // As the kubelet sends them with every mount of such a pod.
+            uid_mappings: ids(first),
+            gid_mappings: ids(first),
+            ..Default::default()
+        };
+        let mounts = vec![
+            image("localhost/one:1", "/one", ""),
+            image("localhost/two:1", "/two", ""),
+            image("localhost/two:1", "/part", "data"),
+        ];
+        let id = node.create_with(&pod, "a", "sleep 1000", |c| c.mounts = mounts).await?;
+        node.runtime.start_container(StartContainerRequest { container_id: id.clone() }).await?;
+        let script = "cat /one/data/file /two/data/more /part/file; \
+            busybox stat -c ' %u:%g' /one/data/file /two/data/more /part/more | tr -d '\\n'";
+        let expected = "lowerupperlower 0:0 0:0 0:0";
+        assert_eq!(said(&mut node, &id, script).await?, expected, "{handler:?}");
+        assert!(said(&mut node, &id, "busybox touch /two/x 2>&1").await.is_err());
+        remove(&mut node, &pod.0).await?;
+    }
     nothing_left(&node);
     Ok(())
 }

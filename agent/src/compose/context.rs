@@ -125,6 +125,13 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
     let mut cni_bin_dirs = vec![config.cni_bin_dir.clone()];
     cni_bin_dirs
         .extend(defaults.cni_bin_dirs.iter().filter(|d| **d != config.cni_bin_dir).cloned());
+    let mut runtime_handlers = defaults.runtime_handlers;
+    runtime_handlers.extend(
+        config
+            .runtime_handlers
+            .iter()
+            .filter_map(|(name, handler)| Some((name.clone(), handler.path.clone()?))),
+    );
     cri_shim::Config {
         cgroup_driver: match config.cgroup_driver {
             CgroupDriver::Cgroupfs => cri_shim::config::CgroupDriver::Cgroupfs,
@@ -144,6 +151,13 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
             max_size: config.container_log_max_size,
             max_files: config.container_log_max_files,
         }),
+        cdi_dirs: config.cdi_spec_dirs.clone().unwrap_or(defaults.cdi_dirs),
+        runtime_handlers,
+        base_specs: config
+            .runtime_handlers
+            .iter()
+            .filter_map(|(name, handler)| Some((name.clone(), handler.base_spec.clone()?)))
+            .collect(),
         ..defaults
     }
 }

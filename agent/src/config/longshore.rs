@@ -1,5 +1,8 @@
 //! `LongshoreConfiguration` (longshore.io/v1alpha1): what neither kubelet nor kube-proxy has.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use serde::Deserialize;
 
 use super::documents::{Fields, Treatment};
@@ -20,6 +23,12 @@ pub struct LongshoreConfiguration {
     pub cni_conf_dir: Option<String>,
     /// Folder of CNI plugins.
     pub cni_bin_dir: Option<String>,
+    /// Folders with CDI files; devices of later folders replace those of earlier ones.
+    pub cdi_spec_dirs: Option<Vec<String>>,
+    /// Runtime handlers of the built-in CRI runtime, besides runc and crun where they are installed;
+    /// the empty name is the default one.
+    #[serde(default)]
+    pub runtime_handlers: BTreeMap<String, RuntimeHandler>,
     /// Address that the container runtime streams exec, attach and port-forward on.
     pub stream_server_address: Option<String>,
     pub stream_server_port: Option<u16>,
@@ -35,6 +44,16 @@ pub struct LongshoreConfiguration {
     pub service_node_port_range: Option<String>,
 }
 
+/// How the containers of a RuntimeClass handler are made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RuntimeHandler {
+    /// The program of an OCI runtime; the built-in one without.
+    pub path: Option<PathBuf>,
+    /// An OCI spec that its containers start from.
+    pub base_spec: Option<PathBuf>,
+}
+
 use Treatment::Used;
 
 /// All fields of the kind.
@@ -45,6 +64,8 @@ pub(super) const FIELDS: Fields = &[
     ("containerLogsDir", Used),
     ("cniConfDir", Used),
     ("cniBinDir", Used),
+    ("cdiSpecDirs", Used),
+    ("runtimeHandlers", Used),
     ("streamServerAddress", Used),
     ("streamServerPort", Used),
     ("streamTlsCertFile", Used),

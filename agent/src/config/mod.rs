@@ -16,7 +16,7 @@ pub use documents::{Documents, parse};
 pub(crate) use fields::{is_dns1123_label, is_dns1123_subdomain};
 pub use kube_proxy::KubeProxyConfiguration;
 pub use kubelet::KubeletConfiguration;
-pub use longshore::LongshoreConfiguration;
+pub use longshore::{LongshoreConfiguration, RuntimeHandler};
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub use node_api::NodeApiConfig;
 pub use quantity::{Threshold, parse_bytes};

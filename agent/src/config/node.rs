@@ -1,5 +1,6 @@
 //! The node's configuration, resolved: every value decided.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,7 +13,7 @@ use super::fields::{
     parse_port_range, parse_taint, period,
 };
 use super::quantity::{Threshold, parse_bytes};
-use super::{ConfigError, Documents, NodeApiConfig, Note, configz, node_api};
+use super::{ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api};
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part, ProxyModeFlag};
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -123,6 +124,10 @@ pub struct NodeConfig {
     pub system_reserved: Vec<(String, String)>,
     pub kube_reserved: Vec<(String, String)>,
     pub cni_conf_dir: PathBuf,
+    /// Folders with CDI files, where they are not the usual ones.
+    pub cdi_spec_dirs: Option<Vec<PathBuf>>,
+    /// Runtime handlers of the built-in runtime.
+    pub runtime_handlers: BTreeMap<String, RuntimeHandler>,
     pub cni_bin_dir: PathBuf,
     /// Where the built-in shim streams exec, attach and port-forward.
     pub streaming: cri_shim::streaming::StreamConfig,
@@ -490,6 +495,10 @@ pub fn resolve(
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
         pinned_images: flags.pinned_images.clone().or(longshore.pinned_images).unwrap_or_default(),
+        cdi_spec_dirs: longshore
+            .cdi_spec_dirs
+            .map(|dirs| dirs.into_iter().map(PathBuf::from).collect()),
+        runtime_handlers: longshore.runtime_handlers,
         streaming: cri_shim::streaming::StreamConfig {
             address: flags
                 .stream_server_address

@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::deps::Deps;
+use super::image_name::parse_image;
+use super::spec::spec_of;
 use super::status::Verdict;
 use crate::ids::PodUid;
 use crate::report::EventType;
@@ -70,6 +72,19 @@ fn plan_removals(
     gone
 }
 
+/// The images of a pod's volumes, by the names that runtimes list them by.
+fn volume_images(pod: &Pod) -> Vec<String> {
+    let listed = |reference: &str| {
+        let name = parse_image(reference).ok()?;
+        // From the tag or digest on; a colon further ahead is a registry's port.
+        let last = name.full.rfind('/').map_or(0, |at| at + 1);
+        let from = last + name.full[last..].find(['@', ':'])?;
+        Some(format!("{}{}", name.repository, &name.full[from..]))
+    };
+    let volumes = spec_of(pod).volumes.iter().flatten();
+    volumes.filter_map(|v| listed(v.image.as_ref()?.reference.as_deref()?)).collect()
+}
+
 async fn collect_images(deps: Arc<Deps>) {
     let mut seen: HashMap<String, (Timestamp, Timestamp)> = HashMap::new();
     let mut ticks = tokio::time::interval(IMAGE_PERIOD);
@@ -105,12 +120,17 @@ async fn collect_once(
         })
         .flatten()
         .collect();
+    // A container's listing does not say which images are its volumes.
+    let volumes: HashSet<String> =
+        deps.table.pods().iter().flat_map(|view| volume_images(&view.pod)).collect();
     let now = deps.clock.now();
     let mut unused = Vec::new();
     for image in &images {
         let times = seen.entry(image.id.clone()).or_insert((now, now));
         let names = image.repo_tags.iter().chain(&image.repo_digests).chain([&image.id]);
-        if image.pinned || names.into_iter().any(|n| used.contains(n.as_str())) {
+        if image.pinned
+            || names.into_iter().any(|n| used.contains(n.as_str()) || volumes.contains(n))
+        {
             times.1 = now;
             continue;
         }
@@ -222,6 +242,28 @@ async fn rotate_one(deps: &Deps, id: &str, log: &Path) -> Result<(), String> {
 mod tests {
     use super::*;
     use crate::pod::testing::at;
+
+    #[test]
+    fn images_of_volumes_are_known_by_their_whole_names() {
+        let volumes = |references: &[&str]| {
+            let volumes: Vec<_> = references
+                .iter()
+                .map(|r| serde_json::json!({"name": "v", "image": {"reference": r}}))
+                .collect();
+            let pod = serde_json::json!({"spec": {"containers": [], "volumes": volumes}});
+            volume_images(&serde_json::from_value(pod).unwrap())
+        };
+        let digest = format!("quay.io/a/b@sha256:{}", "0".repeat(64));
+        assert_eq!(
+            volumes(&["busybox", "a/b:1", "localhost:5000/c", &digest, "not//a name"]),
+            [
+                "docker.io/library/busybox:latest",
+                "docker.io/a/b:1",
+                "localhost:5000/c:latest",
+                &digest
+            ]
+        );
+    }
 
     #[test]
     fn the_least_recently_used_images_go_first() {

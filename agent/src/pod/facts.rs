@@ -97,6 +97,8 @@ pub struct ReadyImage {
     pub uid: Option<i64>,
     /// User name of the image's configuration; empty where it is numeric or unset.
     pub username: String,
+    /// The images of the volumes it mounts, by what the pod calls them.
+    pub volumes: BTreeMap<String, String>,
 }
 
 /// What a worker knows beside the runtime's answer.

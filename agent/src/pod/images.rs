@@ -1,11 +1,12 @@
 //! Images for containers: is it here, may it be pulled, with whose credentials.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use cri_shim::api;
-use k8s_openapi::api::core::v1::{Container, ObjectReference, Pod};
+use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, ObjectReference, Pod};
 use tokio::sync::{Mutex, Semaphore};
 
 use super::facts::ReadyImage;
@@ -64,8 +65,8 @@ impl Bucket {
 }
 
 /// What the pod says of pulling, or what follows from the tag.
-fn pull_policy<'a>(container: &'a Container, name: &ImageName) -> &'a str {
-    match container.image_pull_policy.as_deref() {
+fn pull_policy<'a>(asked: Option<&'a str>, name: &ImageName) -> &'a str {
+    match asked {
         Some(policy) if !policy.is_empty() => policy,
         _ if name.latest => "Always",
         _ => "IfNotPresent",
@@ -100,7 +101,7 @@ impl Images {
         }
     }
 
-    /// Sees that the image of `container` is on the node.
+    /// Sees that the image of `container` is on the node, and those of the image volumes it mounts.
     pub async fn ensure(
         &self,
         pod: &Pod,
@@ -108,6 +109,25 @@ impl Images {
         regarding: &ObjectReference,
     ) -> Result<ReadyImage, ImageFailure> {
         let image = container.image.as_deref().unwrap_or_default();
+        let policy = container.image_pull_policy.as_deref();
+        let mut ready = ready(self.ensure_one(pod, (image, policy), regarding).await?);
+        for source in volume_images(pod, container) {
+            let reference = source.reference.as_deref().unwrap_or_default();
+            if !ready.volumes.contains_key(reference) {
+                let policy = source.pull_policy.as_deref();
+                let found = self.ensure_one(pod, (reference, policy), regarding).await?;
+                ready.volumes.insert(reference.to_owned(), found.id);
+            }
+        }
+        Ok(ready)
+    }
+
+    async fn ensure_one(
+        &self,
+        pod: &Pod,
+        (image, policy): (&str, Option<&str>),
+        regarding: &ObjectReference,
+    ) -> Result<api::Image, ImageFailure> {
         let event = |kind, reason: &str, message: String| {
             self.events.record(regarding.clone(), kind, reason, message);
         };
@@ -119,7 +139,7 @@ impl Images {
             event(EventType::Warning, "InspectFailed", error.to_string());
             failed("InvalidImageName", error.to_string())
         })?;
-        let policy = pull_policy(container, &name);
+        let policy = pull_policy(policy, &name);
         if policy != "Always" {
             let present = self.runtime.image_status(&name.full).await.map_err(|error| {
                 let message = format!("Failed to inspect image \"{image}\": {error}");
@@ -132,7 +152,7 @@ impl Images {
                         "Container image \"{image}\" already present on machine and can be accessed by the pod"
                     );
                     event(EventType::Normal, "Pulled", message);
-                    return Ok(ready(found));
+                    return Ok(found);
                 }
                 None if policy == "Never" => {
                     let message = format!(
@@ -165,7 +185,7 @@ impl Images {
             found.size
         );
         event(EventType::Normal, "Pulled", message);
-        Ok(ready(found))
+        Ok(found)
     }
 
     async fn pull(
@@ -258,10 +278,22 @@ impl Images {
     }
 }
 
+/// The sources of the image volumes that a container mounts.
+fn volume_images<'a>(
+    pod: &'a Pod,
+    container: &'a Container,
+) -> impl Iterator<Item = &'a ImageVolumeSource> {
+    let mounts = container.volume_mounts.as_deref().unwrap_or_default();
+    let volumes = spec_of(pod).volumes.as_deref().unwrap_or_default();
+    let mounted = move |name: &str| mounts.iter().any(|mount| mount.name == name);
+    volumes.iter().filter(move |v| mounted(&v.name)).filter_map(|v| v.image.as_ref())
+}
+
 fn ready(image: api::Image) -> ReadyImage {
     ReadyImage {
         image_ref: image.id,
         uid: image.uid.map(|uid| uid.value),
         username: image.username,
+        volumes: BTreeMap::new(),
     }
 }

@@ -435,6 +435,11 @@ impl Runtime for FakeRuntime {
             if !state.images.values().any(|i| i.id == image) {
                 return Err(not_found(VERB, &image));
             }
+            for volume in config.mounts.iter().filter_map(|mount| mount.image.as_ref()) {
+                if !state.images.values().any(|i| i.id == volume.image) {
+                    return Err(not_found(VERB, &volume.image));
+                }
+            }
             let twin = state
                 .containers
                 .values()

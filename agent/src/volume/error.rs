@@ -11,7 +11,7 @@ pub enum VolumeError {
     /// The volume names a kind that this node does not provide.
     #[error(
         "unimplemented: volume {volume:?} is of kind {kind}, which this node does not provide; \
-         use emptyDir, hostPath, configMap, secret, downwardAPI or projected"
+         use emptyDir, hostPath, image, configMap, secret, downwardAPI or projected"
     )]
     Unsupported {
         /// Name of the volume in the pod.

@@ -24,6 +24,8 @@ use crate::objects::{ObjectError, ObjectRef, Objects};
 pub(super) enum Wanted {
     /// A directory of the pod.
     EmptyDir(Medium),
+    /// The files of an image, which the runtime mounts.
+    Image,
     /// A path of the host.
     HostPath(HostPathVolumeSource),
     /// Files made from objects.
@@ -70,6 +72,15 @@ impl Gather<'_> {
         }
         if let Some(source) = &volume.host_path {
             return Ok(Wanted::HostPath(source.clone()));
+        }
+        if let Some(source) = &volume.image {
+            return match source.reference.as_deref() {
+                None | Some("") => Err(VolumeError::Invalid {
+                    volume: name.into(),
+                    reason: "image.reference names no image".into(),
+                }),
+                Some(_) => Ok(Wanted::Image),
+            };
         }
         let mut uses = Vec::new();
         if let Some(source) = &volume.config_map {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use cri_shim::api;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod, Volume};
+use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, VolumeMount};
 use tokio::sync::Notify;
 
 use super::gather::{Earlier, Gather, Wanted, fs_group};
@@ -156,7 +156,7 @@ impl NodeVolumes {
         &self,
         pod: &Pod,
         container: &Container,
-        mount: &k8s_openapi::api::core::v1::VolumeMount,
+        mount: &VolumeMount,
     ) -> Result<Option<String>, VolumeError> {
         let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         if let Some(path) = given(&mount.sub_path) {
@@ -232,6 +232,11 @@ impl Volumes for NodeVolumes {
             let volume = volumes_of(pod)
                 .find(|volume| volume.name == mount.name)
                 .ok_or_else(|| invalid("volumeMount names no volume of the pod".into()))?;
+            if let Some(image) = &volume.image {
+                let sub_path = self.sub_path(pod, container, mount).await?;
+                mounts.push(image_mount(mount, image, sub_path));
+                continue;
+            }
             let plugin = plugin_of(volume);
             let path = match (&volume.host_path, plugin) {
                 (Some(host_path), _) => PathBuf::from(&host_path.path),
@@ -261,13 +266,8 @@ impl Volumes for NodeVolumes {
                 "Enabled" if mount.read_only == Some(true) => true,
                 _ => return Err(invalid("recursiveReadOnly needs readOnly: true".into())),
             };
-            let container_path = if mount.mount_path.starts_with('/') {
-                mount.mount_path.clone()
-            } else {
-                format!("/{}", mount.mount_path)
-            };
             mounts.push(api::Mount {
-                container_path,
+                container_path: absolute(&mount.mount_path),
                 host_path: path.to_string_lossy().into_owned(),
                 readonly,
                 propagation: propagation.into(),
@@ -303,6 +303,28 @@ impl Volumes for NodeVolumes {
     }
 }
 
+/// A mount of an image's files. Whoever starts the container puts in which image that is.
+fn image_mount(
+    mount: &VolumeMount,
+    image: &ImageVolumeSource,
+    sub_path: Option<String>,
+) -> api::Mount {
+    api::Mount {
+        container_path: absolute(&mount.mount_path),
+        readonly: true,
+        image: Some(api::ImageSpec {
+            user_specified_image: image.reference.clone().unwrap_or_default(),
+            ..Default::default()
+        }),
+        image_sub_path: sub_path.unwrap_or_default(),
+        ..Default::default()
+    }
+}
+
+fn absolute(path: &str) -> String {
+    if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -319,7 +341,7 @@ fn volumes_of(pod: &Pod) -> impl Iterator<Item = &Volume> {
     pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten())
 }
 
-/// Which directory the volume lies in; `None` for a hostPath and for what is not provided.
+/// Which directory the volume lies in; `None` for a hostPath, an image and for what is not provided.
 fn plugin_of(volume: &Volume) -> Option<Plugin> {
     if volume.config_map.is_some() {
         Some(Plugin::ConfigMap)
@@ -372,6 +394,7 @@ fn apply_all(
                 parent_directory(&path)?;
                 empty_dir::apply(&path, *medium, group)?;
             }
+            Wanted::Image => {}
             Wanted::HostPath(source) => host_path::apply(name, source)?,
             Wanted::Files { plugin, payload, .. } => {
                 let path = layout.volume(uid, *plugin, name);

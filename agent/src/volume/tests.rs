@@ -260,6 +260,43 @@ fn a_changed_config_map_shows_and_tokens_are_renewed() {
 }
 
 #[test]
+fn an_image_is_mounted_by_the_runtime() {
+    in_namespace(|bench| async move {
+        let with = |image: serde_json::Value| {
+            pod(serde_json::json!({
+                "containers": [{
+                    "name": "c",
+                    "env": [{"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
+                    "volumeMounts": [
+                        {"name": "v", "mountPath": "/all"},
+                        {"name": "v", "mountPath": "part", "subPathExpr": "$(POD)/x"},
+                    ],
+                }],
+                "volumes": [{"name": "v", "image": image}],
+            }))
+        };
+        let good = with(serde_json::json!({"reference": "vol:1", "pullPolicy": "Never"}));
+        bench.volumes.mount(&good).await.unwrap();
+        let container = good.spec.as_ref().unwrap().containers[0].clone();
+        let made = bench.volumes.container_mounts(&good, &container, 0).await.unwrap();
+        let shown: Vec<_> = made
+            .iter()
+            .map(|m| {
+                let image = m.image.as_ref().unwrap();
+                assert!(m.readonly && m.host_path.is_empty() && image.image.is_empty());
+                assert_eq!(image.user_specified_image, "vol:1");
+                (m.container_path.as_str(), m.image_sub_path.as_str())
+            })
+            .collect();
+        assert_eq!(shown, [("/all", ""), ("/part", "p/x")]);
+        bench.volumes.unmount(&PodUid::from("uid-1")).await.unwrap();
+        let nameless = with(serde_json::json!({}));
+        let refused = bench.volumes.mount(&nameless).await.unwrap_err();
+        assert!(refused.to_string().contains("names no image"), "{refused}");
+    });
+}
+
+#[test]
 fn sub_paths_stay_in_their_volume() {
     in_namespace(|bench| async move {
         let mounts = |paths: &[(&str, &str)]| -> serde_json::Value {

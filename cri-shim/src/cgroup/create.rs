@@ -28,6 +28,14 @@ pub fn create(cgroups: &Hierarchies, cgroup: &Path, resources: &LinuxResources) 
     limits::apply(cgroups, cgroup, resources)
 }
 
+/// Makes `cgroup` in every hierarchy, without any limit.
+///
+/// # Errors
+/// With the directory concerned.
+pub fn make(cgroups: &Hierarchies, cgroup: &Path) -> io::Result<()> {
+    if cgroups.v2 { make_v2(cgroups, cgroup).map(|_| ()) } else { make_v1(cgroups, cgroup) }
+}
+
 fn explained(what: &str, path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{what} {}: {error}", path.display()))
 }

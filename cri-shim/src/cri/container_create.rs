@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 use super::store::{Container, ContainerName, ContainerStatus, Sandbox};
-use super::{Shim, blocking, internal};
+use super::{Shim, blocking, internal, mount_sources};
 use crate::api::{self, ContainerEventType};
 use crate::crash::point;
 use crate::image::Image;
@@ -25,6 +25,13 @@ impl Shim {
                 "sandbox {} is not ready; run a new one",
                 sandbox.id
             )));
+        }
+        // As the sandbox is now: a pod may have got a privileged container after its sandbox.
+        let pod = request.sandbox_config.as_ref().unwrap_or(&sandbox.config);
+        if privileged(&config) && !privileged_sandbox(pod) {
+            return Err(Status::invalid_argument(
+                "a privileged container needs a privileged sandbox; set it in the sandbox's config too",
+            ));
         }
         let metadata = config.metadata.clone().unwrap_or_default();
         if metadata.name.is_empty() {
@@ -77,6 +84,7 @@ impl Shim {
         crate::spec::process::arguments(&config, &defaults)
             .and_then(|_| crate::spec::check(&config, &sandbox.namespaces(), &self.host))
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let volumes = self.volume_images(&config)?;
         let mut record = ContainerRecord::new(id, &sandbox.id, &config);
         record.image_id = image.id.to_string();
         record.stop_signal = stop_signal::plan(&config, &defaults.stop_signal);
@@ -84,15 +92,17 @@ impl Shim {
         record.cgroup = cgroup_path::container(&parent, id, self.config.cgroup_driver);
         record.log_path = log_path(&sandbox.config.log_directory, &config.log_path);
 
-        let (snapshots, directory, written) =
-            (self.snapshots.clone(), self.layout.container(id), record.clone());
-        let owned = id.to_owned();
+        let (this, directory, written) = (self.clone(), self.layout.container(id), record.clone());
+        let (owned, given) = (id.to_owned(), config.clone());
         blocking(move || {
+            // Again when it is started: both may change until then.
+            this.cdi_edits(&given)?;
+            mount_sources::prepare(&given.mounts)?;
             std::fs::create_dir_all(&directory)
                 .map_err(|e| internal("making the container's directory", e))?;
             point("create container: directory made");
-            snapshots
-                .prepare(&owned, &image)
+            this.snapshots
+                .prepare_with(&owned, &image, &volumes)
                 .map_err(|e| internal("preparing the container's root file system", e))?;
             point("create container: snapshot prepared");
             written.write(&directory).map_err(|e| internal("recording the container", e))
@@ -118,6 +128,22 @@ impl Shim {
         })
     }
 
+    /// The images of a container's volumes, in the order of its mounts.
+    fn volume_images(&self, config: &api::ContainerConfig) -> Result<Vec<Arc<Image>>, Status> {
+        let images = config.mounts.iter().filter_map(|mount| mount.image.as_ref());
+        images
+            .map(|spec| {
+                let found = self.images.status(&spec.image);
+                found.map_err(|e| internal("looking up the volume's image", e))?.ok_or_else(|| {
+                    Status::not_found(format!(
+                        "image {:?} of a volume is not here; pull it first",
+                        spec.image
+                    ))
+                })
+            })
+            .collect()
+    }
+
     /// Takes away everything that may exist of a container by its id alone.
     pub(super) async fn clear_container(&self, id: &str) {
         let (snapshots, layout, id) = (self.snapshots.clone(), self.layout.clone(), id.to_owned());
@@ -130,6 +156,16 @@ impl Shim {
         })
         .await;
     }
+}
+
+fn privileged(config: &api::ContainerConfig) -> bool {
+    let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    security.is_some_and(|s| s.privileged)
+}
+
+fn privileged_sandbox(config: &api::PodSandboxConfig) -> bool {
+    let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+    security.is_some_and(|s| s.privileged)
 }
 
 /// What an image says about how to run it.

@@ -42,8 +42,6 @@ impl Shim {
             let status = container.status.borrow().clone();
             let record = container.record().clone();
             // Names as containerd has them, where there is such a thing: scripts read them.
-            let spec = std::fs::read(self.layout.bundle(&container.id).join("config.json"));
-            let spec = spec.ok().and_then(|t| serde_json::from_slice::<serde_json::Value>(&t).ok());
             let running = status.state() == ContainerState::ContainerRunning;
             let text = serde_json::json!({
                 "sandboxID": container.sandbox.id,
@@ -51,12 +49,18 @@ impl Shim {
                 "cgroup": record.cgroup,
                 "imageID": record.image_id,
                 "runtimeType": container.sandbox.record().runtime_handler,
-                "runtimeSpec": spec,
+                "runtimeSpec": self.runtime_spec(&container.id),
             });
             info.insert("info".to_owned(), text.to_string());
         }
         let status = Some(self.container_status(&container));
         Ok(api::ContainerStatusResponse { status, info })
+    }
+
+    /// The spec of a container that was started in this boot.
+    fn runtime_spec(&self, id: &str) -> serde_json::Value {
+        let text = std::fs::read(self.layout.bundle(id).join("config.json"));
+        text.ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
     }
 
     /// A container's status in the CRI's words.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 use super::store::Container;
-use super::{Shim, blocking, internal};
+use super::{Shim, blocking, internal, poststop};
 use crate::api::{self, ContainerEventType};
 use crate::crash::point;
 use crate::state::{ignore_absent, remove_directory};
@@ -33,6 +33,7 @@ impl Shim {
         if self.store.find_container(&container.id).is_none() {
             return Ok(());
         }
+        poststop::run(self.layout.clone(), container.clone()).await;
         let (layout, snapshots) = (self.layout.clone(), self.snapshots.clone());
         let cgroup = container.record().cgroup.clone();
         let id = container.id.clone();

@@ -1,7 +1,7 @@
 //! StartContainer: the spec, then the monitor makes and starts the process.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use oci_spec::runtime::LinuxSeccomp;
@@ -9,12 +9,16 @@ use tonic::Status;
 
 use super::container_create::defaults;
 use super::store::{Container, Sandbox};
-use super::{Shim, blocking, devices, internal, sandbox_files};
+use super::{Shim, blocking, edits, internal, mount_sources, poststop, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::crash::point;
-use crate::monitor::protocol::{Exited, Overlay, Reply, Request, StartContainer, Started};
+use crate::monitor::protocol::{
+    Exited, ImageVolume, Overlay, Reply, Request, StartContainer, Started,
+};
 use crate::monitor::{protocol, record};
-use crate::spec::{Inputs, PidNamespace, Pod, Userns, plan_spec, seccomp, user, userns};
+use crate::spec::{
+    Inputs, PidNamespace, Pod, SpecError, Userns, mounts, plan_spec, seccomp, user, userns,
+};
 
 /// How long a start may take on a node that is very busy.
 const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(120);
@@ -125,13 +129,18 @@ impl Shim {
         let path = self.layout.userns(&sandbox.id);
         let pod = Pod {
             userns: users.map(|map| Userns { path: path.clone(), map }),
+            id: sandbox.id.clone(),
+            metadata: sandbox.metadata(),
             netns: (!host_network).then(|| self.layout.netns(&sandbox.id)),
             pid: self.pid_namespace(sandbox, security)?,
             hostname: hostname.unwrap_or_default().trim().to_owned(),
             shm: if host_ipc { "/dev/shm".into() } else { self.layout.shm(&sandbox.id) },
             files: sandbox_files::bindings(&sandbox_directory),
         };
-        make_mount_sources(&config.mounts)?;
+        mount_sources::prepare(&config.mounts)?;
+        let handler = sandbox.record().runtime_handler.clone();
+        let base = self.base_spec(&handler)?;
+        let added = self.cdi_edits(&config)?;
         let cgroup = container.record().cgroup.clone();
         let inputs = Inputs {
             config: &config,
@@ -141,16 +150,23 @@ impl Shim {
             rootfs: self.layout.rootfs(),
             cgroup: cgroup.clone(),
             localhost_seccomp: self.localhost_seccomp(security)?,
-            devices: devices::look_up(&config.devices, security.is_some_and(|s| s.privileged))?,
+            devices: edits::all_devices(&config, &added)?,
+            image_volumes: self.layout.image_volumes(),
+            base: base.as_ref(),
         };
-        let mut spec = plan_spec(&inputs).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let refused = |e: SpecError| Status::invalid_argument(e.to_string());
+        let mut spec = plan_spec(&inputs).map_err(refused)?;
+        added.apply(&mut spec).map_err(|e| Status::invalid_argument(e.to_string()))?;
         restrict_oom_score(&mut spec);
-        let user = user::request(security, &defaults.user)
+        let mut user = user::request(security, &defaults.user)
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        user.supplemental.extend(added.groups());
 
-        let handler = sandbox.record().runtime_handler.clone();
         let runtime = self.config.runtime_handlers.get(&handler).cloned();
-        if runtime.is_none() && !handler.is_empty() {
+        if runtime.is_none() {
+            edits::check_built_in(&spec).map_err(refused)?;
+        }
+        if runtime.is_none() && !handler.is_empty() && base.is_none() {
             return Err(Status::failed_precondition(format!(
                 "the pod's runtime handler {handler:?} is no longer installed"
             )));
@@ -162,6 +178,8 @@ impl Shim {
         point("start container: bundle made");
         let text = serde_json::to_vec(&spec).map_err(|e| internal("encoding the spec", e))?;
         fs::write(bundle.join("config.json"), text).map_err(|e| internal("writing the spec", e))?;
+        poststop::note(&self.layout, &container.id, &spec)
+            .map_err(|e| internal("noting the poststop hooks", e))?;
         let profile = spec.linux().as_ref().and_then(|linux| linux.seccomp().as_ref());
         if let (Some(profile), None) = (profile, &runtime) {
             self.programs
@@ -191,7 +209,30 @@ impl Shim {
             runtime,
             userns: users.map(|map| protocol::Userns { path, map }),
             rotation: self.config.log_rotation,
+            image_volumes: self.image_volumes(container, &config)?,
         })
+    }
+
+    fn image_volumes(
+        &self,
+        container: &Container,
+        config: &api::ContainerConfig,
+    ) -> Result<Vec<ImageVolume>, Status> {
+        let asked = config.mounts.iter().filter(|mount| mount.image.is_some());
+        let layers = self
+            .snapshots
+            .volumes(&container.id)
+            .map_err(|e| internal("finding the image volumes", e))?;
+        let (folder, mut at) = (self.layout.image_volumes(), 0);
+        Ok(asked
+            .zip(layers)
+            .map(|(mount, volume)| ImageVolume {
+                image: volume.image,
+                layers: volume.layers,
+                sub_path: mount.image_sub_path.clone(),
+                target: mounts::staged(&folder, &mut at),
+            })
+            .collect())
     }
 
     fn pid_namespace(
@@ -240,18 +281,6 @@ impl Shim {
             Status::invalid_argument(format!("the seccomp profile {path} is malformed: {e}"))
         })
     }
-}
-
-/// A missing source of a bind mount becomes a directory, as other runtimes do it.
-fn make_mount_sources(mounts: &[api::Mount]) -> Result<(), Status> {
-    for mount in mounts {
-        let path = Path::new(&mount.host_path);
-        if path.is_absolute() && fs::symlink_metadata(path).is_err() {
-            fs::create_dir_all(path)
-                .map_err(|e| internal(&format!("making the mount source {}", path.display()), e))?;
-        }
-    }
-    Ok(())
 }
 
 /// Raises an OOM score that this process may not give to what it allows: without CAP_SYS_RESOURCE

@@ -1,10 +1,12 @@
 //! Looking up the device nodes a container gets.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{major, minor};
+use oci_spec::runtime::LinuxDeviceType;
 use tonic::Status;
 
 use crate::api;
@@ -49,6 +51,14 @@ pub(super) fn look_up(
     Ok(found)
 }
 
+/// What a CDI file's device node is on this machine.
+pub(super) fn inspect(host: &Path) -> io::Result<HostDevice> {
+    if fs::symlink_metadata(host)?.file_type().is_fifo() {
+        return Ok(HostDevice { kind: LinuxDeviceType::P, ..HostDevice::at(host) });
+    }
+    one(host, host, "rwm").ok_or_else(|| io::Error::other("not a device node"))
+}
+
 fn walk(host: &Path, inside: &Path, access: &str, found: &mut Vec<HostDevice>) {
     let Ok(entries) = fs::read_dir(host) else { return };
     for entry in entries.flatten() {
@@ -68,14 +78,15 @@ fn walk(host: &Path, inside: &Path, access: &str, found: &mut Vec<HostDevice>) {
 
 fn one(host: &Path, inside: &Path, access: &str) -> Option<HostDevice> {
     let meta = fs::metadata(host).ok()?;
-    let kind = meta.file_type();
-    if !kind.is_block_device() && !kind.is_char_device() {
-        return None;
-    }
+    let kind = match meta.file_type() {
+        kind if kind.is_block_device() => LinuxDeviceType::B,
+        kind if kind.is_char_device() => LinuxDeviceType::C,
+        _ => return None,
+    };
     Some(HostDevice {
         host: host.to_path_buf(),
         path: inside.to_path_buf(),
-        block: kind.is_block_device(),
+        kind,
         major: major(meta.rdev()) as i64,
         minor: minor(meta.rdev()) as i64,
         mode: meta.mode() & 0o7777,

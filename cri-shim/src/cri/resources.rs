@@ -4,7 +4,7 @@ use tonic::Status;
 
 use super::{Shim, blocking, internal};
 use crate::api::{self, ContainerState};
-use crate::cgroup::limits;
+use crate::cgroup::{create, limits};
 use crate::spec::resources::plan_limits;
 
 impl Shim {
@@ -45,14 +45,69 @@ impl Shim {
         Ok(api::UpdateContainerResourcesResponse {})
     }
 
-    pub(super) fn update_sandbox_resources(
+    /// The pod's cgroup is the kubelet's, which has changed it already; one that the shim made is
+    /// changed here. What the pod has now is remembered either way.
+    pub(super) async fn update_sandbox_resources(
         &self,
-        request: &api::UpdatePodSandboxResourcesRequest,
+        request: api::UpdatePodSandboxResourcesRequest,
     ) -> Result<api::UpdatePodSandboxResourcesResponse, Status> {
-        // A notice: the pod's cgroup is the kubelet's, which has changed it already.
-        self.store.sandbox(&request.pod_sandbox_id)?;
+        let sandbox = self.store.sandbox(&request.pod_sandbox_id)?;
+        let _changing = sandbox.changing.lock().await;
+        let own = {
+            let record = sandbox.record();
+            record.own_cgroup.then(|| record.cgroup.clone())
+        };
+        if let (Some(cgroup), Some(asked), true) = (own, &request.resources, sandbox.is_ready()) {
+            let planned = plan_limits(asked, &self.host)
+                .map_err(|e| Status::invalid_argument(e.to_string()))?;
+            let cgroups = self.cgroups.clone();
+            blocking(move || {
+                create::make(&cgroups, &cgroup)?;
+                limits::apply(&cgroups, &cgroup, &planned)
+            })
+            .await?
+            .map_err(|e| internal("updating the pod's limits", e))?;
+        }
+        let directory = self.layout.sandbox(&sandbox.id);
+        {
+            let mut record = sandbox.record();
+            let mut config =
+                record.config().map_err(|e| internal("reading the sandbox's config", e))?;
+            let linux = config.linux.get_or_insert_default();
+            if let Some(asked) = &request.resources {
+                merge(linux.resources.get_or_insert_default(), asked);
+            }
+            if let Some(asked) = &request.overhead {
+                merge(linux.overhead.get_or_insert_default(), asked);
+            }
+            record.set_config(&config);
+            record.write(&directory).map_err(|e| internal("recording the new limits", e))?;
+        }
+        self.durability.sync(directory);
         Ok(api::UpdatePodSandboxResourcesResponse {})
     }
+}
+
+/// For people, and for what looks at verbose statuses.
+pub(super) fn described(resources: Option<&api::LinuxContainerResources>) -> serde_json::Value {
+    let Some(r) = resources else { return serde_json::Value::Null };
+    let hugepages: Vec<_> = r
+        .hugepage_limits
+        .iter()
+        .map(|h| serde_json::json!({"page_size": h.page_size, "limit": h.limit}))
+        .collect();
+    serde_json::json!({
+        "cpu_period": r.cpu_period,
+        "cpu_quota": r.cpu_quota,
+        "cpu_shares": r.cpu_shares,
+        "memory_limit_in_bytes": r.memory_limit_in_bytes,
+        "memory_swap_limit_in_bytes": r.memory_swap_limit_in_bytes,
+        "oom_score_adj": r.oom_score_adj,
+        "cpuset_cpus": r.cpuset_cpus,
+        "cpuset_mems": r.cpuset_mems,
+        "hugepage_limits": hugepages,
+        "unified": r.unified,
+    })
 }
 
 /// Takes over what is set; zero and empty mean "as before".

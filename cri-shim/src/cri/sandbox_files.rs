@@ -24,7 +24,7 @@ pub(super) fn write(
     let hosts = if host_network { fs::read_to_string("/etc/hosts").ok() } else { None };
     fs::write(directory.join("hosts"), hosts.unwrap_or_else(|| plan_hosts(hostname)))?;
     let resolv = match &config.dns_config {
-        Some(dns) if !(dns.servers.is_empty() && dns.searches.is_empty()) => plan_resolv(dns),
+        Some(dns) if *dns != api::DnsConfig::default() => plan_resolv(dns),
         _ => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
     };
     fs::write(directory.join("resolv.conf"), resolv)

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tonic::Status;
 
 use super::store::Sandbox;
-use super::{Shim, selected};
+use super::{Shim, resources, selected};
 use crate::api::{self, PodSandboxState};
 use crate::monitor::record;
 
@@ -79,6 +79,8 @@ impl Shim {
             status.started.as_ref().filter(|_| status.exited.is_none()).map(|s| s.pid)
         });
         let metadata = sandbox.metadata();
+        // In-place resizes are in the record alone.
+        let linux = record.config().ok().and_then(|config| config.linux).unwrap_or_default();
         json!({
             "pid": pid.unwrap_or_default(),
             "processStatus": if sandbox.is_ready() { "running" } else { "deleted" },
@@ -94,8 +96,9 @@ impl Shim {
                 "log_directory": sandbox.config.log_directory,
                 "labels": sandbox.config.labels,
                 "annotations": sandbox.config.annotations,
-                "linux": {"cgroup_parent":
-                    sandbox.config.linux.as_ref().map(|linux| &linux.cgroup_parent)},
+                "linux": {"cgroup_parent": linux.cgroup_parent,
+                    "overhead": resources::described(linux.overhead.as_ref()),
+                    "resources": resources::described(linux.resources.as_ref())},
             },
             "runtimeSpec": {
                 "ociVersion": "1.2.0",

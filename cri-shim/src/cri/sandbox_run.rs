@@ -18,7 +18,7 @@ use crate::crash::point;
 use crate::monitor::protocol::{SpawnMonitor, Userns};
 use crate::network::{Dns, PortMapping, Protocol, SandboxNetwork};
 use crate::spec::userns::IdMap;
-use crate::spec::{cgroup_path, userns};
+use crate::spec::{cgroup_path, sysctl, userns};
 use crate::state::{SandboxRecord, new_id};
 
 impl Shim {
@@ -32,8 +32,8 @@ impl Shim {
             return Err(Status::invalid_argument("a sandbox needs a name and a namespace"));
         }
         let handler = request.runtime_handler;
-        if !handler.is_empty() && !self.config.runtime_handlers.contains_key(&handler) {
-            let known: Vec<&String> = self.config.runtime_handlers.keys().collect();
+        if !self.config.has_handler(&handler) {
+            let known: Vec<&str> = self.config.handlers().collect();
             return Err(Status::invalid_argument(format!(
                 "runtime handler {handler:?} is not configured, only {known:?}; change the \
                  RuntimeClass or install the runtime"
@@ -80,6 +80,8 @@ impl Shim {
         if users.is_some() {
             self.can_have_userns(&handler).await?;
         }
+        let sysctls = sysctl::plan(&linux.sysctls, &options)
+            .map_err(|e| Status::invalid_argument(e.to_string()))?;
         let host_network = options.network() == NamespaceMode::Node;
         let host_ipc = options.ipc() == NamespaceMode::Node;
         let shared_pid = options.pid() == NamespaceMode::Pod;
@@ -118,7 +120,7 @@ impl Shim {
             shared_pid,
             userns: users.map(|map| Userns { path: self.layout.userns(id), map }),
             netns: (!host_network).then(|| netns.clone()),
-            sysctls: linux.sysctls.into_iter().collect(),
+            sysctls,
             cgroup_procs: self.monitor_cgroup(id, &cgroup, own_cgroup),
         };
         let network = async {

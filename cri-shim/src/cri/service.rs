@@ -162,7 +162,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<UpdatePodSandboxResourcesRequest>,
     ) -> Answer<UpdatePodSandboxResourcesResponse> {
-        self.0.update_sandbox_resources(request.get_ref()).map(Response::new)
+        self.0.update_sandbox_resources(request.into_inner()).await.map(Response::new)
     }
 
     async fn reopen_container_log(
@@ -245,9 +245,9 @@ impl RuntimeService for Service {
 
     async fn checkpoint_container(
         &self,
-        _request: Request<CheckpointContainerRequest>,
+        request: Request<CheckpointContainerRequest>,
     ) -> Answer<CheckpointContainerResponse> {
-        Err(Status::unimplemented("checkpoints are not supported"))
+        self.0.checkpoint_container(request.into_inner()).await.map(Response::new)
     }
 
     type GetContainerEventsStream = BoxStream<ContainerEventResponse>;

@@ -46,12 +46,12 @@ impl Shim {
         api::StatusResponse {
             status: Some(api::RuntimeStatus { conditions }),
             info,
-            runtime_handlers: std::iter::once(&String::new())
-                .chain(self.config.runtime_handlers.keys())
+            runtime_handlers: std::iter::once("")
+                .chain(self.config.handlers())
                 .map(|name| api::RuntimeHandler {
-                    name: name.clone(),
+                    name: name.to_owned(),
                     features: Some(api::RuntimeHandlerFeatures {
-                        recursive_read_only_mounts: true,
+                        recursive_read_only_mounts: self.host.recursive_read_only,
                         user_namespaces: userns.is_ok() && self.handler_userns(name).is_ok(),
                     }),
                 })

@@ -111,6 +111,8 @@ pub struct Container {
     pub cpu: Mutex<Rate>,
     /// Held by verbs that change the container.
     pub changing: tokio::sync::Mutex<()>,
+    /// Held while its poststop hooks run.
+    pub poststop: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -128,6 +130,7 @@ impl Container {
             status: watch::Sender::new(status),
             stdin_ended: watch::Sender::new(false),
             cpu: Mutex::default(),
+            poststop: tokio::sync::Mutex::new(()),
             changing: tokio::sync::Mutex::new(()),
         }
     }

@@ -67,6 +67,7 @@ impl Shim {
             let id = &container.id;
             self.emit(ContainerEventType::ContainerStoppedEvent, id, &container.sandbox.id);
             container.status.send_modify(|status| status.end_told = true);
+            tokio::spawn(super::poststop::run(self.layout.clone(), container.clone()));
         }
     }
 

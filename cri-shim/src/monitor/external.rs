@@ -76,7 +76,7 @@ fn run(command: &mut Command, log: &Path) -> Result<(), String> {
 }
 
 /// The last error of a log of JSON lines.
-fn last_error(log: &str) -> Option<String> {
+pub(crate) fn last_error(log: &str) -> Option<String> {
     let said = |line: &str| {
         let entry: serde_json::Value = serde_json::from_str(line).ok()?;
         (entry["level"] == "error").then(|| entry["msg"].as_str().unwrap_or_default().to_owned())

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::inroot::Root;
 use super::protocol::StartContainer;
-use super::{external, frame, make, staging, sys};
+use super::{external, frame, image_volumes, make, staging, sys};
 use crate::spec::user::Identity;
 
 /// What the child tells the monitor on its way.
@@ -69,6 +69,7 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("making a mount namespace: {e}"))?;
     let config = start.bundle.join("config.json");
     let mut spec = Spec::load(&config).map_err(|e| format!("reading {}: {e}", config.display()))?;
+    image_volumes::mount(start, &mut spec)?;
     match &start.userns {
         None => make::mount_rootfs(start)?,
         Some(pod) => staging::place_all(&mut spec, &start.rootfs, pod)?,

@@ -88,21 +88,20 @@ impl Log {
     }
 
     /// Adds an entry.
-    fn entry(&mut self, source: Source, stamp: &str, full: bool, parts: [&[u8]; 2]) {
+    fn entry(&mut self, head: &[u8], text: [&[u8]; 2]) {
         if self.file.is_none() {
             return;
         }
-        let tag: &[u8] = if full { b" F " } else { b" P " };
-        let [first, second] = parts;
-        let all = [stamp.as_bytes(), source.name(), tag, first, second, b"\n"];
-        let length = all.iter().map(|part| part.len()).sum::<usize>();
+        let length = head.len() + text[0].len() + text[1].len() + 1;
         self.make_room(length as u64);
         if self.pending.len() + length > BATCH {
             self.flush();
         }
-        for part in all {
-            self.pending.extend_from_slice(part);
-        }
+        self.pending.reserve(length);
+        self.pending.extend_from_slice(head);
+        self.pending.extend_from_slice(text[0]);
+        self.pending.extend_from_slice(text[1]);
+        self.pending.push(b'\n');
     }
 
     /// Rotates if an entry of `length` bytes would make the file too long.
@@ -212,6 +211,19 @@ fn rotate(path: &Path, max_files: u32) -> io::Result<File> {
     Ok(file)
 }
 
+/// What entries of one time begin with.
+struct Heads {
+    full: Vec<u8>,
+    partial: Vec<u8>,
+}
+
+impl Heads {
+    fn new(source: Source, stamp: &str) -> Self {
+        let head = |tag: &[u8]| [stamp.as_bytes(), source.name(), tag].concat();
+        Heads { full: head(b" F "), partial: head(b" P ") }
+    }
+}
+
 /// The unfinished line of one stream.
 #[derive(Default)]
 pub struct Lines {
@@ -223,6 +235,7 @@ impl Lines {
     /// Takes output and writes the entries that it completes, all with the same time.
     pub fn push(&mut self, log: &mut Log, source: Source, stamp: &str, mut bytes: &[u8]) {
         log.pending.reserve(bytes.len() + bytes.len() / 2);
+        let heads = Heads::new(source, stamp);
         while let Some(at) = memchr(b'\n', bytes) {
             let line = &bytes[..at];
             let text = match line.strip_suffix(b"\r") {
@@ -234,8 +247,8 @@ impl Lines {
                     line
                 }
             };
-            let text = self.pieces(log, source, stamp, text);
-            log.entry(source, stamp, true, [&self.partial, text]);
+            let text = self.pieces(log, &heads, text);
+            log.entry(&heads.full, [&self.partial, text]);
             self.partial.clear();
             bytes = &bytes[at + 1..];
         }
@@ -244,7 +257,7 @@ impl Lines {
                 Some(text) => (text, &b"\r"[..]),
                 None => (bytes, &b""[..]),
             };
-            let text = self.pieces(log, source, stamp, text);
+            let text = self.pieces(log, &heads, text);
             self.partial.extend_from_slice(text);
             self.partial.extend_from_slice(rest);
         }
@@ -256,29 +269,24 @@ impl Lines {
 
     /// Writes what is left at the end of the stream.
     pub fn finish(&mut self, log: &mut Log, source: Source, stamp: &str) {
-        self.pieces(log, source, stamp, b"");
+        let heads = Heads::new(source, stamp);
+        self.pieces(log, &heads, b"");
         if !self.partial.is_empty() {
-            log.entry(source, stamp, false, [&self.partial, b""]);
+            log.entry(&heads.partial, [&self.partial, b""]);
             self.partial = Vec::new();
         }
         log.flush();
     }
 
     /// Writes what is too long for one entry; what is left of `text`.
-    fn pieces<'a>(
-        &mut self,
-        log: &mut Log,
-        source: Source,
-        stamp: &str,
-        mut text: &'a [u8],
-    ) -> &'a [u8] {
+    fn pieces<'a>(&mut self, log: &mut Log, heads: &Heads, mut text: &'a [u8]) -> &'a [u8] {
         while self.partial.len() + text.len() > MAX_PIECE {
             if self.partial.len() >= MAX_PIECE {
-                log.entry(source, stamp, false, [&self.partial[..MAX_PIECE], b""]);
+                log.entry(&heads.partial, [&self.partial[..MAX_PIECE], b""]);
                 self.partial.drain(..MAX_PIECE);
             } else {
                 let (piece, rest) = text.split_at(MAX_PIECE - self.partial.len());
-                log.entry(source, stamp, false, [&self.partial, piece]);
+                log.entry(&heads.partial, [&self.partial, piece]);
                 self.partial.clear();
                 text = rest;
             }

@@ -15,9 +15,10 @@ use std::process::ExitCode;
 
 mod container;
 mod exec;
-mod external;
+pub(crate) mod external;
 mod follower;
 pub mod frame;
+mod image_volumes;
 mod inroot;
 mod launch;
 pub mod log;
@@ -33,6 +34,8 @@ pub mod sys;
 mod tree;
 mod userns;
 mod zygote;
+
+pub(crate) use make::hooks;
 
 /// The entry of `longshore monitor`. The binary's `main` calls it before it starts a thread, a
 /// runtime or a logger; `arguments` are those after `monitor`. There are none so far: what to do

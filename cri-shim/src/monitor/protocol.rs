@@ -22,12 +22,18 @@ use crate::spec::user::{Identity, UserRequest};
 use crate::spec::userns::IdMap;
 
 /// The protocol this program speaks. 2 added terminals of execs, [`Request::Attach`] and
-/// [`Request::CloseStdin`]; 3 added `force` to [`Request::Exit`] and `rotation` to
-/// [`StartContainer`], which a monitor may do without.
-pub const VERSION: u32 = 3;
+/// [`Request::CloseStdin`]; 3 added user namespaces, and `force` to [`Request::Exit`] and `rotation`
+/// to [`StartContainer`], which a monitor may do without; 4 added image volumes.
+pub const VERSION: u32 = 4;
 
 /// The first version that knows terminals of execs and attached clients.
 const STREAMING: u32 = 2;
+
+/// The first version that knows user namespaces.
+const USERNS: u32 = 3;
+
+/// The first version that knows image volumes.
+const IMAGE_VOLUMES: u32 = 4;
 
 /// The longest frame either side accepts, in bytes.
 pub const MAX_FRAME: usize = 1 << 20;
@@ -79,6 +85,10 @@ impl Request {
             Request::Attach { .. }
             | Request::CloseStdin { .. }
             | Request::Exec { tty: true, .. } => STREAMING,
+            // Without knowing them, it would run the container without its volumes.
+            Request::Start(start) if !start.image_volumes.is_empty() => IMAGE_VOLUMES,
+            // Without knowing it, it would run the container as the node's root.
+            Request::Start(start) if start.userns.is_some() => USERNS,
             _ => 1,
         }
     }
@@ -112,6 +122,9 @@ pub struct StartContainer {
     /// When its log is rotated without being told; never when absent.
     #[serde(default)]
     pub rotation: Option<LogRotation>,
+    /// Images whose files are volumes of it.
+    #[serde(default)]
+    pub image_volumes: Vec<ImageVolume>,
 }
 
 /// A user namespace.
@@ -130,6 +143,19 @@ pub struct LogRotation {
     pub max_size: u64,
     /// How many files are kept, the one that is written to among them; at least 2.
     pub max_files: u32,
+}
+
+/// An image that is mounted as a volume.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ImageVolume {
+    /// Its id, for errors.
+    pub image: String,
+    /// Uppermost first.
+    pub layers: Vec<PathBuf>,
+    /// The part of it that is wanted; all when empty.
+    pub sub_path: String,
+    /// The mount point, in the container's own mount namespace.
+    pub target: PathBuf,
 }
 
 /// The parts of an overlay mount, uppermost layer first.

@@ -4,6 +4,7 @@
 //! below. The record is what keeps an image from being removed under a container, so it is written
 //! under the image store's lock.
 
+pub mod diff;
 mod error;
 mod mount;
 mod remove;
@@ -17,7 +18,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 pub use error::SnapshotError;
-pub use mount::{is_mounted, mount, unmount};
+pub use mount::{is_mounted, mount, mount_read_only, unmount};
 pub(crate) use remove::{remove_tree, remove_tree_at};
 
 use crate::image::{Image, layout::Layout, layout::write_whole};
@@ -53,6 +54,26 @@ struct Record {
     image: String,
     /// Bottom first.
     layers: Vec<String>,
+    /// Images that are volumes of the container.
+    #[serde(default)]
+    volumes: Vec<Volume>,
+}
+
+/// An image that a container has as a volume.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Volume {
+    image: String,
+    /// Bottom first.
+    layers: Vec<String>,
+}
+
+/// The layers of an image volume. Mount them with [`mount_read_only()`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeLayers {
+    /// The image's id.
+    pub image: String,
+    /// Topmost first.
+    pub layers: Vec<PathBuf>,
 }
 
 /// A container that needs an image.
@@ -91,19 +112,34 @@ impl SnapshotStore {
     /// # Errors
     /// [`SnapshotError::MissingLayer`] when the image was removed meanwhile: pull it again.
     pub fn prepare(&self, container: &str, image: &Image) -> Result<Rootfs, SnapshotError> {
+        self.prepare_with(container, image, &[])
+    }
+
+    /// The same, and keeps the images of the container's volumes.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    pub fn prepare_with(
+        &self,
+        container: &str,
+        image: &Image,
+        volumes: &[std::sync::Arc<Image>],
+    ) -> Result<Rootfs, SnapshotError> {
         let folder = self.folder(container)?;
         let lock = self.layout.lock(false);
         let _lock = lock.map_err(SnapshotError::io("lock image store", self.layout.images()))?;
         if let Some(rootfs) = self.get(container)? {
             return Ok(rootfs);
         }
-        for chain_id in &image.layers {
-            if self.layout.layer_meta(chain_id).is_none() {
-                return Err(SnapshotError::MissingLayer {
-                    container: container.to_owned(),
-                    image: image.id.to_string(),
-                    chain_id: chain_id.clone(),
-                });
+        for image in std::iter::once(image).chain(volumes.iter().map(|volume| &**volume)) {
+            for chain_id in &image.layers {
+                if self.layout.layer_meta(chain_id).is_none() {
+                    return Err(SnapshotError::MissingLayer {
+                        container: container.to_owned(),
+                        image: image.id.to_string(),
+                        chain_id: chain_id.clone(),
+                    });
+                }
             }
         }
         let make = |path: &Path| match fs::create_dir(path) {
@@ -117,8 +153,14 @@ impl SnapshotStore {
         for name in ["upper", "work", "merged"] {
             make(&folder.join(name))?;
         }
-        let record =
-            Record { version: VERSION, image: image.id.to_string(), layers: image.layers.clone() };
+        let volume =
+            |image: &Image| Volume { image: image.id.to_string(), layers: image.layers.clone() };
+        let record = Record {
+            version: VERSION,
+            image: image.id.to_string(),
+            layers: image.layers.clone(),
+            volumes: volumes.iter().map(|image| volume(image)).collect(),
+        };
         let path = folder.join(RECORD);
         let text = serde_json::to_vec(&record)
             .map_err(|error| SnapshotError::io("encode", &path)(error.into()))?;
@@ -134,6 +176,20 @@ impl SnapshotStore {
         let folder = self.folder(container)?;
         let record = read_record(&folder).map_err(SnapshotError::io("read snapshot", &folder))?;
         Ok(record.map(|record| self.rootfs(&folder, &record)))
+    }
+
+    /// The image volumes of a container that was prepared, in the order they were given.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`] when its record can't be read.
+    pub fn volumes(&self, container: &str) -> Result<Vec<VolumeLayers>, SnapshotError> {
+        let folder = self.folder(container)?;
+        let record = read_record(&folder).map_err(SnapshotError::io("read snapshot", &folder))?;
+        let files = |volume: Volume| VolumeLayers {
+            layers: volume.layers.iter().rev().map(|id| self.layout.layer_files(id)).collect(),
+            image: volume.image,
+        };
+        Ok(record.into_iter().flat_map(|record| record.volumes).map(files).collect())
     }
 
     /// Unmounts the container's root filesystem, if it is mounted here, and removes it. Nothing
@@ -218,8 +274,11 @@ pub(crate) fn users(snapshots: &Path) -> io::Result<Vec<User>> {
     let mut users = Vec::new();
     for entry in fs::read_dir(snapshots)? {
         let entry = entry?;
-        if let Some(Record { image, layers, .. }) = read_record(&entry.path())? {
+        if let Some(Record { image, layers, volumes, .. }) = read_record(&entry.path())? {
             let container = entry.file_name().to_string_lossy().into_owned();
+            for Volume { image, layers } in volumes {
+                users.push(User { container: container.clone(), image, layers });
+            }
             users.push(User { container, image, layers });
         }
     }

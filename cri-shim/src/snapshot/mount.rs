@@ -5,7 +5,10 @@
 //! there is fsconfig(2) with an option per layer (`lowerdir+`, kernel 6.5). It is not tried first:
 //! an older kernel refuses it after logging an error for each container.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use nix::{
     errno::Errno,
@@ -14,7 +17,7 @@ use nix::{
 };
 
 use super::{Rootfs, SnapshotError};
-use crate::mount::Detached;
+use crate::mount::{Detached, attr};
 
 /// Mounts `rootfs` at its `merged` folder in the caller's mount namespace. An image without layers
 /// is its bare upper folder, bind mounted.
@@ -44,6 +47,47 @@ pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
     mounted.map_err(SnapshotError::io("mount overlay", &rootfs.merged))
 }
 
+/// Mounts an image's files, topmost layer first, so that nobody can change them.
+///
+/// # Errors
+/// [`SnapshotError::Io`] with the kernel's reason.
+pub fn mount_read_only(lowerdirs: &[PathBuf], target: &Path) -> Result<(), SnapshotError> {
+    let kind = Some("overlay");
+    let (none, read_only) = (None::<&str>, MsFlags::MS_RDONLY);
+    let mounted = match lowerdirs {
+        [] => nix::mount::mount(Some("none"), target, Some("tmpfs"), read_only, none)
+            .map_err(io::Error::from),
+        // An overlay needs two layers, or one to write to.
+        [only] => {
+            let bind = MsFlags::MS_BIND;
+            nix::mount::mount(Some(only), target, none, bind, none)
+                .and_then(|()| {
+                    nix::mount::mount(
+                        none,
+                        target,
+                        none,
+                        bind | MsFlags::MS_REMOUNT | read_only,
+                        none,
+                    )
+                })
+                .map_err(io::Error::from)
+        }
+        [first, ..] => match (first.parent().and_then(Path::parent), lower_option(lowerdirs)) {
+            (Some(folder), Some(text)) if text.len() < PAGE => in_folder(folder, || {
+                Ok(nix::mount::mount(kind, target, kind, read_only, Some(text.as_str()))?)
+            }),
+            _ => {
+                let layer = |path: &PathBuf| format!("lowerdir+={}", path.display());
+                let layers: Vec<String> = lowerdirs.iter().map(layer).collect();
+                Detached::new("overlay", "overlay", &layers, attr::RDONLY)
+                    .and_then(|made| made.attach_at(target))
+                    .map_err(explain)
+            }
+        },
+    };
+    mounted.map_err(SnapshotError::io("mount image", target))
+}
+
 /// What mount(2) takes of options, with the byte that ends them.
 const PAGE: usize = 4096;
 const VOLATILE: &str = ",volatile";
@@ -60,13 +104,7 @@ impl<'a> Options<'a> {
     /// `None` when a name has a character that means something in the options.
     fn of(rootfs: &'a Rootfs) -> Option<Self> {
         let folder = rootfs.lowerdirs.first()?.parent()?.parent()?;
-        let mut text = String::from("lowerdir=");
-        for (at, lower) in rootfs.lowerdirs.iter().enumerate() {
-            if at > 0 {
-                text.push(':');
-            }
-            text.push_str(plain(lower.strip_prefix(folder).unwrap_or(lower))?);
-        }
+        let mut text = lower_option(&rootfs.lowerdirs)?;
         text.push_str(",upperdir=");
         text.push_str(plain(&rootfs.upper)?);
         text.push_str(",workdir=");
@@ -75,22 +113,41 @@ impl<'a> Options<'a> {
     }
 }
 
+/// The layers, relative to the folder of the first.
+fn lower_option(lowerdirs: &[PathBuf]) -> Option<String> {
+    let folder = lowerdirs.first()?.parent()?.parent()?;
+    let mut text = String::from("lowerdir=");
+    for (at, lower) in lowerdirs.iter().enumerate() {
+        if at > 0 {
+            text.push(':');
+        }
+        text.push_str(plain(lower.strip_prefix(folder).unwrap_or(lower))?);
+    }
+    Some(text)
+}
+
 fn plain(path: &Path) -> Option<&str> {
     path.to_str().filter(|text| !text.contains([':', ',', '\\']))
 }
 
-/// In a thread whose working directory is its own.
 fn mount_by_options(options: &Options<'_>) -> io::Result<()> {
     let mount = |text: &str| -> io::Result<()> {
         let (kind, flags) = (Some("overlay"), MsFlags::empty());
         Ok(nix::mount::mount(kind, options.merged, kind, flags, Some(text))?)
     };
+    in_folder(options.folder, || {
+        mount(&format!("{}{VOLATILE}", options.text)).or_else(|_| mount(&options.text))
+    })
+}
+
+/// In a thread whose working directory is its own.
+fn in_folder(folder: &Path, work: impl FnOnce() -> io::Result<()> + Send) -> io::Result<()> {
     std::thread::scope(|scope| {
         scope
             .spawn(|| {
                 nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
-                chdir(options.folder)?;
-                mount(&format!("{}{VOLATILE}", options.text)).or_else(|_| mount(&options.text))
+                chdir(folder)?;
+                work()
             })
             .join()
             .map_err(|_| io::Error::other("the mounting thread panicked"))?

@@ -105,13 +105,25 @@ pub fn plan(
     security: Option<&api::LinuxContainerSecurityContext>,
     available: u64,
 ) -> Result<Sets, SpecError> {
+    plan_from(None, security, available)
+}
+
+/// The same, from a base spec's bounding set instead of the default.
+pub fn plan_from(
+    base: Option<&LinuxCapabilities>,
+    security: Option<&api::LinuxContainerSecurityContext>,
+    available: u64,
+) -> Result<Sets, SpecError> {
     let all = || {
         let numbered = ALL.into_iter().enumerate();
         numbered.filter(|(bit, _)| available >> bit & 1 == 1).map(|(_, capability)| capability)
     };
     let no_change = api::Capability::default();
     let change = security.and_then(|s| s.capabilities.as_ref()).unwrap_or(&no_change);
-    let mut bounding: HashSet<Capability> = DEFAULT.into_iter().collect();
+    let mut bounding: HashSet<Capability> = match base.and_then(|b| b.bounding().clone()) {
+        Some(bounding) => bounding,
+        None => DEFAULT.into_iter().collect(),
+    };
     if security.is_some_and(|s| s.privileged) {
         bounding = all().collect();
     } else {

@@ -1,6 +1,6 @@
 //! Device nodes a container gets and what its cgroup lets it do with them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
     LinuxDevice, LinuxDeviceBuilder, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType,
@@ -15,8 +15,8 @@ pub struct HostDevice {
     pub host: PathBuf,
     /// Where it appears in the container.
     pub path: PathBuf,
-    /// A block device; else a character device.
-    pub block: bool,
+    /// Block, character or FIFO.
+    pub kind: LinuxDeviceType,
     pub major: i64,
     pub minor: i64,
     /// Permission bits of the node.
@@ -41,8 +41,21 @@ const DEFAULT: [(i64, Option<i64>); 9] = [
     (136, None),
 ];
 
-fn typ(device: &HostDevice) -> LinuxDeviceType {
-    if device.block { LinuxDeviceType::B } else { LinuxDeviceType::C }
+impl HostDevice {
+    /// One at the same path, of which nothing else is known yet.
+    pub fn at(path: &Path) -> Self {
+        HostDevice {
+            host: path.to_path_buf(),
+            path: path.to_path_buf(),
+            kind: LinuxDeviceType::C,
+            major: 0,
+            minor: 0,
+            mode: 0o666,
+            uid: 0,
+            gid: 0,
+            access: "rwm".to_owned(),
+        }
+    }
 }
 
 pub(super) fn plan(devices: &[HostDevice]) -> Result<Vec<LinuxDevice>, SpecError> {
@@ -51,7 +64,7 @@ pub(super) fn plan(devices: &[HostDevice]) -> Result<Vec<LinuxDevice>, SpecError
         .map(|device| {
             Ok(LinuxDeviceBuilder::default()
                 .path(device.path.clone())
-                .typ(typ(device))
+                .typ(device.kind)
                 .major(device.major)
                 .minor(device.minor)
                 .file_mode(device.mode)
@@ -86,9 +99,9 @@ pub(crate) fn cgroup_rules(
         }
         rules.push(allowed.build()?);
     }
-    for device in devices {
+    for device in devices.iter().filter(|device| device.kind != LinuxDeviceType::P) {
         rules.push(
-            rule(true, typ(device), &device.access)
+            rule(true, device.kind, &device.access)
                 .major(device.major)
                 .minor(device.minor)
                 .build()?,

@@ -10,6 +10,8 @@ use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, RootBuilder, Spec, SpecBuild
 
 use crate::api;
 
+pub mod annotations;
+mod base;
 pub mod capabilities;
 pub mod cgroup_path;
 pub mod devices;
@@ -20,6 +22,7 @@ pub mod resources;
 pub mod seccomp;
 pub mod security;
 pub mod stop_signal;
+pub mod sysctl;
 pub mod user;
 pub mod userns;
 
@@ -38,8 +41,14 @@ pub struct Host {
     pub swap_accounting: bool,
     /// The hugetlb controller is there.
     pub hugetlb: bool,
+    /// SELinux is enabled in the running kernel.
+    pub selinux: bool,
     /// AppArmor is enabled in the running kernel.
     pub apparmor: bool,
+    /// Options of the node's own cgroup2 mount that a container's must repeat to keep them.
+    pub cgroup_v2_options: Vec<String>,
+    /// The kernel can make a mount read-only with all below it.
+    pub recursive_read_only: bool,
     /// The capabilities this process may hand on, as a bit mask (`CapBnd` of `/proc/self/status`).
     pub capabilities: u64,
     /// The highest `RLIMIT_NOFILE` this process may hand on.
@@ -60,6 +69,10 @@ pub struct Inputs<'a> {
     pub rootfs: PathBuf,
     /// Its cgroup, relative to the root of each hierarchy.
     pub cgroup: PathBuf,
+    /// Where the monitor mounts its image volumes (see [`mounts::staged`]).
+    pub image_volumes: PathBuf,
+    /// The base spec of the pod's runtime handler.
+    pub base: Option<&'a Spec>,
     /// The `Localhost` seccomp profile it asks for, already read.
     pub localhost_seccomp: Option<LinuxSeccomp>,
     /// The device nodes it asks for (all of the host's when privileged), already looked up.
@@ -81,6 +94,12 @@ pub enum SpecError {
     /// A profile the kernel cannot enforce.
     #[error("{0} is requested but not enabled in this node's kernel; remove it from the pod")]
     NotInKernel(&'static str),
+    /// What only the unified hierarchy has.
+    #[error("{0} need cgroup v2, and this node has v1; remove them from the pod")]
+    NeedsCgroupV2(&'static str),
+    /// A limit of swap without one of memory.
+    #[error("a limit of swap needs a limit of memory; set both")]
+    SwapAlone,
     /// A group without a user.
     #[error("runAsGroup is set without runAsUser; set both")]
     GroupWithoutUser,
@@ -90,6 +109,9 @@ pub enum SpecError {
     /// A user namespace that cannot be made, or is not the sandbox's.
     #[error(transparent)]
     Userns(#[from] userns::UsernsError),
+    /// A sysctl that is not the pod's to set.
+    #[error("sysctl {name:?} cannot be set for this pod: {reason}")]
+    Sysctl { name: String, reason: &'static str },
     /// A name that cannot be a systemd slice.
     #[error("cgroup parent {0:?} is not a valid systemd slice name")]
     BadSlice(String),
@@ -116,7 +138,8 @@ pub fn check(
     let options = security.and_then(|s| s.namespace_options.as_ref());
     userns::plan_container(options, Some(sandbox))?;
     capabilities::plan(security, host.capabilities)?;
-    mounts::check(&config.mounts)
+    resources::check(config, host)?;
+    mounts::check(&config.mounts, host)
 }
 
 /// Decides the whole OCI spec of a container. The user is left at root: names can only be resolved
@@ -126,7 +149,9 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
     let privileged = security.is_some_and(|s| s.privileged);
     security::check(security, inputs.host)?;
 
-    let capabilities = capabilities::plan(security, inputs.host.capabilities)?;
+    let base =
+        inputs.base.and_then(|b| b.process().as_ref()).and_then(|p| p.capabilities().as_ref());
+    let capabilities = capabilities::plan_from(base, security, inputs.host.capabilities)?;
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces::plan(inputs.pod, security, inputs.host)?)
         .cgroups_path(inputs.cgroup.clone())
@@ -162,11 +187,17 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
         .process(process::plan(inputs, security, capabilities.build()?)?)
         .mounts(mounts::plan(inputs, privileged)?)
         .linux(linux)
+        .annotations(annotations::plan(inputs))
         .build()?;
     // The monitor's UTS namespace has it already.
     spec.set_hostname(None);
+    if let Some(base) = inputs.base {
+        base::fill_in(&mut spec, base, privileged);
+    }
     Ok(spec)
 }
 
+#[cfg(test)]
+mod field_tests;
 #[cfg(test)]
 mod tests;

@@ -1,11 +1,11 @@
 //! The mounts of a container: the kernel's file systems, the sandbox's files, the pod's volumes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
 use super::userns::{self, IdMap};
-use super::{HostDevice, Inputs, SpecError};
+use super::{Host, HostDevice, Inputs, SpecError};
 use crate::api::{self, MountPropagation};
 
 const SYS: [&str; 4] = ["nosuid", "noexec", "nodev", "relatime"];
@@ -27,7 +27,7 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access])?,
     ];
-    kernel.extend(cgroups(inputs, access)?);
+    kernel.extend(cgroups(inputs, access, privileged)?);
 
     let mut bound = Vec::new();
     for (target, source) in &pod.files {
@@ -46,10 +46,18 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
         bound.push(bind(&pod.shm, "/dev/shm", &["rbind", "rprivate", "rw"])?);
     }
     let mut volumes = Vec::new();
+    let mut images = 0;
     for volume in &config.mounts {
-        volumes.push(plan_volume(volume)?);
+        volumes.push(match volume.image {
+            Some(_) => plan_image(volume, &staged(&inputs.image_volumes, &mut images))?,
+            None => plan_volume(volume)?,
+        });
     }
-    let replaced = |m: &Mount| volumes.iter().any(|v| same_place(v.destination(), m.destination()));
+    let whole_dev = volumes.iter().any(|v| same_place(v.destination(), Path::new("/dev")));
+    let replaced = |m: &Mount| {
+        let below_dev = m.destination().starts_with("/dev") && whole_dev;
+        below_dev || volumes.iter().any(|v| same_place(v.destination(), m.destination()))
+    };
     kernel.retain(|m| !replaced(m));
     bound.retain(|m| !replaced(m));
     bound.append(&mut volumes);
@@ -60,10 +68,14 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
 
 /// The container's view of its cgroups. On v1 each hierarchy is bound from the container's own
 /// directory, as the runtimes do it.
-fn cgroups(inputs: &Inputs<'_>, access: &str) -> Result<Vec<Mount>, SpecError> {
+fn cgroups(inputs: &Inputs<'_>, access: &str, privileged: bool) -> Result<Vec<Mount>, SpecError> {
     let mut options = SYS.to_vec();
     if inputs.host.cgroup_v2 {
         options.push(access);
+        // Without a cgroup namespace it is the node's own mount that these options are given to.
+        if privileged {
+            options.extend(inputs.host.cgroup_v2_options.iter().map(String::as_str));
+        }
         return Ok(vec![mount("/sys/fs/cgroup", "cgroup", "cgroup", &options)?]);
     }
     options.extend(["mode=755", "size=64k"]);
@@ -78,24 +90,69 @@ fn cgroups(inputs: &Inputs<'_>, access: &str) -> Result<Vec<Mount>, SpecError> {
     Ok(mounts)
 }
 
+/// Adds a mount in the place of one at the same path, and where a parent comes before what is below
+/// it.
+pub(crate) fn place(mounts: &mut Vec<Mount>, mount: Mount) {
+    mounts.retain(|other| !same_place(other.destination(), mount.destination()));
+    mounts.push(mount);
+    mounts.sort_by_key(|m| m.destination().components().count());
+}
+
 fn same_place(a: &Path, b: &Path) -> bool {
     a.components().eq(b.components())
 }
 
-/// Refuses volumes that cannot be mounted.
-pub(super) fn check(volumes: &[api::Mount]) -> Result<(), SpecError> {
-    volumes.iter().try_for_each(|volume| plan_volume(volume).map(|_| ()))
+/// Refuses volumes that cannot be mounted on this machine.
+pub(super) fn check(volumes: &[api::Mount], host: &Host) -> Result<(), SpecError> {
+    for volume in volumes {
+        match volume.image {
+            Some(_) => plan_image(volume, Path::new("/"))?,
+            None => plan_volume(volume)?,
+        };
+        if volume.recursive_read_only && !host.recursive_read_only {
+            return Err(bad(
+                volume,
+                "recursiveReadOnly needs mount_setattr(2), Linux 5.12 or newer",
+            ));
+        }
+    }
+    Ok(())
 }
 
-fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
-    let bad = |reason| SpecError::BadMount {
+/// Where the monitor mounts a container's nth image volume, to be bound from there.
+pub fn staged(folder: &Path, at: &mut usize) -> PathBuf {
+    let path = folder.join(at.to_string());
+    *at += 1;
+    path
+}
+
+fn bad(volume: &api::Mount, reason: &'static str) -> SpecError {
+    SpecError::BadMount {
         source_path: volume.host_path.clone(),
         target: volume.container_path.clone(),
         reason,
-    };
-    if volume.image.is_some() {
-        return Err(SpecError::Unsupported("an image volume"));
     }
+}
+
+/// An image's files, which nobody may change: other containers have the same.
+fn plan_image(volume: &api::Mount, source: &Path) -> Result<Mount, SpecError> {
+    if !volume.host_path.is_empty() {
+        return Err(bad(volume, "an image volume has no host path"));
+    }
+    if !volume.readonly {
+        return Err(bad(volume, "an image volume must be read-only"));
+    }
+    if volume.image.as_ref().is_none_or(|image| image.image.is_empty()) {
+        return Err(bad(volume, "the image volume names no image"));
+    }
+    if volume.container_path.is_empty() {
+        return Err(bad(volume, "the container path must not be empty"));
+    }
+    bind(source, Path::new("/").join(&volume.container_path), &["rbind", "rprivate", "ro"])
+}
+
+fn plan_volume(volume: &api::Mount) -> Result<Mount, SpecError> {
+    let bad = |reason| bad(volume, reason);
     if volume.host_path.is_empty() || !volume.host_path.starts_with('/') {
         return Err(bad("the host path must be absolute"));
     }

@@ -17,6 +17,10 @@ use crate::api;
 pub struct Pod {
     /// The user namespace; none when the pod uses the node's.
     pub userns: Option<Userns>,
+    /// The sandbox's id.
+    pub id: String,
+    /// Its name.
+    pub metadata: api::PodSandboxMetadata,
     /// The pinned network namespace; none when the pod uses the node's.
     pub netns: Option<PathBuf>,
     /// The PID namespace the container is to be in.

@@ -105,7 +105,8 @@ pub fn environment(
     environment
 }
 
-fn set(environment: &mut Vec<String>, entry: String) {
+/// Sets a `NAME=value`, in the place of one of the same name.
+pub(crate) fn set(environment: &mut Vec<String>, entry: String) {
     let key = entry.split_once('=').map_or(entry.as_str(), |(key, _)| key);
     let same = |other: &String| other.split_once('=').map_or(other.as_str(), |(k, _)| k) == key;
     match environment.iter().position(same) {

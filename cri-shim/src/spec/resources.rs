@@ -23,6 +23,19 @@ pub(super) fn plan(
     Ok(planned)
 }
 
+/// Refuses what this machine's cgroups cannot do.
+pub(super) fn check(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecError> {
+    let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref());
+    if resources.is_some_and(|r| !r.unified.is_empty()) && !host.cgroup_v2 {
+        return Err(SpecError::NeedsCgroupV2("unified cgroup settings"));
+    }
+    // It counts memory and swap together, and the kernel takes it only beside the other.
+    if resources.is_some_and(|r| r.memory_swap_limit_in_bytes > 0 && r.memory_limit_in_bytes <= 0) {
+        return Err(SpecError::SwapAlone);
+    }
+    Ok(())
+}
+
 /// The limits alone, for creation and for `UpdateContainerResources`. Zero means "not set" in the
 /// CRI.
 pub fn plan_limits(
@@ -46,15 +59,12 @@ pub fn plan_limits(
         cpu = cpu.mems(resources.cpuset_mems.clone());
     }
     let mut planned = LinuxResourcesBuilder::default().cpu(cpu.build()?);
-    if resources.memory_limit_in_bytes != 0 {
-        let mut memory = LinuxMemoryBuilder::default().limit(resources.memory_limit_in_bytes);
+    let (limit, swap) = (resources.memory_limit_in_bytes, resources.memory_swap_limit_in_bytes);
+    if limit != 0 {
+        let mut memory = LinuxMemoryBuilder::default().limit(limit);
         if host.swap_accounting {
             // Without a word about swap there is none: the limit counts memory and swap together.
-            let swap = match resources.memory_swap_limit_in_bytes {
-                0 => resources.memory_limit_in_bytes,
-                given => given,
-            };
-            memory = memory.swap(swap);
+            memory = memory.swap(if swap == 0 { limit } else { swap });
         }
         planned = planned.memory(memory.build()?);
     }

@@ -3,8 +3,8 @@
 use super::{Host, SpecError};
 use crate::api::{self, security_profile::ProfileType};
 
-/// Paths of `/proc` and `/sys` that leak or change host state. The kubelet sends its list; this
-/// one is for callers that send none.
+/// Paths of `/proc` and `/sys` that leak or change host state, for callers that say nothing about
+/// security at all. Whoever does says which paths: none for `procMount: Unmasked`.
 const MASKED: [&str; 12] = [
     "/proc/asound",
     "/proc/acpi",
@@ -39,7 +39,11 @@ pub(super) fn check(security: Security<'_>, host: &Host) -> Result<(), SpecError
             .iter()
             .any(|field| !field.is_empty())
     {
-        return Err(SpecError::NotInKernel("seLinuxOptions"));
+        return Err(if host.selinux {
+            SpecError::Unsupported("seLinuxOptions")
+        } else {
+            SpecError::NotInKernel("seLinuxOptions")
+        });
     }
     if apparmor_profile(Some(security)).is_some() && !host.apparmor {
         return Err(SpecError::NotInKernel("an AppArmor Localhost profile"));
@@ -78,7 +82,7 @@ fn paths(
 ) -> Vec<String> {
     match security {
         Some(s) if s.privileged => Vec::new(),
-        Some(s) if !given(s).is_empty() => given(s).clone(),
-        _ => default.iter().map(|p| (*p).to_owned()).collect(),
+        Some(s) => given(s).clone(),
+        None => default.iter().map(|p| (*p).to_owned()).collect(),
     }
 }

@@ -12,7 +12,12 @@ use crate::api::{self, MountPropagation};
 use crate::config::CgroupDriver;
 
 fn host() -> Host {
-    Host { max_open_files: 1 << 20, capabilities: u64::MAX, ..Host::default() }
+    Host {
+        max_open_files: 1 << 20,
+        capabilities: u64::MAX,
+        recursive_read_only: true,
+        ..Host::default()
+    }
 }
 
 fn spec_of(config: &api::ContainerConfig, pod: &Pod, host: &Host) -> Result<Spec, SpecError> {
@@ -24,6 +29,8 @@ fn spec_of(config: &api::ContainerConfig, pod: &Pod, host: &Host) -> Result<Spec
         host,
         rootfs: PathBuf::from("/rootfs"),
         cgroup: PathBuf::from("/kubepods/pod1/c1"),
+        image_volumes: PathBuf::from("/images"),
+        base: None,
         localhost_seccomp: None,
         devices: Vec::new(),
     })
@@ -139,13 +146,15 @@ fn an_ordinary_container_is_confined() {
         no_new_privs: true,
         readonly_rootfs: true,
         seccomp: Some(api::SecurityProfile::default()),
+        masked_paths: vec!["/proc/kcore".into()],
+        readonly_paths: vec!["/proc/sys".into()],
         ..Default::default()
     });
     let spec = spec_of(&config, &Pod::default(), &host()).unwrap();
     let linux = spec.linux().as_ref().unwrap();
     assert!(linux.seccomp().is_some());
-    assert!(linux.masked_paths().as_ref().unwrap().contains(&"/proc/kcore".to_owned()));
-    assert!(linux.readonly_paths().as_ref().unwrap().contains(&"/proc/sys".to_owned()));
+    assert_eq!(linux.masked_paths().as_deref(), Some(&["/proc/kcore".to_owned()][..]));
+    assert_eq!(linux.readonly_paths().as_deref(), Some(&["/proc/sys".to_owned()][..]));
     assert_eq!(spec.process().as_ref().unwrap().no_new_privileges(), Some(true));
     assert_eq!(spec.root().as_ref().unwrap().readonly(), Some(true));
     assert!(spec.hostname().is_none());
@@ -437,7 +446,7 @@ fn a_pod_with_users_of_its_own() {
     let device = HostDevice {
         host: "/dev/real".into(),
         path: "/dev/seen".into(),
-        block: false,
+        kind: oci_spec::runtime::LinuxDeviceType::C,
         major: 10,
         minor: 1,
         mode: 0o600,
@@ -455,6 +464,8 @@ fn a_pod_with_users_of_its_own() {
         cgroup: PathBuf::from("/c1"),
         localhost_seccomp: None,
         devices: vec![device],
+        image_volumes: PathBuf::from("/images"),
+        base: None,
     })
     .unwrap();
     let linux = spec.linux().clone().unwrap();

@@ -48,8 +48,9 @@ pub fn request(
     };
     let id = |value: i64| u32::try_from(value).map_err(|_| UserError::Range(value));
     let user = match &security.run_as_user {
+        // As containerd: of the two the name counts.
+        _ if !security.run_as_username.is_empty() => security.run_as_username.clone(),
         Some(uid) => id(uid.value)?.to_string(),
-        None if !security.run_as_username.is_empty() => security.run_as_username.clone(),
         None => image_user.to_owned(),
     };
     let gid = security.run_as_group.as_ref().map(|g| id(g.value)).transpose()?;

@@ -104,6 +104,11 @@ impl Layout {
         self.mounts().join("rootfs")
     }
 
+    /// Below it the mount points of image volumes, in the containers' own mount namespaces.
+    pub fn image_volumes(&self) -> PathBuf {
+        self.mounts().join("images")
+    }
+
     /// The sandbox's `/dev/shm`.
     pub fn shm(&self, id: &str) -> PathBuf {
         self.mounts().join("shm").join(id)
@@ -184,6 +189,11 @@ impl SandboxRecord {
 
     pub fn config(&self) -> io::Result<api::PodSandboxConfig> {
         decode(&self.config)
+    }
+
+    /// Replaces the config, as `UpdatePodSandboxResources` does.
+    pub fn set_config(&mut self, config: &api::PodSandboxConfig) {
+        self.config = STANDARD.encode(config.encode_to_vec());
     }
 
     pub fn write(&self, directory: &Path) -> io::Result<()> {

@@ -33,6 +33,9 @@ pub struct Node {
     pub setup: Setup,
 }
 
+/// What the server is told, of the node's directory.
+pub type Arguments = Box<dyn Fn(&Path) -> Vec<String> + Send + Sync>;
+
 /// How a node differs from the others.
 #[derive(Default)]
 pub struct Setup {
@@ -42,6 +45,8 @@ pub struct Setup {
     pub environment: Vec<(String, String)>,
     /// The size and number of log files, when the monitors are to rotate them.
     pub rotation: Option<(u32, u32)>,
+    /// More arguments of the server, which are told the node's directory.
+    pub arguments: Option<Arguments>,
 }
 
 impl Node {
@@ -130,6 +135,25 @@ impl Node {
             self.server = serve(&self.program, self.root.path(), &self.namespace, &self.setup)?;
         }
         anyhow::bail!("the server ends before it answers")
+    }
+
+    /// Runs a shell command in the node's mount namespace.
+    pub fn shell(&self, script: &str) -> anyhow::Result<String> {
+        let pid = self.namespace.id().to_string();
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &pid, "--mount", "--", "sh", "-ec", script]);
+        let output = command.output()?;
+        anyhow::ensure!(output.status.success(), "{script}: {output:?}");
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Puts an image on the node: busybox with one more layer for each list of entries.
+    pub async fn add_image(&self, name: &str, layers: &[Vec<Entry<'_>>]) -> anyhow::Result<()> {
+        let store = ImageStore::open_shared(StoreConfig::new(self.root.path().join("state")))?;
+        let archive = self.root.path().join("more.tar");
+        write_layers(&archive, name, layers)?;
+        store.import(ImportSource::File(archive)).await?;
+        Ok(())
     }
 
     pub fn cgroup(&self) -> String {
@@ -426,6 +450,7 @@ fn serve(program: &Path, root: &Path, namespace: &Child, setup: &Setup) -> anyho
         .arg(program)
         .args([root.join("state"), root.join("run")])
         .args(rotation.iter().flatten())
+        .args(setup.arguments.as_ref().map(|arguments| arguments(root)).unwrap_or_default())
         .envs(setup.environment.iter().map(|(name, value)| (name, value)))
         .spawn()?)
 }
@@ -443,7 +468,7 @@ fn lazily(root: &Path) -> Channel {
     Endpoint::from_static("http://cri.local").connect_with_connector_lazy(connector)
 }
 
-async fn connect(root: &Path) -> anyhow::Result<Channel> {
+pub async fn connect(root: &Path) -> anyhow::Result<Channel> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let channel = lazily(root);
@@ -456,8 +481,39 @@ async fn connect(root: &Path) -> anyhow::Result<Channel> {
     }
 }
 
+/// What a layer has: a file with its text, or a symbolic link.
+#[derive(Clone, Copy)]
+pub enum Entry<'a> {
+    File(&'a str, &'a str),
+    Link(&'a str, &'a str),
+}
+
 /// A docker-archive with busybox alone.
 fn write_image(path: &Path) -> anyhow::Result<()> {
+    write_layers(path, IMAGE, &[])
+}
+
+fn layer_of(entries: &[Entry<'_>]) -> anyhow::Result<Vec<u8>> {
+    let mut layer = tar::Builder::new(Vec::new());
+    for entry in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        match entry {
+            Entry::File(path, text) => {
+                header.set_size(text.len() as u64);
+                layer.append_data(&mut header, path, text.as_bytes())?;
+            }
+            Entry::Link(path, target) => {
+                header.set_entry_type(tar::EntryType::Symlink);
+                header.set_size(0);
+                layer.append_link(&mut header, path, target)?;
+            }
+        }
+    }
+    Ok(layer.into_inner()?)
+}
+
+fn write_layers(path: &Path, name: &str, more: &[Vec<Entry<'_>>]) -> anyhow::Result<()> {
     let mut layer = tar::Builder::new(Vec::new());
     layer.append_path_with_name("/bin/busybox", "bin/busybox")?;
     for applet in [
@@ -487,24 +543,33 @@ fn write_image(path: &Path) -> anyhow::Result<()> {
         header.set_mode(0o777);
         layer.append_link(&mut header, format!("bin/{applet}"), "busybox")?;
     }
-    let layer = layer.into_inner()?;
-    let digest: String = Sha256::digest(&layer).iter().map(|b| format!("{b:02x}")).collect();
+    let mut layers = vec![layer.into_inner()?];
+    for entries in more {
+        layers.push(layer_of(entries)?);
+    }
+    let digest = |layer: &Vec<u8>| -> String {
+        let hex = Sha256::digest(layer).iter().map(|b| format!("{b:02x}")).collect::<String>();
+        format!("sha256:{hex}")
+    };
+    let digests: Vec<String> = layers.iter().map(digest).collect();
+    let names: Vec<String> = (0..layers.len()).map(|at| format!("layer{at}.tar")).collect();
     let config = serde_json::json!({
         "architecture": "amd64",
         "os": "linux",
         "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"], "WorkingDir": "/work/here"},
-        "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+        "rootfs": {"type": "layers", "diff_ids": digests},
         "history": [],
     });
     let manifest = serde_json::json!([{
-        "Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"],
+        "Config": "config.json", "RepoTags": [name], "Layers": names,
     }]);
     let mut archive = tar::Builder::new(fs::File::create(path)?);
-    for (name, bytes) in [
-        ("config.json", config.to_string().into_bytes()),
-        ("layer.tar", layer),
-        ("manifest.json", manifest.to_string().into_bytes()),
-    ] {
+    let mut files = vec![
+        ("config.json".to_owned(), config.to_string().into_bytes()),
+        ("manifest.json".to_owned(), manifest.to_string().into_bytes()),
+    ];
+    files.extend(names.into_iter().zip(layers));
+    for (name, bytes) in files {
         let mut header = tar::Header::new_gnu();
         header.set_size(bytes.len() as u64);
         header.set_mode(0o644);

@@ -49,6 +49,28 @@ fn standalone_needs_no_kubeconfig_and_has_a_folder() {
 }
 
 #[test]
+fn the_runtime_is_told_of_handlers_and_devices() {
+    let head = "kind: LongshoreConfiguration\napiVersion: longshore.io/v1alpha1\n";
+    let config = resolved("", head).unwrap();
+    assert_eq!((config.cdi_spec_dirs, config.runtime_handlers.len()), (None, 0));
+    let file = format!(
+        "{head}cdiSpecDirs: [/etc/cdi, /opt/cdi]\nruntimeHandlers:\n  gpu: {{baseSpec: /etc/gpu.json}}\n  \
+         kata: {{path: /opt/kata/bin/kata-runtime}}\n"
+    );
+    let config = resolved("", &file).unwrap();
+    assert_eq!(config.cdi_spec_dirs.unwrap().len(), 2);
+    let handler = |path: Option<&str>, base: Option<&str>| RuntimeHandler {
+        path: path.map(PathBuf::from),
+        base_spec: base.map(PathBuf::from),
+    };
+    assert_eq!(config.runtime_handlers["gpu"], handler(None, Some("/etc/gpu.json")));
+    let kata = handler(Some("/opt/kata/bin/kata-runtime"), None);
+    assert_eq!(config.runtime_handlers["kata"], kata);
+    let misspelt = format!("{head}runtimeHandlers: {{kata: {{program: /x}}}}\n");
+    assert!(resolved("", &misspelt).unwrap_err().to_string().contains("program"));
+}
+
+#[test]
 fn bad_values_name_their_field() {
     for (line, file, expected) in [
         ("--hostname-override a_b", String::new(), "--hostname-override"),

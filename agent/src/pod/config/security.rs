@@ -279,7 +279,12 @@ mod tests {
     use crate::pod::testing::pod;
 
     fn image(uid: Option<i64>, username: &str) -> ReadyImage {
-        ReadyImage { image_ref: "i".into(), uid, username: username.into() }
+        ReadyImage {
+            image_ref: "i".into(),
+            uid,
+            username: username.into(),
+            volumes: Default::default(),
+        }
     }
 
     fn security(

@@ -28,7 +28,12 @@ fn apply(action: Action, observed: &mut Observed, facts: &mut Facts, now: Timest
             observed.sandboxes.push(new);
         }
         Action::EnsureImage { name } => {
-            let image = ReadyImage { image_ref: "i".into(), uid: None, username: String::new() };
+            let image = ReadyImage {
+                image_ref: "i".into(),
+                uid: None,
+                username: String::new(),
+                volumes: Default::default(),
+            };
             let before = facts.images.insert(name, (Step::Done, Some(image)));
             assert!(before.is_none_or(|(_, ready)| ready.is_none()), "image wanted twice");
         }

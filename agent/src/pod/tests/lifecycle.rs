@@ -35,6 +35,31 @@ async fn a_pod_runs_and_goes() {
     assert_eq!(std::fs::read_dir(rig.dir.path().join("links")).unwrap().count(), 0);
 }
 
+/// Its own policy, its own failure, and no start before it is there.
+#[tokio::test(start_paused = true)]
+async fn an_image_volume_is_pulled_before_the_container_that_mounts_it() {
+    let rig = Rig::new().await;
+    let spec = r#"{"containers":[
+        {"name":"c","image":"img:1","imagePullPolicy":"Never","volumeMounts":[{"name":"v","mountPath":"/v"}]},
+        {"name":"other","image":"img:1","imagePullPolicy":"Never"}],
+        "volumes":[{"name":"v","image":{"reference":"vol:1"}}]}"#;
+    rig.set(&named("a", spec)).await;
+    let stuck = |r: &Rig| {
+        let waits = waiting(&r.container("a", "c"));
+        matches!(waits.as_deref(), Some("ErrImagePull" | "ImagePullBackOff"))
+    };
+    rig.until("stuck", |r| {
+        r.status("a").is_some_and(|s| s.container_statuses.is_some()) && stuck(r)
+    })
+    .await;
+    rig.until("the other runs", |r| r.runtime.running().len() == 1).await;
+    assert!(rig.events().iter().any(|(_, m)| m.starts_with("Failed to pull image \"vol:1\"")));
+    rig.runtime.publish_image("vol:1");
+    // The runtime refuses a container whose volume's image it does not have.
+    rig.until_ready("a").await;
+    assert!(rig.runtime.calls().contains(&"PullImage vol:1".to_owned()));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_removed_manifest_ends_its_pod() {
     let rig = Rig::new().await;

@@ -70,11 +70,19 @@ impl Volumes for World {
     }
     async fn container_mounts(
         &self,
-        _: &Pod,
+        pod: &Pod,
         _: &Container,
         _: u32,
     ) -> Result<Vec<cri_shim::api::Mount>, VolumeError> {
-        Ok(Vec::new())
+        let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+        let image = |volume: &k8s_openapi::api::core::v1::Volume| cri_shim::api::Mount {
+            image: volume.image.as_ref().map(|image| cri_shim::api::ImageSpec {
+                user_specified_image: image.reference.clone().unwrap_or_default(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        Ok(volumes.filter(|v| v.image.is_some()).map(image).collect())
     }
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
         self.recorded.lock().unwrap().mounted.retain(|m| m != uid);

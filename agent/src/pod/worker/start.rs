@@ -172,6 +172,7 @@ impl Job {
             .container_mounts(&self.pod, &self.container, self.start.attempt)
             .await
             .map_err(config_failure)?;
+        self.name_volume_images(&mut mounts)?;
         mounts.extend(self.hosts_mount(&mounts).await?);
         let message_file = self.message_file().await?;
         mounts.extend(self.message_mount(message_file.as_deref()));
@@ -219,6 +220,18 @@ impl Job {
             .create_container(self.start.sandbox.as_str(), config, sandbox_config)
             .await
             .map_err(|e| failure("CreateContainerError", e.message))
+    }
+
+    /// Says which image on the node each image volume is.
+    fn name_volume_images(&self, mounts: &mut [api::Mount]) -> Result<(), StartFailure> {
+        for image in mounts.iter_mut().filter_map(|mount| mount.image.as_mut()) {
+            let asked = &image.user_specified_image;
+            let found = self.image.volumes.get(asked).ok_or_else(|| {
+                config_failure(format!("the image {asked:?} of a volume is not on the node"))
+            })?;
+            image.image = found.clone();
+        }
+        Ok(())
     }
 
     async fn environment(&self) -> Result<Vec<(String, String)>, StartFailure> {

@@ -1,6 +1,7 @@
 //! The hooks of a spec (OCI runtime spec, config.md, "POSIX-platform Hooks"): programs that are run
 //! at points of a container's life, with its state on their standard input.
 
+use std::collections::HashMap;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
@@ -19,22 +20,25 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const MAX_WORDS: usize = 2048;
 
 /// What hooks are told of the container (OCI runtime spec, runtime.md, "State").
-pub(in crate::monitor) struct State<'a> {
+pub(crate) struct State<'a> {
     pub id: &'a str,
     pub bundle: &'a Path,
     /// `creating`, `created`, `running` or `stopped`.
     pub status: &'static str,
     /// The first process as the node counts.
     pub pid: i32,
+    /// The spec's annotations.
+    pub annotations: Option<&'a HashMap<String, String>>,
 }
 
 /// Runs hooks one after the other; the first that fails ends it.
 ///
 /// # Errors
 /// With the hook's program and what it said.
-pub(in crate::monitor) fn run(hooks: &[Hook], state: &State<'_>) -> Result<(), String> {
+pub(crate) fn run(hooks: &[Hook], state: &State<'_>) -> Result<(), String> {
     let text = json!({"ociVersion": "1.0.2", "id": state.id, "status": state.status,
-        "pid": state.pid, "bundle": state.bundle, "annotations": {}})
+        "pid": state.pid, "bundle": state.bundle,
+        "annotations": state.annotations.unwrap_or(&HashMap::new())})
     .to_string();
     for hook in hooks {
         let path = hook.path().display();
@@ -98,7 +102,13 @@ mod tests {
     }
 
     fn state() -> State<'static> {
-        State { id: "c1", bundle: Path::new("/bundle"), status: "creating", pid: 42 }
+        State {
+            id: "c1",
+            bundle: Path::new("/bundle"),
+            status: "creating",
+            pid: 42,
+            annotations: None,
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use nix::unistd::chdir;
 use oci_spec::runtime::{LinuxNamespaceType, Spec, UserBuilder};
 
 use super::super::exec::open_terminal;
+use super::super::image_volumes;
 use super::super::inroot::Root;
 use super::super::launch::Stdio;
 use super::super::protocol::StartContainer;
@@ -50,6 +51,7 @@ fn become_container(
             enter_namespaces(spec)?;
             rootfs::separate(spec)?;
             mount_rootfs(start)?;
+            image_volumes::mount(start, spec)?;
             let root = Root::open(&start.rootfs.target)
                 .map_err(|e| format!("opening the root file system: {e}"))?;
             let identity = prepare(start, spec, &root)?;
@@ -61,7 +63,9 @@ fn become_container(
     rootfs::fill(&root, spec, made.mounts, made.held)?;
     wait(socket);
     let hooks = spec.hooks().clone().unwrap_or_default();
+    let annotations = spec.annotations().clone();
     let state = |status| hooks::State {
+        annotations: annotations.as_ref(),
         id: &start.id,
         bundle: &start.bundle,
         status,

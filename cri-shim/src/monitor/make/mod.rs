@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::{fs, mem};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -30,7 +31,7 @@ use crate::mount::Detached;
 use crate::spec::user::Identity;
 
 mod devices;
-pub(super) mod hooks;
+pub(crate) mod hooks;
 mod init;
 mod options;
 mod rootfs;
@@ -103,8 +104,13 @@ pub(super) fn run(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -
     }
     // One that has failed does not listen; what it said is read below.
     let _ = go_on(&mut ours);
-    let state =
-        |status| hooks::State { id: &start.id, bundle: &start.bundle, status, pid: pid.as_raw() };
+    let state = |status| hooks::State {
+        id: &start.id,
+        bundle: &start.bundle,
+        status,
+        pid: pid.as_raw(),
+        annotations: spec.annotations().as_ref(),
+    };
     let (user, terminal) = loop {
         let mut fds = Vec::new();
         match receive(&ours, &mut fds)? {
@@ -165,6 +171,15 @@ fn fork(
     }
     let namespaces = spec.linux().as_ref().and_then(|l| l.namespaces().as_deref());
     let pid = namespaces.into_iter().flatten().find(|n| n.typ() == LinuxNamespaceType::Pid);
+    let own = Path::new("/proc/self/ns/pid");
+    // Hooks are forked later, and are the node's: in the container's namespace they would end with
+    // its first process, or could not even begin.
+    let own = match spec.hooks().is_some() && pid.is_some() {
+        true => Some(
+            fs::File::open(own).map_err(|e| format!("opening the node's PID namespace: {e}"))?,
+        ),
+        false => None,
+    };
     match pid.map(|n| n.path()) {
         None => {}
         Some(None) => unshare(CloneFlags::CLONE_NEWPID)
@@ -175,8 +190,13 @@ fn fork(
         // Inherited.
         process::before_entering(process)?;
     }
-    sys::fork_sibling(cgroup.as_ref().map(AsFd::as_fd))
-        .map_err(|e| format!("forking the container's first process: {e}"))
+    let forked = sys::fork_sibling(cgroup.as_ref().map(AsFd::as_fd))
+        .map_err(|e| format!("forking the container's first process: {e}"))?;
+    if let (Some(own), Some(_)) = (own, forked) {
+        setns(&own, CloneFlags::CLONE_NEWPID)
+            .map_err(|e| format!("forking in the node's PID namespace again: {e}"))?;
+    }
+    Ok(forked)
 }
 
 /// Enters the namespace that a path holds.

@@ -21,7 +21,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use super::super::inroot::{Place, Root};
 use super::super::launch::Stdio;
 use super::super::protocol::{StartContainer, Userns};
-use super::super::{frame, process, staging, sys, userns};
+use super::super::{frame, image_volumes, process, staging, sys, userns};
 use super::{Result, devices, init, options, rootfs};
 use crate::mount::Detached;
 use crate::seccomp::Program;
@@ -50,6 +50,7 @@ pub(super) fn hold(
     let filter = init::filter(start, spec)?;
     let own = (pod.map, staging::open(&pod.path)?);
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("making a mount namespace: {e}"))?;
+    image_volumes::mount(start, spec)?;
     let mounts = copy_mounts(spec, Some(&own))?;
     let rootfs = make_rootfs(start, &own)?;
     let root = root_of(&rootfs)?;

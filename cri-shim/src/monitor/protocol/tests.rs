@@ -30,6 +30,15 @@ const REQUESTS: &[(u32, &str)] = &[
         3,
         r#"{"op":"start","id":"c1","bundle":"/b","rootfs":{"lower":[],"upper":"/u","work":"/w","target":"/t"},"user":{"user":"","gid":null,"supplemental":[],"strict":false},"cgroup":"/c","log":"/l","records":"/r","stdin":false,"tty":false,"runtime":null,"rotation":{"max_size":10485760,"max_files":5}}"#,
     ),
+    (
+        3,
+        r#"{"op":"start","id":"c1","bundle":"/b","rootfs":{"lower":[],"upper":"/u","work":"/w","target":"/t"},"user":{"user":"","gid":null,"supplemental":[],"strict":false},"cgroup":"/c","log":null,"records":"/r","stdin":false,"tty":false,"userns":{"path":"/run/longshore/userns/s1","map":{"uids":{"container":0,"host":65536,"length":65536},"gids":{"container":0,"host":131072,"length":65536}}}}"#,
+    ),
+    (4, r#"{"op":"hello","version":4}"#),
+    (
+        4,
+        r#"{"op":"start","id":"c1","bundle":"/b","rootfs":{"lower":[],"upper":"/u","work":"/w","target":"/t"},"user":{"user":"","gid":null,"supplemental":[],"strict":false},"cgroup":"/c","log":null,"records":"/r","stdin":false,"tty":false,"image_volumes":[{"image":"sha256:0","layers":["/s/l1/d"],"sub_path":"data","target":"/t/data"}]}"#,
+    ),
 ];
 
 /// Version and frame, as a monitor of that version answered.
@@ -48,6 +57,7 @@ const REPLIES: &[(u32, &str)] = &[
     ),
     (2, r#"{"reply":"hello","version":2,"pid":42,"init":44}"#),
     (3, r#"{"reply":"hello","version":3,"pid":42,"init":44}"#),
+    (4, r#"{"reply":"hello","version":4,"pid":42,"init":null}"#),
 ];
 
 /// The name of a request on the wire. A new one is an error here until it is recorded above.
@@ -134,4 +144,14 @@ fn only_what_older_monitors_know_is_asked_of_them() {
     assert_eq!(needs(r#"{"op":"attach","container":"c","stdout":true,"stderr":true}"#), 2);
     // Without force an older one refuses, which its client sees.
     assert_eq!(needs(r#"{"op":"exit","force":true}"#), 1);
+}
+
+#[test]
+fn what_a_container_must_not_be_without_is_never_left_out() {
+    let needs = |what: &str| {
+        let (_, text) = REQUESTS.iter().rfind(|(_, text)| text.contains(what)).unwrap();
+        take::<Request>(text).unwrap().unwrap().needs()
+    };
+    assert_eq!(needs("userns"), 3);
+    assert_eq!(needs("image_volumes"), 4);
 }
