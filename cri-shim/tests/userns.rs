@@ -250,7 +250,7 @@ async fn terminals_and_forwarded_ports_reach_the_namespace() -> anyhow::Result<(
 async fn files_of_image_volumes_belong_to_whom_they_belong_in_the_image() -> anyhow::Result<()> {
     let mut node = Node::start_networked().await?;
     let one = vec![Entry::File("data/file", "lower")];
-    node.add_image("localhost/one:1", &[one.clone()]).await?;
+    node.add_image("localhost/one:1", std::slice::from_ref(&one)).await?;
     node.add_image("localhost/two:1", &[one, vec![Entry::File("data/more", "upper")]]).await?;
     for (at, handler) in ["", "runc"].into_iter().enumerate() {
         let first = 65_536 * (at as u32 + 1);
