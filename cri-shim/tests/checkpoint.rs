@@ -1,4 +1,4 @@
-//! CheckpointContainer, with CRIU's part played by a script: what it needs of the kernel no test can
+//! CheckpointContainer, with CRIU's part played by scripts: what it needs of the kernel no test can
 //! count on. The archive around it is the shim's own.
 
 mod node;
@@ -105,15 +105,67 @@ async fn a_checkpoint_holds_the_dump_the_log_and_what_was_changed() -> anyhow::R
     let refused = node.runtime.checkpoint_container(relative).await.unwrap_err();
     assert_eq!(refused.code(), tonic::Code::InvalidArgument);
 
-    // The built-in runtime has none.
-    let remove = RemovePodSandboxRequest { pod_sandbox_id: pod.0.clone() };
-    node.runtime.remove_pod_sandbox(remove).await?;
+    Ok(())
+}
+
+/// CRIU's worker: it takes one request and answers that it is done, or that it failed while there is
+/// a file `refuse` (a `Response`, see `proto/criu.proto`).
+const CRIU: &str = r#"#!/bin/sh
+here=$(dirname "$0")
+dd bs=65536 count=1 of="$here/request" 2> /dev/null
+[ "$*" = "swrk 0" ] || exit 2
+if [ -e "$here/refuse" ]; then printf '\010\001\020\000\112\006denied' >&0; exit 1; fi
+printf '\010\001\020\001' >&0
+"#;
+
+#[tokio::test]
+async fn the_built_in_runtime_asks_criu_itself() -> anyhow::Result<()> {
+    let mut node = Node::start_with(Setup {
+        arguments: Some(Box::new(|root: &Path| {
+            let criu = root.join("criu");
+            fs::write(&criu, CRIU).unwrap();
+            fs::set_permissions(&criu, fs::Permissions::from_mode(0o755)).unwrap();
+            vec!["--criu".to_owned(), criu.display().to_string()]
+        })),
+        ..Setup::default()
+    })
+    .await?;
+    let root = node.root.path().to_path_buf();
     let pod = node.sandbox(NamespaceMode::Container).await?;
-    let id = node.run(&pod, "built-in", "exec sleep 1000").await?;
-    let request = CheckpointContainerRequest { container_id: id, ..request(0) };
+    let id = node.run(&pod, "c", "echo changed > /file; exec sleep 1000").await?;
+    node.exec(&id, &["sh", "-c", "until [ -s /file ]; do sleep 0.1; done"], 10).await?;
+    let location = root.join("dump.tar");
+    let request = CheckpointContainerRequest {
+        container_id: id.clone(),
+        location: location.display().to_string(),
+        timeout: 60,
+    };
+    node.runtime.checkpoint_container(request.clone()).await?;
+    let asked = fs::read(root.join("request"))?;
+    let asked = String::from_utf8_lossy(&asked);
+    assert!(asked.contains("dump.log") && asked.contains("/proc/keys"), "{asked:?}");
+    let files = archive(&location)?;
+    let config: serde_json::Value = serde_json::from_str(&files["config.dump"])?;
+    assert_eq!(config["runtime"], "longshore");
+    // Its streams are the container's own: CRIU could not dump the node's /dev/null.
+    let streams: Vec<String> = serde_json::from_str(&files["checkpoint/descriptors.json"])?;
+    assert_eq!(streams[0], "/dev/null");
+    assert!(streams[1].starts_with("pipe:["), "{streams:?}");
+    let device = |path: &str| ["stat", "-L", "-c", "%d", path].map(str::to_owned);
+    let mut devices = Vec::new();
+    for path in ["/proc/1/fd/0", "/dev/null"] {
+        let command = device(path);
+        let command: Vec<&str> = command.iter().map(String::as_str).collect();
+        devices.push(node.exec(&id, &command, 10).await?.stdout);
+    }
+    assert_eq!(devices[0], devices[1]);
+    assert_eq!(node.status(&id).await?.state(), ContainerState::ContainerRunning);
+
+    fs::write(root.join("refuse"), "")?;
+    fs::remove_file(&location)?;
     let refused = node.runtime.checkpoint_container(request).await.unwrap_err();
-    assert_eq!(refused.code(), tonic::Code::Unimplemented);
-    assert!(refused.message().contains("RuntimeClass"), "{refused}");
+    assert!(refused.message().contains("denied"), "{refused}");
+    assert!(!location.exists());
     Ok(())
 }
 

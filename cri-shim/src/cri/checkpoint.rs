@@ -1,8 +1,8 @@
 //! CheckpointContainer: a running container's state as an archive, for forensics (KEP-2008).
 //!
-//! CRIU freezes and dumps the processes; an OCI runtime that knows how to call it does (`runc
-//! checkpoint`), so only pods of such a RuntimeClass handler have it. The archive's layout is that of
-//! containerd and CRI-O, which `checkpointctl` reads and both restore from.
+//! CRIU freezes and dumps the processes, called by the OCI runtime of the pod's RuntimeClass handler
+//! (`runc checkpoint`) or, for the built-in one, by the shim itself (see `criu`). The archive's layout
+//! is that of containerd and CRI-O, which `checkpointctl` reads and both restore from.
 
 use std::fs;
 use std::io;
@@ -11,10 +11,12 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use serde_json::{Value, json};
 use tonic::Status;
 
 use super::container_list::running;
+use super::criu::{self, DumpError};
 use super::store::Container;
 use super::{Shim, blocking, internal};
 use crate::api;
@@ -35,17 +37,15 @@ impl Shim {
     ) -> Result<api::CheckpointContainerResponse, Status> {
         let container = self.store.container(&request.container_id)?;
         running(&container)?;
-        if self.config.criu.is_none() {
+        let Some(criu) = self.config.criu.clone() else {
             return Err(Status::unimplemented(
-                "checkpoints need CRIU, which is not installed on this node",
+                "checkpoints need CRIU, which is not installed on this node: install the package criu",
             ));
-        }
+        };
         let handler = container.sandbox.record().runtime_handler.clone();
-        let Some(runtime) = self.config.runtime_handlers.get(&handler).cloned() else {
-            return Err(Status::unimplemented(
-                "the built-in runtime cannot checkpoint; run the pod with a RuntimeClass whose \
-                 handler is runc",
-            ));
+        let by = match self.config.runtime_handlers.get(&handler) {
+            Some(program) => Dumper::Runtime(program.clone()),
+            None => Dumper::Criu(criu),
         };
         let location = PathBuf::from(&request.location);
         if !location.is_absolute() {
@@ -61,7 +61,7 @@ impl Shim {
         let made = tokio::spawn(async move {
             let _changing = container.changing.lock().await;
             let folder = this.layout.container(&container.id).join("checkpoint");
-            let made = this.checkpoint(&container, &runtime, &folder, &location, limit).await;
+            let made = this.checkpoint(&container, &by, &folder, &location, limit).await;
             let _ = blocking(move || fs::remove_dir_all(folder)).await;
             made
         });
@@ -72,7 +72,7 @@ impl Shim {
     async fn checkpoint(
         self: &Arc<Self>,
         container: &Arc<Container>,
-        runtime: &Path,
+        by: &Dumper,
         folder: &Path,
         location: &Path,
         limit: Duration,
@@ -86,9 +86,9 @@ impl Shim {
         })
         .await?
         .map_err(|e| internal("making a folder for the checkpoint", e))?;
-        self.dump(container, runtime, folder, limit).await?;
+        self.dump(container, by, folder, limit).await?;
 
-        let (config, status) = self.described(container, runtime);
+        let (config, status) = self.described(container, by.name());
         let spec = self.layout.bundle(&container.id).join("config.json");
         let log = container.record().log_path.clone();
         let upper = self
@@ -114,50 +114,89 @@ impl Shim {
         .map_err(|e| internal("writing the checkpoint", e))
     }
 
-    /// Has the OCI runtime dump the container's processes, which run on.
+    /// Has the container's processes dumped; they run on.
     async fn dump(
         &self,
         container: &Container,
-        runtime: &Path,
+        by: &Dumper,
         folder: &Path,
         limit: Duration,
     ) -> Result<(), Status> {
+        let (program, failed) = match by {
+            Dumper::Runtime(program) => {
+                (program, self.runtime_dump(container, program, folder, limit).await)
+            }
+            Dumper::Criu(program) => {
+                (program, self.criu_dump(container, program, folder, limit).await)
+            }
+        };
+        let (name, seconds) = (program.display(), limit.as_secs());
+        failed.map_err(|error| match error {
+            DumpError::Io(error) => internal(&format!("running {name}"), error),
+            DumpError::Late => {
+                Status::deadline_exceeded(format!("{name} did not checkpoint within {seconds} s"))
+            }
+            DumpError::Failed(said) => {
+                let log = fs::read_to_string(folder.join("dump.log")).unwrap_or_default();
+                let causes = causes(&log);
+                let criu = if causes.is_empty() { causes } else { format!(" (CRIU: {causes})") };
+                Status::internal(format!("{name} could not checkpoint the container: {said}{criu}"))
+            }
+        })
+    }
+
+    /// By the OCI runtime's program.
+    async fn runtime_dump(
+        &self,
+        container: &Container,
+        program: &Path,
+        folder: &Path,
+        limit: Duration,
+    ) -> Result<(), DumpError> {
         let bundle = self.layout.bundle(&container.id);
         let log = folder.join("runtime.log");
-        let mut command = tokio::process::Command::new(runtime);
+        let mut command = tokio::process::Command::new(program);
         command.arg("--root").arg(bundle.join("oci"));
         command.arg("--log").arg(&log).args(["--log-format", "json", "checkpoint"]);
         command.arg("--leave-running").arg("--work-path").arg(folder);
         command.arg("--image-path").arg(folder.join(IMAGES)).arg(&container.id);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let name = runtime.display();
-        let mut child = command
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(|e| internal(&format!("running {name}"), e))?;
-        let ended = tokio::time::timeout(limit, child.wait()).await.map_err(|_| {
-            Status::deadline_exceeded(format!(
-                "{name} did not checkpoint within {} s",
-                limit.as_secs()
-            ))
-        })?;
-        let ended = ended.map_err(|e| internal(&format!("waiting for {name}"), e))?;
+        let mut child = command.kill_on_drop(true).spawn()?;
+        let ended =
+            tokio::time::timeout(limit, child.wait()).await.map_err(|_| DumpError::Late)??;
         if ended.success() {
             let _ = fs::remove_file(log);
             return Ok(());
         }
         let said = last_error(&fs::read_to_string(&log).unwrap_or_default());
-        let dump = fs::read_to_string(folder.join("dump.log")).unwrap_or_default();
-        let criu = dump.lines().rev().find(|line| line.contains("Error")).map(str::trim);
-        Err(Status::internal(format!(
-            "{name} could not checkpoint the container: {}{}",
-            said.unwrap_or_else(|| ended.to_string()),
-            criu.map(|line| format!(" (CRIU: {line})")).unwrap_or_default()
-        )))
+        Err(DumpError::Failed(said.unwrap_or_else(|| ended.to_string())))
+    }
+
+    /// By CRIU, for a container of the built-in runtime.
+    async fn criu_dump(
+        &self,
+        container: &Container,
+        program: &Path,
+        folder: &Path,
+        limit: Duration,
+    ) -> Result<(), DumpError> {
+        let started = container.status.borrow().started.clone();
+        let pid = started.ok_or_else(|| io::Error::other("the container has not started"))?.pid;
+        let spec = self.layout.bundle(&container.id).join("config.json");
+        let spec = Spec::load(&spec)
+            .map_err(|e| io::Error::other(format!("reading {}: {e}", spec.display())))?;
+        let cgroup = container.record().cgroup.clone();
+        let freezer = Some(self.cgroups.controller("freezer", &cgroup)).filter(|c| c.is_dir());
+        let facts = criu::Facts::look(pid, freezer)?;
+        let images = folder.join(IMAGES);
+        // As runc has it, for who restores.
+        fs::write(images.join("descriptors.json"), json!(facts.streams).to_string())?;
+        let options = criu::plan_dump(&spec, &facts, limit);
+        criu::apply_dump(program, options, &images, folder, limit).await
     }
 
     /// What `config.dump` and `status.dump` say, in the words of containerd and CRI-O.
-    fn described(&self, container: &Arc<Container>, runtime: &Path) -> (Value, Value) {
+    fn described(&self, container: &Arc<Container>, runtime: &str) -> (Value, Value) {
         let status = self.container_status(container);
         let image = status.image.clone().unwrap_or_default().image;
         let metadata = status.metadata.clone().unwrap_or_default();
@@ -172,7 +211,7 @@ impl Shim {
             "rootfsImage": image,
             "rootfsImageRef": status.image_ref,
             "rootfsImageName": image,
-            "runtime": runtime.file_name().unwrap_or_default().to_string_lossy(),
+            "runtime": runtime,
             "createdTime": rfc3339(status.created_at),
             "checkpointedTime": rfc3339(now()),
             "restoredTime": "0001-01-01T00:00:00Z",
@@ -193,6 +232,37 @@ impl Shim {
         });
         (config, status)
     }
+}
+
+/// Who has the processes dumped.
+enum Dumper {
+    /// An OCI runtime's program, for the pods that it runs.
+    Runtime(PathBuf),
+    /// CRIU's own.
+    Criu(PathBuf),
+}
+
+impl Dumper {
+    /// The runtime's name in the archive.
+    fn name(&self) -> &str {
+        match self {
+            Dumper::Runtime(program) => {
+                program.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+            }
+            Dumper::Criu(_) => "longshore",
+        }
+    }
+}
+
+/// Why CRIU failed, by its log: the last error only says that it did, and the first ones may be of
+/// what it can do without.
+fn causes(log: &str) -> String {
+    let errors = log.lines().filter(|line| line.contains("Error"));
+    let mut errors: Vec<&str> = errors.map(str::trim).collect();
+    if errors.len() > 1 {
+        errors.pop();
+    }
+    errors[errors.len().saturating_sub(2)..].join("; ")
 }
 
 /// The memory of a container may hold anything.

@@ -32,6 +32,7 @@ mod container_list;
 mod container_remove;
 mod container_start;
 mod container_stop;
+mod criu;
 mod devices;
 mod edits;
 mod events;

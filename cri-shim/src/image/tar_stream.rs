@@ -144,11 +144,12 @@ impl<R: Read> TarStream<R> {
         Ok(content)
     }
 
-    /// Drops the rest of the current member.
+    /// Drops the rest of the current member. An archive may end without the padding of its last
+    /// member and without the blocks that mark its end: umoci writes such, and others read them.
     fn skip(&mut self) -> Result<(), TarError> {
         let rest = self.left + self.padding;
         let skipped = io::copy(&mut (&mut self.inner).take(rest), &mut io::sink())?;
-        if skipped < rest {
+        if skipped < self.left {
             return Err(truncated(io::ErrorKind::UnexpectedEof.into()));
         }
         self.position += rest;
@@ -411,6 +412,21 @@ mod tests {
         for pax in ["x", "9 path=a", "99 path=a\n", "4 x\n", "10 uid=-1\n"] {
             assert!(read_pax(pax.as_bytes(), &mut Extensions::default()).is_err(), "{pax:?}");
         }
+    }
+
+    #[test]
+    fn an_archive_may_end_with_its_last_byte() {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_size(3);
+        builder.append_data(&mut header, "file", &b"abc"[..]).unwrap();
+        let bytes = builder.into_inner().unwrap();
+        assert_eq!(all(&bytes[..515]).unwrap()[0].1, b"abc");
+        assert!(all(&bytes[..514]).is_err());
+        // What is not read is missed just the same.
+        let mut stream = TarStream::new(&bytes[..514]);
+        stream.next().unwrap();
+        assert!(stream.next().is_err());
     }
 
     proptest::proptest! {

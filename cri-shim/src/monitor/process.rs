@@ -11,10 +11,10 @@ use std::io::Write as _;
 use std::os::fd::{AsFd, OwnedFd};
 
 use caps::{CapSet, CapsHashSet};
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open, openat};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::stat::{Mode, fstat, major, minor, umask};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, lstat, major, makedev, minor, umask};
 use nix::unistd::{
     Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fchown, setgroups, setresgid, setresuid, setsid,
 };
@@ -72,6 +72,7 @@ pub(super) fn open_proc() -> Result<OwnedFd> {
 /// A session of its own with these streams: one terminal, or input, output and error.
 pub(super) fn take_streams(stdio: Vec<OwnedFd>, process: &Process) -> Result<()> {
     setsid().map_err(said("making a session"))?;
+    let stdio: Vec<OwnedFd> = stdio.into_iter().map(own_null).collect();
     let streams = match stdio.as_slice() {
         [terminal] => {
             sys::control_terminal(terminal).map_err(said("taking the terminal"))?;
@@ -87,6 +88,31 @@ pub(super) fn take_streams(stdio: Vec<OwnedFd>, process: &Process) -> Result<()>
         give_stream(stream, process.user().uid());
     }
     Ok(())
+}
+
+/// The container's own `/dev/null` in the place of the node's: a device of a file system that the
+/// container does not have is a way out of it, and nothing that CRIU could dump.
+fn own_null(stream: OwnedFd) -> OwnedFd {
+    let is_null = |stat: &FileStat| {
+        SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFCHR
+            && stat.st_rdev == makedev(1, 3)
+    };
+    if !fstat(&stream).is_ok_and(|stat| is_null(&stat))
+        || !lstat("/dev/null").is_ok_and(|stat| is_null(&stat))
+    {
+        return stream;
+    }
+    // What an image or a volume put there meanwhile must neither be waited for nor used.
+    let flags = OFlag::O_RDWR | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    match open("/dev/null", flags, Mode::empty()) {
+        Ok(own)
+            if fstat(&own).is_ok_and(|stat| is_null(&stat))
+                && fcntl(&own, FcntlArg::F_SETFL(OFlag::O_RDWR)).is_ok() =>
+        {
+            own
+        }
+        _ => stream,
+    }
 }
 
 /// Becomes the process's user, with its capabilities and its filter. Every other descriptor than

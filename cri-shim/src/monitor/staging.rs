@@ -85,8 +85,8 @@ pub(super) fn copy(
     Ok(copy)
 }
 
-/// Attaches an id-mapped copy of the folder of layers at `here`, and gives the overlay over that.
-/// An image without layers is its upper folder.
+/// The overlay over id-mapped layers, whose folder is attached at `here`. An image without layers is
+/// its upper folder.
 pub(super) fn map_layers(overlay: &Overlay, userns: &File, here: &Path) -> Result<Rootfs, String> {
     let mut rootfs = Rootfs {
         lowerdirs: overlay.lower.clone(),
@@ -94,19 +94,25 @@ pub(super) fn map_layers(overlay: &Overlay, userns: &File, here: &Path) -> Resul
         work: overlay.work.clone(),
         merged: overlay.target.clone(),
     };
-    let folder = overlay.lower.first().and_then(|l| l.parent()?.parent());
-    let Some(folder) = folder else { return Ok(rootfs) };
+    map_folder(&mut rootfs.lowerdirs, userns, here)?;
+    Ok(rootfs)
+}
+
+/// Attaches an id-mapped copy of the folder of `layers` at `here`, and names them there.
+pub(super) fn map_folder(layers: &mut [PathBuf], userns: &File, here: &Path) -> Result<(), String> {
+    let folder = layers.first().and_then(|l| l.parent()?.parent()).map(Path::to_path_buf);
+    let Some(folder) = folder else { return Ok(()) };
     fs::create_dir_all(here).map_err(|e| format!("making {}: {e}", here.display()))?;
-    userns::copy_mapped(folder, userns)?
+    userns::copy_mapped(&folder, userns)?
         .attach_at(here)
         .map_err(|e| format!("attaching {}: {e}", folder.display()))?;
-    for lower in &mut rootfs.lowerdirs {
-        let name = lower
-            .strip_prefix(folder)
-            .map_err(|_| format!("the layer {} is not in {}", lower.display(), folder.display()))?;
-        *lower = here.join(name);
+    for layer in layers {
+        let name = layer
+            .strip_prefix(&folder)
+            .map_err(|_| format!("the layer {} is not in {}", layer.display(), folder.display()))?;
+        *layer = here.join(name);
     }
-    Ok(rootfs)
+    Ok(())
 }
 
 /// Lets the process open its own `/dev/stdout` by path: what it is inside, it cannot tell the node.

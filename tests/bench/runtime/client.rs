@@ -1,6 +1,7 @@
 //! A CRI client that does what a kubelet does for a pod of one container.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use cri_shim::api::runtime_service_client::RuntimeServiceClient;
@@ -11,6 +12,11 @@ use tonic::transport::{Channel, Endpoint, Uri};
 /// A connection to a runtime.
 #[derive(Clone)]
 pub(crate) struct Client(RuntimeServiceClient<Channel>);
+
+/// Where the logs of a pod are.
+pub(crate) fn log_directory(name: &str) -> String {
+    format!("/var/log/pods/default_{name}_uid-{name}")
+}
 
 /// A running pod.
 pub(crate) struct Pod {
@@ -40,6 +46,16 @@ impl Client {
     /// RunPodSandbox, CreateContainer and StartContainer of a pod with defaults as a kubelet gives
     /// them, in the cgroup `parent`.
     pub(crate) async fn start(&self, name: &str, parent: &str) -> Result<Pod> {
+        self.start_command(name, parent, &["sleep", "100000"]).await
+    }
+
+    /// The same with a program of its own.
+    pub(crate) async fn start_command(
+        &self,
+        name: &str,
+        parent: &str,
+        command: &[&str],
+    ) -> Result<Pod> {
         let mut runtime = self.0.clone();
         let options = NamespaceOption {
             network: NamespaceMode::Pod as i32,
@@ -54,7 +70,7 @@ impl Client {
                 attempt: 0,
             }),
             hostname: name.into(),
-            log_directory: format!("/var/log/pods/default_{name}_uid-{name}"),
+            log_directory: log_directory(name),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: parent.into(),
                 security_context: Some(LinuxSandboxSecurityContext {
@@ -70,7 +86,7 @@ impl Client {
         let container = ContainerConfig {
             metadata: Some(ContainerMetadata { name: "main".into(), attempt: 0 }),
             image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
-            command: vec!["sleep".into(), "100000".into()],
+            command: command.iter().map(|&argument| argument.to_owned()).collect(),
             log_path: "main/0.log".into(),
             linux: Some(LinuxContainerConfig {
                 resources: Some(LinuxContainerResources {
@@ -96,6 +112,23 @@ impl Client {
         let request = StartContainerRequest { container_id: container.clone() };
         runtime.start_container(request).await?;
         Ok(Pod { sandbox, container })
+    }
+
+    /// Waits until the container has ended, and says well.
+    pub(crate) async fn ended(&self, pod: &Pod) -> Result<()> {
+        loop {
+            let request = ContainerStatusRequest {
+                container_id: pod.container.clone(),
+                ..Default::default()
+            };
+            let answer = self.0.clone().container_status(request).await?.into_inner();
+            let status = answer.status.unwrap_or_default();
+            if status.state() == ContainerState::ContainerExited {
+                anyhow::ensure!(status.exit_code == 0, "it ended with {}", status.exit_code);
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// ExecSync of `true`.

@@ -7,7 +7,7 @@ use anyhow::Result;
 use tests::harness::Node;
 use tests::harness::measure::{p50, pss_megabytes};
 
-use crate::client::Client;
+use crate::client::{Client, log_directory};
 
 /// What one stack measured, by the name of the figure.
 pub(crate) type Figures = BTreeMap<&'static str, f64>;
@@ -32,7 +32,12 @@ pub(crate) const ROWS: &[Row] = &[
     row("ExecSync, p50", "ms", 5.0),
     row("stop + remove, p50", "ms", 4.0),
     row("daemon, shims and pause, PSS", "MB", 10.0),
+    Row { name: "200 MB of log, to cat > file", unit: "times", more_is_better: false, bar: None },
 ];
+
+/// What a container writes at full speed, in lines of 100 bytes; also without a container.
+const WRITE: &str = "busybox yes 012345678901234567890123456789012345678901234567890123456789\
+    01234567890123456789012345678901234567 | busybox head -c 200000000";
 
 /// Drives `client`, a runtime in `node` whose processes have names that start with one of `stack`.
 pub(crate) async fn measure(
@@ -80,5 +85,30 @@ pub(crate) async fn measure(
     for pod in running {
         client.remove(pod).await?;
     }
+    figures.insert(ROWS[5].name, log_factor(node, client, &parent).await?);
     Ok(figures)
+}
+
+/// How many times as long as into a file by `cat` a container's output takes into its log, the least
+/// of three tries of each in turns.
+async fn log_factor(node: &Node, client: &Client, parent: &str) -> Result<f64> {
+    let file = node.path("/var/log/baseline");
+    let baseline = format!("{WRITE} | cat > {}", file.display());
+    let (mut logged, mut plain) = (Duration::MAX, Duration::MAX);
+    for i in 0..3 {
+        let begin = Instant::now();
+        let written = std::process::Command::new("sh").args(["-c", &baseline]).status()?;
+        anyhow::ensure!(written.success(), "the baseline ended with {written}");
+        plain = plain.min(begin.elapsed());
+        std::fs::remove_file(&file)?;
+        let begin = Instant::now();
+        let name = format!("writer-{i}");
+        let pod = client.start_command(&name, parent, &["sh", "-c", WRITE]).await?;
+        client.ended(&pod).await?;
+        logged = logged.min(begin.elapsed());
+        client.remove(pod).await?;
+        // Whoever named it removes it.
+        std::fs::remove_dir_all(node.path(&log_directory(&name)))?;
+    }
+    Ok(logged.as_secs_f64() / plain.as_secs_f64())
 }

@@ -92,7 +92,7 @@ async fn twenty_kills_during_a_churn_of_pods() {
     }
     for name in &live {
         let pod = world.cluster.pod_ready(name).await;
-        assert_eq!(restarts(&pod, "c"), 0, "{name} was restarted");
+        assert_eq!(restarts(&pod, "c"), 0, "{name} was restarted: {}", pod["status"]);
     }
     for (name, before) in &steady {
         let now = world.cluster.pod_until(name, "Ready", is_ready).await;

@@ -71,9 +71,11 @@ impl Volumes for World {
     async fn container_mounts(
         &self,
         pod: &Pod,
-        _: &Container,
+        container: &Container,
         _: u32,
     ) -> Result<Vec<cri_shim::api::Mount>, VolumeError> {
+        let mounted =
+            |name: &str| container.volume_mounts.iter().flatten().any(|mount| mount.name == name);
         let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
         let image = |volume: &k8s_openapi::api::core::v1::Volume| cri_shim::api::Mount {
             image: volume.image.as_ref().map(|image| cri_shim::api::ImageSpec {
@@ -82,7 +84,7 @@ impl Volumes for World {
             }),
             ..Default::default()
         };
-        Ok(volumes.filter(|v| v.image.is_some()).map(image).collect())
+        Ok(volumes.filter(|v| v.image.is_some() && mounted(&v.name)).map(image).collect())
     }
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
         self.recorded.lock().unwrap().mounted.retain(|m| m != uid);
