@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tonic::Status;
 
-use super::{Shim, blocking, internal};
+use super::{Shim, blocking};
 use crate::api;
 use crate::image::{Image, ImageError, ImageReference};
 use crate::monitor::record;
@@ -16,10 +16,10 @@ impl Shim {
     ) -> Result<Vec<api::Image>, Status> {
         let name = filter.and_then(|f| f.image).map(|i| i.image).unwrap_or_default();
         if !name.is_empty() {
-            let found = self.images.status(&name).map_err(refused)?;
+            let found = self.images.status(&name)?;
             return Ok(found.iter().map(|i| described(i)).collect());
         }
-        let all = self.images.list().map_err(refused)?;
+        let all = self.images.list()?;
         Ok(all.iter().map(|i| described(i)).collect())
     }
 
@@ -32,7 +32,7 @@ impl Shim {
         let found = match self.images.status(name) {
             Ok(found) => found,
             Err(ImageError::InvalidReference { .. }) => None,
-            Err(error) => return Err(refused(error)),
+            Err(error) => return Err(error.into()),
         };
         let info =
             if request.verbose { self.verbose(name, found.as_deref()) } else { HashMap::new() };
@@ -66,7 +66,7 @@ impl Shim {
         request: api::PullImageRequest,
     ) -> Result<api::PullImageResponse, Status> {
         let name = request.image.unwrap_or_default().image;
-        let id = self.images.pull(&name, request.auth).await.map_err(refused)?;
+        let id = self.images.pull(&name, request.auth).await?;
         Ok(api::PullImageResponse { image_ref: id.to_string() })
     }
 
@@ -82,14 +82,13 @@ impl Shim {
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         })
-        .await?
-        .map_err(refused)?;
+        .await??;
         Ok(api::RemoveImageResponse {})
     }
 
     pub(super) async fn image_fs_info(&self) -> Result<api::ImageFsInfoResponse, Status> {
         let images = self.images.clone();
-        let info = blocking(move || images.fs_info()).await?.map_err(refused)?;
+        let info = blocking(move || images.fs_info()).await??;
         let images = api::FilesystemUsage {
             timestamp: record::now(),
             fs_id: Some(api::FilesystemIdentifier {
@@ -119,13 +118,5 @@ fn described(image: &Image) -> api::Image {
         uid,
         spec: None,
         pinned: image.pinned,
-    }
-}
-
-fn refused(error: ImageError) -> Status {
-    match error {
-        ImageError::InvalidReference { .. } => Status::invalid_argument(error.to_string()),
-        error if error.is_retryable() => Status::unavailable(error.to_string()),
-        error => internal("image store", error),
     }
 }
