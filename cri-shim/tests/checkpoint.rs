@@ -151,7 +151,7 @@ async fn the_built_in_runtime_asks_criu_itself() -> anyhow::Result<()> {
     let streams: Vec<String> = serde_json::from_str(&files["checkpoint/descriptors.json"])?;
     assert_eq!(streams[0], "/dev/null");
     assert!(streams[1].starts_with("pipe:["), "{streams:?}");
-    let device = |path: &str| ["stat", "-L", "-c", "%d", path].map(str::to_owned);
+    let device = |path: &str| ["busybox", "stat", "-L", "-c", "%d", path].map(str::to_owned);
     let mut devices = Vec::new();
     for path in ["/proc/1/fd/0", "/dev/null"] {
         let command = device(path);
