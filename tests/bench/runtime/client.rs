@@ -46,19 +46,20 @@ impl Client {
     /// RunPodSandbox, CreateContainer and StartContainer of a pod with defaults as a kubelet gives
     /// them, in the cgroup `parent`.
     pub(crate) async fn start(&self, name: &str, parent: &str) -> Result<Pod> {
-        self.start_command(name, parent, &["sleep", "100000"]).await
+        self.start_as(name, parent, &["sleep", "100000"], NamespaceMode::Pod).await
     }
 
-    /// The same with a program of its own.
-    pub(crate) async fn start_command(
+    /// The same with a program and a network of its own.
+    pub(crate) async fn start_as(
         &self,
         name: &str,
         parent: &str,
         command: &[&str],
+        network: NamespaceMode,
     ) -> Result<Pod> {
         let mut runtime = self.0.clone();
         let options = NamespaceOption {
-            network: NamespaceMode::Pod as i32,
+            network: network as i32,
             pid: NamespaceMode::Container as i32,
             ..Default::default()
         };
