@@ -129,6 +129,8 @@ pub struct NodeContext {
     pub runtime_rotates_logs: bool,
     /// Seccomp profile for containers that name none is RuntimeDefault (`seccompDefault`).
     pub seccomp_default: bool,
+    /// Whether the node's kernel can confine containers with AppArmor.
+    pub apparmor: bool,
     /// Sysctls outside the safe set that pods may use (`allowedUnsafeSysctls`); `prefix*` is allowed.
     pub allowed_unsafe_sysctls: Vec<String>,
     /// Longest time for any CRI request that does not itself wait (`runtimeRequestTimeout`).
@@ -171,6 +173,7 @@ impl NodeContext {
             container_log_monitor_interval: Duration::from_secs(10),
             runtime_rotates_logs: false,
             seccomp_default: false,
+            apparmor: false,
             allowed_unsafe_sysctls: Vec::new(),
             runtime_request_timeout: Duration::from_secs(120),
         }

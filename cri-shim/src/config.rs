@@ -53,6 +53,9 @@ pub struct Config {
     pub base_specs: BTreeMap<String, PathBuf>,
     /// CRIU's program, which checkpoints are made with; none where it is not installed.
     pub criu: Option<PathBuf>,
+    /// AppArmor's `apparmor_parser`, which the default profile is loaded with; none where it is not
+    /// installed.
+    pub apparmor_parser: Option<PathBuf>,
     /// Folders with CDI files; devices of later folders replace those of earlier ones.
     pub cdi_dirs: Vec<PathBuf>,
     /// Where Exec, Attach and PortForward are served.
@@ -117,6 +120,7 @@ impl Config {
             image_pull_progress_timeout: Duration::from_secs(300),
             runtime_handlers: installed_runtimes(),
             criu: installed("criu"),
+            apparmor_parser: installed("apparmor_parser"),
             base_specs: BTreeMap::new(),
             cdi_dirs: vec![PathBuf::from("/etc/cdi"), PathBuf::from("/var/run/cdi")],
             streaming: StreamConfig::default(),

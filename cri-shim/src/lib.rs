@@ -10,6 +10,7 @@ pub mod api {
     tonic::include_proto!("runtime.v1");
 }
 
+pub mod apparmor;
 pub mod cdi;
 pub mod cgroup;
 pub mod client;
@@ -21,6 +22,7 @@ pub mod monitor;
 pub mod mount;
 pub mod network;
 pub mod seccomp;
+pub mod selinux;
 mod serve;
 pub mod snapshot;
 pub mod spec;

@@ -15,11 +15,13 @@ use tokio_stream::wrappers::UnixListenerStream;
 use crate::Config;
 use crate::api::image_service_server::ImageServiceServer;
 use crate::api::runtime_service_server::RuntimeServiceServer;
+use crate::apparmor::AppArmor;
 use crate::cgroup::{Hierarchies, ROOT};
-use crate::cri::{Events, Service, Shim, Store, UsernsSupport};
+use crate::cri::{Events, Levels, Service, Shim, Store, UsernsSupport};
 use crate::image::{ImageStore, StoreConfig};
 use crate::network::{Network, NetworkConfig};
 use crate::seccomp::Programs;
+use crate::selinux::SeLinux;
 use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::durability::Durability;
@@ -146,8 +148,12 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
     let images = ImageStore::open(store)?;
     let snapshots = SnapshotStore::open(&config.state_dir)?;
     let network = open_network(&config).await?;
+    let selinux = SeLinux::open();
     Ok(Shim {
-        host: look_at_host(&cgroups),
+        host: Host { selinux: selinux.enabled, ..look_at_host(&cgroups) },
+        selinux,
+        levels: Levels::default(),
+        apparmor: AppArmor::open(config.apparmor_parser.clone()),
         layout,
         cgroups,
         boot_id: boot_id(),
@@ -227,8 +233,6 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
     } else {
         Path::new(ROOT).join("hugetlb").exists()
     };
-    let apparmor = fs::read_to_string("/sys/module/apparmor/parameters/enabled")
-        .is_ok_and(|enabled| enabled.trim() == "Y");
     let capabilities = fs::read_to_string("/proc/self/status")
         .ok()
         .and_then(|status| {
@@ -244,8 +248,8 @@ fn look_at_host(cgroups: &Hierarchies) -> Host {
         cgroup_v1: cgroups.v1_controllers(),
         swap_accounting,
         hugetlb,
-        selinux: Path::new("/sys/fs/selinux/enforce").exists(),
-        apparmor,
+        // The shim has looked at that.
+        selinux: false,
         capabilities,
         max_open_files,
     }

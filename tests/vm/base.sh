@@ -4,12 +4,15 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
-[ -f "$out/base.img" ] && exit 0
+# Made again when what it is made of changed.
+made_of=$(cat "$here/base.sh" "$here/vm-test.service" | sha256sum)
+[ -f "$out/base.img" ] && [ "$(cat "$out/made-of" 2>/dev/null)" = "$made_of" ] && exit 0
+rm -f "$out/base.img"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 mmdebstrap --quiet --variant=minbase --format=tar \
-    --include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,nftables,iptables,iproute2,libseccomp2,curl,kmod,procps \
+    --include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,nftables,iptables,iproute2,libseccomp2,curl,kmod,procps,apparmor,selinux-policy-default \
     --aptopt='APT::Install-Recommends "false"' \
     --customize-hook="install -m 0644 $here/vm-test.service \$1/etc/systemd/system/vm-test.service" \
     --customize-hook='ln -s ../vm-test.service $1/etc/systemd/system/multi-user.target.wants/vm-test.service' \
@@ -24,3 +27,4 @@ truncate -s 4G "$work/base.img"
 mke2fs -q -t ext4 -d "$work/root" "$work/base.img"
 # Last, so that a base that was cut short is made again.
 mv "$work/base.img" "$out/base.img"
+echo "$made_of" >"$out/made-of"

@@ -91,6 +91,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         container_log_max_files: config.container_log_max_files,
         container_log_monitor_interval: config.container_log_monitor_interval,
         seccomp_default: config.seccomp_default,
+        apparmor: cri_shim::apparmor::enabled(),
         allowed_unsafe_sysctls: config.allowed_unsafe_sysctls.clone(),
         runtime_request_timeout: config.runtime_request_timeout,
         ..NodeContext::new(config.node_name.clone(), node_ips(config))

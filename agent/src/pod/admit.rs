@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{
 };
 
 use super::config::resources::{PodSums, pod_requests};
+use super::config::security::check_apparmor;
 use super::spec::{host_network, init_containers, is_static, spec_of};
 use super::status::Verdict;
 use crate::node_context::NodeContext;
@@ -147,6 +148,12 @@ pub fn admit(
             "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports"
                 .into(),
         ));
+    }
+    // What runs already is not stopped for it.
+    let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref()).unwrap_or("Pending");
+    if phase == "Pending" {
+        check_apparmor(pod, node.apparmor)
+            .map_err(|e| refuse("AppArmor", format!("Cannot enforce AppArmor: {e}")))?;
     }
     let Some(object) = node_object else { return Ok(()) };
     if !matches_node(spec_of(pod), object) {
@@ -386,6 +393,11 @@ mod tests {
                 r#"[{"name":"a","resources":{"limits":{"nvidia.com/gpu":"1"}}}]"#,
                 "",
                 Some("UnsupportedField"),
+            ),
+            (
+                r#"[{"name":"a","securityContext":{"appArmorProfile":{"type":"RuntimeDefault"}}}]"#,
+                "",
+                Some("AppArmor"),
             ),
             (r#"[{"name":"a"}]"#, r#","hostUsers":false"#, None),
             (r#"[{"name":"a"}]"#, r#","hostUsers":false,"hostPID":true"#, Some("UnsupportedField")),

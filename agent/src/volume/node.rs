@@ -272,6 +272,8 @@ impl Volumes for NodeVolumes {
                 readonly,
                 propagation: propagation.into(),
                 recursive_read_only: recursive,
+                // What is the node's own keeps its labels.
+                selinux_relabel: plugin.is_some(),
                 ..Default::default()
             });
         }

@@ -9,7 +9,7 @@ use tonic::Status;
 
 use super::container_create::defaults;
 use super::store::{Container, Sandbox};
-use super::{Shim, blocking, edits, internal, mount_sources, poststop, sandbox_files};
+use super::{Shim, blocking, edits, internal, labels, mount_sources, poststop, sandbox_files};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::crash::point;
 use crate::monitor::protocol::{
@@ -138,6 +138,10 @@ impl Shim {
             files: sandbox_files::bindings(&sandbox_directory),
         };
         mount_sources::prepare(&config.mounts)?;
+        let labels = self.container_labels(sandbox, security);
+        if let Some(labels) = &labels {
+            labels::relabel(labels, &config.mounts, pod.files.values().map(PathBuf::as_path))?;
+        }
         let handler = sandbox.record().runtime_handler.clone();
         let base = self.base_spec(&handler)?;
         let added = self.cdi_edits(&config)?;
@@ -150,6 +154,8 @@ impl Shim {
             rootfs: self.layout.rootfs(),
             cgroup: cgroup.clone(),
             localhost_seccomp: self.localhost_seccomp(security)?,
+            apparmor: self.apparmor_profile(&config, base.as_ref())?,
+            labels,
             devices: edits::all_devices(&config, &added)?,
             image_volumes: self.layout.image_volumes(),
             base: base.as_ref(),

@@ -1,5 +1,5 @@
 //! What goes into a container's spec besides its config: the devices that CDI files describe, the
-//! base spec of its pod's runtime handler.
+//! base spec of its pod's runtime handler, the AppArmor profile that the node has for it.
 
 use std::fs;
 
@@ -8,7 +8,9 @@ use tonic::Status;
 
 use super::{Shim, devices};
 use crate::api;
+use crate::apparmor::AppArmorError;
 use crate::cdi::{self, Edits, Owner};
+use crate::spec::apparmor::{self, Asked};
 use crate::spec::{HostDevice, SpecError};
 
 impl Shim {
@@ -34,6 +36,30 @@ impl Shim {
         };
         let text = fs::read(path).map_err(|e| failed(&e))?;
         serde_json::from_slice(&text).map(Some).map_err(|e| failed(&e))
+    }
+}
+
+impl Shim {
+    /// The AppArmor profile that a container enters, loaded. A handler's base spec names the default
+    /// of its containers.
+    pub(super) fn apparmor_profile(
+        &self,
+        config: &api::ContainerConfig,
+        base: Option<&Spec>,
+    ) -> Result<Option<String>, Status> {
+        let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+        let asked =
+            apparmor::asked(security).map_err(|e| Status::invalid_argument(e.to_string()))?;
+        let process = base.and_then(|b| b.process().as_ref());
+        let of_base = process.and_then(|p| p.apparmor_profile().clone());
+        let asked = match (asked, of_base) {
+            (Asked::Nothing, Some(profile)) => Asked::Localhost(profile),
+            (asked, _) => asked,
+        };
+        self.apparmor.profile(&asked).map_err(|e| match e {
+            AppArmorError::Refused(_) => Status::invalid_argument(e.to_string()),
+            _ => Status::internal(e.to_string()),
+        })
     }
 }
 

@@ -14,10 +14,12 @@ use std::sync::Arc;
 use tonic::Status;
 
 use crate::Config;
+use crate::apparmor::AppArmor;
 use crate::cgroup::Hierarchies;
 use crate::image::ImageStore;
 use crate::network::Network;
 use crate::seccomp::Programs;
+use crate::selinux::SeLinux;
 use crate::snapshot::SnapshotStore;
 use crate::spec::Host;
 use crate::state::Layout;
@@ -38,6 +40,7 @@ mod edits;
 mod events;
 mod exec;
 mod images;
+mod labels;
 mod logs;
 mod metrics;
 mod mount_sources;
@@ -58,6 +61,7 @@ mod userns;
 mod watch;
 
 pub use events::Events;
+pub use labels::Levels;
 pub use store::Store;
 pub use userns::UsernsSupport;
 
@@ -82,6 +86,9 @@ pub struct Shim {
     pub urls: Arc<Urls>,
     pub systemd: Systemd,
     pub userns: UsernsSupport,
+    pub apparmor: AppArmor,
+    pub selinux: SeLinux,
+    pub levels: Levels,
 }
 
 /// The services, over one shared [`Shim`].

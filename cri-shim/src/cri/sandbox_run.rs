@@ -74,6 +74,9 @@ impl Shim {
         handler: String,
     ) -> Result<(), Status> {
         let linux = config.linux.clone().unwrap_or_default();
+        let selinux = linux.security_context.as_ref().and_then(|s| s.selinux_options.clone());
+        // The level is kept from others until this sandbox is in the store.
+        let (labels, _level) = self.sandbox_labels(selinux.as_ref())?;
         let options = linux.security_context.and_then(|s| s.namespace_options).unwrap_or_default();
         let users =
             userns::plan(Some(&options)).map_err(|e| Status::invalid_argument(e.to_string()))?;
@@ -90,6 +93,7 @@ impl Shim {
 
         let (layout, sandbox_id, files) = (self.layout.clone(), id.to_owned(), config.clone());
         let (name, netns) = (hostname.clone(), self.layout.netns(id));
+        let files_label = labels.as_ref().map(|labels| labels.file.to_string());
         let pinned = netns.clone();
         blocking(move || {
             let directory = layout.sandbox(&sandbox_id);
@@ -100,7 +104,7 @@ impl Shim {
                 .map_err(|e| internal("writing the sandbox's files", e))?;
             point("run sandbox: files written");
             if !host_ipc {
-                mount_shm(&layout.shm(&sandbox_id), users.as_ref())?;
+                mount_shm(&layout.shm(&sandbox_id), users.as_ref(), files_label.as_deref())?;
             }
             point("run sandbox: shm mounted");
             // That of a user namespace can only be made in it, which the monitor does.
@@ -159,6 +163,7 @@ impl Shim {
         let mut record = SandboxRecord::new(id, &config);
         record.boot_id = self.boot_id.clone();
         record.runtime_handler = handler;
+        record.selinux_label = labels.map(|labels| labels.process.to_string());
         if let Some(network) = network {
             record.ips = network.ips.iter().map(ToString::to_string).collect();
             record.network = network.shown;
@@ -232,11 +237,18 @@ async fn greet(monitor: &MonitorClient) -> Result<Option<i32>, Status> {
 }
 
 /// It belongs to root of the pod.
-fn mount_shm(path: &std::path::Path, users: Option<&IdMap>) -> Result<(), Status> {
+fn mount_shm(
+    path: &std::path::Path,
+    users: Option<&IdMap>,
+    label: Option<&str>,
+) -> Result<(), Status> {
     let (uid, gid) = users
         .map_or(Ok((0, 0)), IdMap::root)
         .map_err(|e| Status::invalid_argument(e.to_string()))?;
-    let options = format!("mode=1777,size=65536k,uid={uid},gid={gid}");
+    let mut options = format!("mode=1777,size=65536k,uid={uid},gid={gid}");
+    if let Some(label) = label {
+        options.push_str(&crate::mount::context_option(label));
+    }
     std::fs::create_dir_all(path).map_err(|e| internal("making the shm directory", e))?;
     mount(
         Some("shm"),

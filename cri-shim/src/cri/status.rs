@@ -33,7 +33,8 @@ impl Shim {
                 "runDir": self.layout.run,
                 "cgroupV2": self.cgroups.v2,
                 "swapAccounting": self.host.swap_accounting,
-                "appArmor": self.host.apparmor,
+                "appArmor": self.apparmor.enabled(),
+                "seLinux": self.selinux.enabled,
                 "userNamespaces": userns.as_ref().err().map_or("supported", String::as_str),
             });
             info.insert("config".to_owned(), text.to_string());

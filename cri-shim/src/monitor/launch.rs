@@ -71,7 +71,7 @@ fn launch(start: &StartContainer, stdio: Stdio, progress: &UnixStream) -> Result
     let mut spec = Spec::load(&config).map_err(|e| format!("reading {}: {e}", config.display()))?;
     image_volumes::mount(start, &mut spec)?;
     match &start.userns {
-        None => make::mount_rootfs(start)?,
+        None => make::mount_rootfs(start, &spec)?,
         Some(pod) => staging::place_all(&mut spec, &start.rootfs, pod)?,
     }
     let root = Root::open(&start.rootfs.target)

@@ -86,13 +86,19 @@ pub(super) fn copy(
 }
 
 /// The overlay over id-mapped layers, whose folder is attached at `here`. An image without layers is
-/// its upper folder.
-pub(super) fn map_layers(overlay: &Overlay, userns: &File, here: &Path) -> Result<Rootfs, String> {
+/// its upper folder. `label` is what SELinux is to take its files for.
+pub(super) fn map_layers(
+    overlay: &Overlay,
+    label: Option<&String>,
+    userns: &File,
+    here: &Path,
+) -> Result<Rootfs, String> {
     let mut rootfs = Rootfs {
         lowerdirs: overlay.lower.clone(),
         upper: overlay.upper.clone(),
         work: overlay.work.clone(),
         merged: overlay.target.clone(),
+        label: label.cloned(),
     };
     map_folder(&mut rootfs.lowerdirs, userns, here)?;
     Ok(rootfs)
@@ -135,7 +141,8 @@ pub(super) fn place_all(spec: &mut Spec, overlay: &Overlay, pod: &Userns) -> Res
     // The layers are found by a path that the area may cover.
     let folder = area.join("layers");
     userns::cover(area)?;
-    let rootfs = map_layers(overlay, &own.1, &folder)?;
+    let label = spec.linux().as_ref().and_then(|l| l.mount_label().as_ref());
+    let rootfs = map_layers(overlay, label, &own.1, &folder)?;
     let (uid, gid) = pod.map.root().map_err(|e| e.to_string())?;
     chown(&overlay.upper, Some(uid), Some(gid))
         .map_err(|e| format!("giving away {}: {e}", overlay.upper.display()))?;

@@ -177,6 +177,7 @@ fn try_all(layers: &Path, area: &Path) -> Result<(), String> {
         upper: directory("upper")?,
         work: directory("work")?,
         merged: directory("merged")?,
+        label: None,
     };
     mount_overlay(&rootfs)
         .map_err(|e| format!("{e}; overlays of id-mapped layers need Linux 5.19 or newer"))

@@ -24,7 +24,7 @@ pub mod attr {
     pub const NOSYMFOLLOW: u64 = 0x20_0000;
 }
 
-/// A mount that is nowhere yet. Dropping it unmounts it.
+/// A mount that is nowhere yet. Dropping it unmounts it, unless it was put somewhere.
 #[derive(Debug)]
 pub struct Detached(OwnedFd);
 
@@ -61,6 +61,7 @@ impl Detached {
         lower: impl IntoIterator<Item = &'a Path>,
         upper: &Path,
         work: &Path,
+        label: Option<&str>,
     ) -> io::Result<Self> {
         let context = sys::fsopen(c"overlay")?;
         let context = context.as_fd();
@@ -71,6 +72,9 @@ impl Detached {
         }
         set(c"upperdir", upper)?;
         set(c"workdir", work)?;
+        if let Some(label) = label {
+            set(c"context", Path::new(label))?;
+        }
         // Only a matter of speed: an older kernel refuses the option, and the mount goes on without.
         let _ = sys::set(context, c"volatile", None);
         sys::create(context)?;
@@ -123,6 +127,14 @@ impl Detached {
     /// # Errors
     /// The kernel's.
     pub fn attach(self, target: &impl AsFd) -> io::Result<()> {
+        self.place(target)
+    }
+
+    /// The same, and keeps it at hand, to make copies of.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn place(&self, target: &impl AsFd) -> io::Result<()> {
         sys::move_mount(self.0.as_fd(), target.as_fd().as_raw_fd(), c"")
     }
 
@@ -155,6 +167,17 @@ impl AsFd for Detached {
 /// The kernel's.
 pub fn make_read_only(mounted: &impl AsFd) -> io::Result<()> {
     sys::setattr(mounted.as_fd(), false, attr::RDONLY, 0)
+}
+
+/// The option of mount(2) that has all files of a file system labelled for SELinux, after others. A
+/// label with categories has a comma, hence the quotes.
+pub fn context_option(label: &str) -> String {
+    format!(",context=\"{label}\"")
+}
+
+/// The same for fsconfig(2), and so for [`Detached::new`].
+pub fn context(label: &str) -> String {
+    format!("context={label}")
 }
 
 fn c_string(path: &Path) -> io::Result<CString> {

@@ -37,6 +37,8 @@ pub struct Rootfs {
     pub work: PathBuf,
     /// Where it is to be mounted.
     pub merged: PathBuf,
+    /// The SELinux label of all its files.
+    pub label: Option<String>,
 }
 
 /// What a container's own layer takes.
@@ -265,6 +267,7 @@ impl SnapshotStore {
             upper: folder.join("upper"),
             work: folder.join("work"),
             merged: folder.join("merged"),
+            label: None,
         }
     }
 }

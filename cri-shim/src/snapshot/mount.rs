@@ -17,7 +17,8 @@ use nix::{
 };
 
 use super::{Rootfs, SnapshotError};
-use crate::mount::{Detached, attr};
+use crate::mount::{Detached, attr, context_option};
+use crate::selinux::label_one;
 
 /// Mounts `rootfs` at its `merged` folder in the caller's mount namespace. An image without layers
 /// is its bare upper folder, bind mounted.
@@ -31,6 +32,11 @@ pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
     // What a volatile mount leaves behind; it would refuse to be mounted again, as after a reboot.
     let _ = fs::remove_dir_all(rootfs.work.join("work/incompat"));
     if rootfs.lowerdirs.is_empty() {
+        if let Some(label) = &rootfs.label {
+            let failed = SnapshotError::io("label", &rootfs.upper);
+            let upper = fs::File::open(&rootfs.upper);
+            upper.and_then(|upper| label_one(&upper, label)).map_err(failed)?;
+        }
         return nix::mount::mount(
             Some(&rootfs.upper),
             &rootfs.merged,
@@ -109,6 +115,9 @@ impl<'a> Options<'a> {
         text.push_str(plain(&rootfs.upper)?);
         text.push_str(",workdir=");
         text.push_str(plain(&rootfs.work)?);
+        if let Some(label) = &rootfs.label {
+            text.push_str(&context_option(label));
+        }
         Some(Options { folder, merged: &rootfs.merged, text })
     }
 }
@@ -156,7 +165,8 @@ fn in_folder(folder: &Path, work: impl FnOnce() -> io::Result<()> + Send) -> io:
 
 fn mount_by_layers(rootfs: &Rootfs) -> io::Result<()> {
     let lower = rootfs.lowerdirs.iter().map(std::path::PathBuf::as_path);
-    Detached::overlay(lower, &rootfs.upper, &rootfs.work)?.attach_at(&rootfs.merged)
+    Detached::overlay(lower, &rootfs.upper, &rootfs.work, rootfs.label.as_deref())?
+        .attach_at(&rootfs.merged)
 }
 
 /// Says what a kernel without `lowerdir+` means by its refusal.
@@ -221,6 +231,7 @@ mod tests {
             upper: made(format!("{snapshot}/upper")),
             work: made(format!("{snapshot}/work")),
             merged: made(format!("{snapshot}/merged")),
+            label: None,
         }
     }
 
@@ -238,6 +249,9 @@ mod tests {
         let options = Options::of(&rootfs).unwrap();
         assert!(options.text.starts_with("lowerdir=000000000000000000000000/d:0000"));
         assert!(options.text.len() + VOLATILE.len() < PAGE, "{}", options.text.len());
+        let labelled = Rootfs { label: Some("a:b:c:s0:c1,c2".into()), ..rootfs.clone() };
+        let text = Options::of(&labelled).unwrap().text;
+        assert!(text.ends_with(",context=\"a:b:c:s0:c1,c2\""), "{text}");
         let odd = Rootfs { upper: "/a,b".into(), ..rootfs };
         assert_eq!(Options::of(&odd), None);
     }

@@ -62,9 +62,6 @@ fn fill_in_process(planned: &mut Process, base: &Process) {
         }
         planned.set_env(Some(all));
     }
-    if planned.apparmor_profile().is_none() {
-        planned.set_apparmor_profile(base.apparmor_profile().clone());
-    }
     planned.set_scheduler(base.scheduler().clone());
     planned.set_io_priority(*base.io_priority());
 }

@@ -49,6 +49,8 @@ fn planned(
         image_volumes: PathBuf::from("/images"),
         base,
         localhost_seccomp: None,
+        apparmor: None,
+        labels: None,
         devices: Vec::new(),
     })
 }

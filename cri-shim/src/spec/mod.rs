@@ -11,6 +11,7 @@ use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, RootBuilder, Spec, SpecBuild
 use crate::api;
 
 pub mod annotations;
+pub mod apparmor;
 mod base;
 pub mod capabilities;
 pub mod cgroup_path;
@@ -21,6 +22,7 @@ pub mod process;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod selinux;
 pub mod stop_signal;
 pub mod sysctl;
 pub mod user;
@@ -43,8 +45,6 @@ pub struct Host {
     pub hugetlb: bool,
     /// SELinux is enabled in the running kernel.
     pub selinux: bool,
-    /// AppArmor is enabled in the running kernel.
-    pub apparmor: bool,
     /// Options of the node's own cgroup2 mount that a container's must repeat to keep them.
     pub cgroup_v2_options: Vec<String>,
     /// The kernel can make a mount read-only with all below it.
@@ -75,6 +75,10 @@ pub struct Inputs<'a> {
     pub base: Option<&'a Spec>,
     /// The `Localhost` seccomp profile it asks for, already read.
     pub localhost_seccomp: Option<LinuxSeccomp>,
+    /// The AppArmor profile it enters, which is loaded (see [`apparmor::plan`]).
+    pub apparmor: Option<String>,
+    /// The SELinux labels it gets.
+    pub labels: Option<selinux::Labels>,
     /// The device nodes it asks for (all of the host's when privileged), already looked up.
     pub devices: Vec<HostDevice>,
 }
@@ -94,6 +98,12 @@ pub enum SpecError {
     /// A profile the kernel cannot enforce.
     #[error("{0} is requested but not enabled in this node's kernel; remove it from the pod")]
     NotInKernel(&'static str),
+    /// An AppArmor profile that cannot be entered.
+    #[error("AppArmor profile {profile:?}: {reason}")]
+    AppArmorProfile { profile: String, reason: &'static str },
+    /// A level of SELinux that is none.
+    #[error("SELinux level {0:?} is malformed; it looks like s0:c123,c456")]
+    SeLinuxLevel(String),
     /// What only the unified hierarchy has.
     #[error("{0} need cgroup v2, and this node has v1; remove them from the pod")]
     NeedsCgroupV2(&'static str),
@@ -170,6 +180,7 @@ pub fn plan_spec(inputs: &Inputs<'_>) -> Result<Spec, SpecError> {
         }
     };
     let mut linux = linux.build()?;
+    linux.set_mount_label(inputs.labels.as_ref().map(|labels| labels.file.to_string()));
     linux.set_seccomp(seccomp::plan(
         security,
         capabilities.bounding(),

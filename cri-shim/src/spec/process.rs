@@ -6,7 +6,7 @@ use oci_spec::runtime::{
     LinuxCapabilities, PosixRlimitBuilder, PosixRlimitType, Process, ProcessBuilder, UserBuilder,
 };
 
-use super::{Inputs, SpecError, security};
+use super::{Inputs, SpecError};
 use crate::api;
 
 /// Where programs are looked for when neither image nor pod sets `PATH`.
@@ -49,8 +49,13 @@ pub(super) fn plan(
         .rlimits(vec![rlimit])
         // Always said, so that nothing is inherited from the monitor.
         .oom_score_adj(resources.map_or(0, |r| r.oom_score_adj) as i32);
-    if let Some(profile) = security::apparmor_profile(security) {
+    if let Some(profile) = &inputs.apparmor {
         process = process.apparmor_profile(profile);
+    }
+    // A privileged container's processes are what the node's own are; its files still are its own.
+    if let Some(labels) = inputs.labels.as_ref().filter(|_| security.is_none_or(|s| !s.privileged))
+    {
+        process = process.selinux_label(labels.process.to_string());
     }
     let mut process = process.build()?;
     // Absent, not false: some runtimes take a present value as "the filter may be loaded without

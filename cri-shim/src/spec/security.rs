@@ -1,7 +1,7 @@
-//! Masked and read-only paths, and the security modules a pod may ask for.
+//! Masked and read-only paths, and what of a security context cannot be had.
 
-use super::{Host, SpecError};
-use crate::api::{self, security_profile::ProfileType};
+use super::{Host, SpecError, selinux};
+use crate::api;
 
 /// Paths of `/proc` and `/sys` that leak or change host state, for callers that say nothing about
 /// security at all. Whoever does says which paths: none for `procMount: Unmasked`.
@@ -34,37 +34,7 @@ pub(super) fn check(security: Security<'_>, host: &Host) -> Result<(), SpecError
     {
         return Err(SpecError::GroupWithoutUser);
     }
-    if let Some(selinux) = &security.selinux_options
-        && [&selinux.user, &selinux.role, &selinux.r#type, &selinux.level]
-            .iter()
-            .any(|field| !field.is_empty())
-    {
-        return Err(if host.selinux {
-            SpecError::Unsupported("seLinuxOptions")
-        } else {
-            SpecError::NotInKernel("seLinuxOptions")
-        });
-    }
-    if apparmor_profile(Some(security)).is_some() && !host.apparmor {
-        return Err(SpecError::NotInKernel("an AppArmor Localhost profile"));
-    }
-    Ok(())
-}
-
-/// The loaded AppArmor profile to enter; none for the default and for `Unconfined`.
-pub(super) fn apparmor_profile(security: Security<'_>) -> Option<String> {
-    let security = security?;
-    if security.privileged {
-        return None;
-    }
-    match &security.apparmor {
-        Some(profile) if profile.profile_type() == ProfileType::Localhost => {
-            Some(profile.localhost_ref.trim_start_matches("localhost/").to_owned())
-        }
-        Some(_) => None,
-        #[allow(deprecated, reason = "kubelets before 1.30 and other CRI clients still send it")]
-        None => security.apparmor_profile.strip_prefix("localhost/").map(str::to_owned),
-    }
+    selinux::check(security.selinux_options.as_ref(), host.selinux)
 }
 
 pub(super) fn masked_paths(security: Security<'_>) -> Vec<String> {

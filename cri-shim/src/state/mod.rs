@@ -145,6 +145,9 @@ pub struct SandboxRecord {
     /// What the network gave, as `crictl inspectp` shows it.
     #[serde(default)]
     pub network: serde_json::Value,
+    /// The SELinux label of its containers' processes, unless they ask for another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selinux_label: Option<String>,
     /// Stopped for good.
     pub stopped: bool,
     /// The cgroup its containers are in.
@@ -180,6 +183,7 @@ impl SandboxRecord {
             runtime_handler: String::new(),
             ips: Vec::new(),
             network: serde_json::Value::Null,
+            selinux_label: None,
             stopped: false,
             cgroup: PathBuf::new(),
             own_cgroup: false,

@@ -86,22 +86,69 @@ fn seccomp(
     }
 }
 
-fn apparmor(
-    pod: &Pod,
-    container: &str,
-    own: Option<&AppArmorProfile>,
-    shared: Option<&AppArmorProfile>,
-) -> Option<api::SecurityProfile> {
-    if let Some(p) = own.or(shared) {
-        return Some(profile(&p.type_, p.localhost_profile.as_ref(), None));
+/// Pods of older clients, and static ones, say the profile of each container in annotations.
+const APPARMOR_ANNOTATION: &str = "container.apparmor.security.beta.kubernetes.io/";
+
+/// The AppArmor profile of a container: its own, that of the older annotation, or the pod's.
+fn apparmor_profile(pod: &Pod, container: &Container) -> Option<AppArmorProfile> {
+    let own = container.security_context.as_ref().and_then(|s| s.app_armor_profile.clone());
+    let annotated = || {
+        let key = format!("{APPARMOR_ANNOTATION}{}", container.name);
+        let text = pod.metadata.annotations.as_ref()?.get(&key)?;
+        let (type_, localhost_profile) = match &**text {
+            "runtime/default" => ("RuntimeDefault", None),
+            "unconfined" => ("Unconfined", None),
+            other => ("Localhost", Some(other.strip_prefix("localhost/")?.to_owned())),
+        };
+        Some(AppArmorProfile { type_: type_.to_owned(), localhost_profile })
+    };
+    let shared = || spec_of(pod).security_context.as_ref()?.app_armor_profile.clone();
+    own.or_else(annotated).or_else(shared)
+}
+
+/// What is wrong with a pod's wishes for AppArmor on a node that has it or not, in kubelet's words.
+pub fn check_apparmor(pod: &Pod, enabled: bool) -> Result<(), String> {
+    let spec = spec_of(pod);
+    let inits = spec.init_containers.iter().flatten();
+    let containers = || inits.clone().chain(&spec.containers);
+    let confines = |p: &AppArmorProfile| p.type_ != "Unconfined";
+    let own = |c: &Container| {
+        let security = c.security_context.as_ref();
+        security.and_then(|s| s.app_armor_profile.as_ref()).is_some_and(confines)
+    };
+    let annotations = pod.metadata.annotations.iter().flatten();
+    let required = pod_context(spec).app_armor_profile.as_ref().is_some_and(confines)
+        || containers().any(own)
+        || annotations
+            .into_iter()
+            .any(|(key, value)| key.starts_with(APPARMOR_ANNOTATION) && value != "unconfined");
+    if !required {
+        return Ok(());
     }
-    let key = format!("container.apparmor.security.beta.kubernetes.io/{container}");
-    let annotation = pod.metadata.annotations.as_ref()?.get(&key)?;
-    Some(match annotation.split_once('/') {
-        Some(("localhost", name)) => profile("Localhost", Some(&name.to_owned()), None),
-        _ if annotation == "unconfined" => profile("Unconfined", None, None),
-        _ => profile("RuntimeDefault", None, None),
-    })
+    if !enabled {
+        return Err("AppArmor is not enabled on the host".to_owned());
+    }
+    let nameless = |p: &AppArmorProfile| {
+        p.type_ == "Localhost" && p.localhost_profile.as_deref().unwrap_or("").trim().is_empty()
+    };
+    match containers().find(|c| apparmor_profile(pod, c).as_ref().is_some_and(nameless)) {
+        Some(container) => {
+            Err(format!("invalid empty AppArmor profile name of container {}", container.name))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The AppArmor profile for the runtime, also as runtimes before CRI's `apparmor` field take it.
+fn apparmor(pod: &Pod, container: &Container) -> (Option<api::SecurityProfile>, String) {
+    let Some(asked) = apparmor_profile(pod, container) else { return (None, String::new()) };
+    let name = asked.localhost_profile.as_ref();
+    let older = match &*asked.type_ {
+        "Localhost" => format!("localhost/{}", name.map_or("", String::as_str)),
+        "Unconfined" => "unconfined".to_owned(),
+        _ => "runtime/default".to_owned(),
+    };
+    (Some(profile(&asked.type_, name, None)), older)
 }
 
 /// Namespaces of the sandbox and of containers that target no other. `userns` is whose ids they use.
@@ -201,6 +248,7 @@ pub fn container_security(
     };
     let seccomp =
         seccomp(own.seccomp_profile.as_ref(), shared.seccomp_profile.as_ref(), privileged, node);
+    let (confinement, older) = apparmor(pod, container);
     // With a user set, the image's does not count; without one, the image's.
     let (uid, username) = match run_as_user {
         Some(uid) => (Some(uid), String::new()),
@@ -225,13 +273,9 @@ pub fn container_security(
         masked_paths: paths(&MASKED),
         readonly_paths: paths(&READONLY),
         seccomp: Some(seccomp),
-        apparmor: apparmor(
-            pod,
-            &container.name,
-            own.app_armor_profile.as_ref(),
-            shared.app_armor_profile.as_ref(),
-        )
-        .filter(|_| !privileged),
+        apparmor: confinement,
+        #[allow(deprecated, reason = "runtimes before CRI's `apparmor` field read it")]
+        apparmor_profile: older,
         ..Default::default()
     })
 }
@@ -322,6 +366,67 @@ mod tests {
         assert!(s.no_new_privs && s.readonly_rootfs);
         assert_eq!(s.capabilities.unwrap().drop_capabilities, ["ALL"]);
         assert_eq!(s.masked_paths.len(), MASKED.len());
+    }
+
+    fn pod_with(annotations: &str, pod_profile: &str, own: &str) -> Pod {
+        let mut pod = pod(&format!(
+            r#"{{"securityContext":{{{pod_profile}}},
+                "initContainers":[{{"name":"i"}}],
+                "containers":[{{"name":"c","securityContext":{{{own}}}}}]}}"#
+        ));
+        pod.metadata.annotations = serde_json::from_str(annotations).unwrap();
+        pod
+    }
+
+    const KEY: &str = "container.apparmor.security.beta.kubernetes.io/c";
+    const DEFAULT: &str = r#""appArmorProfile":{"type":"RuntimeDefault"}"#;
+    const FREE: &str = r#""appArmorProfile":{"type":"Unconfined"}"#;
+    const LOCAL: &str = r#""appArmorProfile":{"type":"Localhost","localhostProfile":"l"}"#;
+
+    #[test]
+    fn a_containers_own_apparmor_profile_wins_then_the_annotation_then_the_pods() {
+        let said = |text: &str| format!(r#"{{"{KEY}":"{text}"}}"#);
+        for (annotations, pod_profile, own, expected) in [
+            ("{}".to_owned(), "", "", ""),
+            ("{}".to_owned(), DEFAULT, "", "runtime/default"),
+            ("{}".to_owned(), DEFAULT, LOCAL, "localhost/l"),
+            (said("localhost/a"), DEFAULT, "", "localhost/a"),
+            (said("localhost/a"), "", FREE, "unconfined"),
+            (said("runtime/default"), FREE, "", "runtime/default"),
+            (said("unconfined"), LOCAL, "", "unconfined"),
+            // None at all, and so the pod's.
+            (said("strange"), LOCAL, "", "localhost/l"),
+            (said("strange"), "", "", ""),
+        ] {
+            let pod = pod_with(&annotations, pod_profile, own);
+            let (profile, older) = apparmor(&pod, &spec_of(&pod).containers[0]);
+            assert_eq!(older, expected, "{annotations} {pod_profile} {own}");
+            assert_eq!(profile.is_none(), expected.is_empty());
+            let name = expected.strip_prefix("localhost/").unwrap_or_default();
+            assert_eq!(profile.unwrap_or_default().localhost_ref, name);
+        }
+    }
+
+    #[test]
+    fn pods_that_ask_for_apparmor_are_refused_where_there_is_none() {
+        let off = Some("AppArmor is not enabled on the host");
+        let nameless = r#""appArmorProfile":{"type":"Localhost","localhostProfile":" "}"#;
+        let named = Some("invalid empty AppArmor profile name of container c");
+        for (annotations, pod_profile, own, without, with) in [
+            ("{}", "", "", None, None),
+            ("{}", FREE, FREE, None, None),
+            ("{}", DEFAULT, "", off, None),
+            ("{}", "", LOCAL, off, None),
+            ("{}", FREE, nameless, off, named),
+            (&*format!(r#"{{"{KEY}":"runtime/default"}}"#), "", "", off, None),
+            (&*format!(r#"{{"{KEY}":"unconfined"}}"#), "", "", None, None),
+            (&*format!(r#"{{"{KEY}":"localhost/"}}"#), "", "", off, named),
+        ] {
+            let pod = pod_with(annotations, pod_profile, own);
+            let refused = |enabled| check_apparmor(&pod, enabled).err();
+            assert_eq!(refused(false).as_deref(), without, "{annotations} {pod_profile} {own}");
+            assert_eq!(refused(true).as_deref(), with, "{annotations} {pod_profile} {own}");
+        }
     }
 
     #[test]

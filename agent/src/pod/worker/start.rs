@@ -290,6 +290,7 @@ impl Job {
             container_path: PATH.into(),
             host_path: file.display().to_string(),
             readonly: read_only,
+            selinux_relabel: true,
             ..Default::default()
         }))
     }
@@ -329,6 +330,7 @@ impl Job {
         Some(api::Mount {
             container_path: self.message_path().to_owned(),
             host_path: file?.to_owned(),
+            selinux_relabel: true,
             ..Default::default()
         })
     }

@@ -50,7 +50,7 @@ fn become_container(
             let filter = filter(start, spec)?;
             enter_namespaces(spec)?;
             rootfs::separate(spec)?;
-            mount_rootfs(start)?;
+            mount_rootfs(start, spec)?;
             image_volumes::mount(start, spec)?;
             let root = Root::open(&start.rootfs.target)
                 .map_err(|e| format!("opening the root file system: {e}"))?;
@@ -134,7 +134,7 @@ fn enter_namespaces(spec: &Spec) -> Result<()> {
 }
 
 /// Mounts the container's root file system in this process's mount namespace.
-pub(in crate::monitor) fn mount_rootfs(start: &StartContainer) -> Result<()> {
+pub(in crate::monitor) fn mount_rootfs(start: &StartContainer, spec: &Spec) -> Result<()> {
     let overlay = &start.rootfs;
     fs::create_dir_all(&overlay.target)
         .map_err(|e| format!("making {}: {e}", overlay.target.display()))?;
@@ -143,6 +143,7 @@ pub(in crate::monitor) fn mount_rootfs(start: &StartContainer) -> Result<()> {
         upper: overlay.upper.clone(),
         work: overlay.work.clone(),
         merged: overlay.target.clone(),
+        label: spec.linux().as_ref().and_then(|l| l.mount_label().clone()),
     };
     crate::snapshot::mount(&rootfs).map_err(|e| format!("mounting the root file system: {e}"))?;
     // What is mounted below is nobody else's business, unless a volume says so for itself.

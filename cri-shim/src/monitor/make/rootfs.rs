@@ -63,8 +63,9 @@ pub(super) fn fill(
     held: Option<Held>,
 ) -> Result<()> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let label = spec.linux().as_ref().and_then(|l| l.mount_label().as_deref());
     for (at, mount) in mounts.iter().enumerate() {
-        add(root, mount, made.remove(&at)).map_err(|e| describe(mount, &e))?;
+        add(root, mount, made.remove(&at), label).map_err(|e| describe(mount, &e))?;
     }
     // A volume over all of /dev brings its own.
     if mounts.iter().any(|m| m.destination() == Path::new("/dev") && is_bind(m)) {
@@ -88,8 +89,8 @@ pub(super) fn describe(mount: &Mount, error: &io::Error) -> String {
     format!("mounting {} at {}: {error}", source.display(), mount.destination().display())
 }
 
-fn add(root: &Root, mount: &Mount, made: Option<Detached>) -> io::Result<()> {
-    let options = options::parse(mount.options().as_deref().unwrap_or_default());
+fn add(root: &Root, mount: &Mount, made: Option<Detached>, label: Option<&str>) -> io::Result<()> {
+    let mut options = options::parse(mount.options().as_deref().unwrap_or_default());
     let source = mount.source().as_deref().unwrap_or(Path::new(""));
     let kind = mount.typ().as_deref().unwrap_or_default();
     let made = if let Some(made) = made {
@@ -101,7 +102,15 @@ fn add(root: &Root, mount: &Mount, made: Option<Detached>) -> io::Result<()> {
     } else {
         let kind = if kind == "cgroup" { "cgroup2" } else { kind };
         let name = source.to_str().unwrap_or_default();
+        // Those whose files are the container's own; the kernel's have labels by their policy.
+        options.data.extend(
+            label.filter(|_| matches!(kind, "tmpfs" | "devpts")).map(crate::mount::context),
+        );
         let made = Detached::new(kind, name, &options.data, options.attributes)?;
+        if let Some(label) = label.filter(|_| kind == "mqueue") {
+            // It takes no such option.
+            crate::selinux::label_one(&made, label)?;
+        }
         propagate(&made, &options)?;
         made
     };
@@ -209,18 +218,27 @@ fn mask(root: &Root, paths: &[String]) -> Result<()> {
         let failed = |e: io::Error| format!("hiding {path}: {e}");
         let Some(target) = existing(root, Path::new(path)).map_err(failed)? else { continue };
         let mode = fstat(&target).map_err(|e| failed(e.into()))?.st_mode;
-        let cover = if SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFDIR {
-            // One empty file system covers them all.
-            match &empty {
-                Some(made) => Detached::copy_of(made, false),
-                None => Detached::new("tmpfs", "tmpfs", &[], crate::mount::attr::RDONLY)
-                    .and_then(|made| Detached::copy_of(empty.insert(made), false)),
-            }
+        if SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFDIR {
+            hide_directory(&target, &mut empty)
         } else {
-            devices::null(root).and_then(|null| Detached::copy_of(&null, false))
-        };
-        cover.and_then(|cover| cover.attach(&target)).map_err(failed)?;
+            devices::null(root)
+                .and_then(|null| Detached::copy_of(&null, false))
+                .and_then(|cover| cover.attach(&target))
+        }
+        .map_err(failed)?;
     }
+    Ok(())
+}
+
+/// One empty file system covers all directories: the first has it, others a copy of the mount. Only
+/// what is in its place can be copied: a kernel before 6.15 refuses it of a mount that is nowhere.
+fn hide_directory(target: &OwnedFd, empty: &mut Option<Detached>) -> io::Result<()> {
+    if let Some(placed) = empty {
+        return Detached::copy_of(placed, false)?.attach(target);
+    }
+    let made = Detached::new("tmpfs", "tmpfs", &[], crate::mount::attr::RDONLY)?;
+    made.place(target)?;
+    *empty = Some(made);
     Ok(())
 }
 

@@ -52,7 +52,7 @@ pub(super) fn hold(
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| format!("making a mount namespace: {e}"))?;
     image_volumes::mount(start, spec)?;
     let mounts = copy_mounts(spec, Some(&own))?;
-    let rootfs = make_rootfs(start, &own)?;
+    let rootfs = make_rootfs(start, spec, &own)?;
     let root = root_of(&rootfs)?;
     let identity = init::prepare(start, spec, &root)?;
     staging::give_streams(pod, stdio, &identity);
@@ -93,7 +93,7 @@ pub(super) fn copy_mounts(
 }
 
 /// The overlay over id-mapped layers. The maker's working directory is where it will be.
-fn make_rootfs(start: &StartContainer, own: &(IdMap, File)) -> Result<Detached> {
+fn make_rootfs(start: &StartContainer, spec: &Spec, own: &(IdMap, File)) -> Result<Detached> {
     let overlay = &start.rootfs;
     let target = &overlay.target;
     let failed = |doing: &'static str, path: &Path| {
@@ -106,7 +106,8 @@ fn make_rootfs(start: &StartContainer, own: &(IdMap, File)) -> Result<Detached> 
     let (uid, gid) = own.0.root().map_err(|e| e.to_string())?;
     chown(&overlay.upper, Some(uid), Some(gid)).map_err(failed("giving away", &overlay.upper))?;
     let area = target.parent().ok_or("the root file system has no folder")?.join("layers");
-    let mapped = staging::map_layers(overlay, &own.1, &area)?;
+    let label = spec.linux().as_ref().and_then(|l| l.mount_label().as_ref());
+    let mapped = staging::map_layers(overlay, label, &own.1, &area)?;
     crate::snapshot::mount(&mapped).map_err(|e| format!("mounting the root file system: {e}"))?;
     let rootfs = Detached::copy(target, false).map_err(failed("copying the mount of", target))?;
     rootfs.propagate(libc::MS_PRIVATE, false).map_err(failed("separating", target))?;
