@@ -289,3 +289,36 @@ fn a_privileged_container_keeps_its_freedom_over_a_base_spec() {
     assert!(options(at(&spec, "/sys").unwrap()).contains(&"rw"));
     assert!(spec.linux().as_ref().unwrap().seccomp().is_none());
 }
+
+#[test]
+fn labels_are_in_the_spec_and_a_privileged_containers_processes_have_none() {
+    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
+    let label = selinux::Label::parse("u:r:container_t:s0:c1,c2").unwrap();
+    for privileged in [false, true] {
+        let config = secured(api::LinuxContainerSecurityContext {
+            privileged,
+            ..Default::default()
+        });
+        let spec = plan_spec(&Inputs {
+            config: &config,
+            image: &image,
+            pod: &Pod::default(),
+            host: &host(),
+            rootfs: PathBuf::from("/rootfs"),
+            cgroup: PathBuf::from("/c1"),
+            image_volumes: PathBuf::from("/images"),
+            base: None,
+            localhost_seccomp: None,
+            apparmor: Some("strict".into()),
+            labels: Some(selinux::Labels::of_process(label.clone(), None)),
+            devices: Vec::new(),
+        })
+        .unwrap();
+        let process = spec.process().clone().unwrap();
+        assert_eq!(process.apparmor_profile().as_deref(), Some("strict"));
+        let expected = (!privileged).then(|| "u:r:container_t:s0:c1,c2".to_owned());
+        assert_eq!(*process.selinux_label(), expected);
+        let files = spec.linux().clone().unwrap().mount_label().clone();
+        assert_eq!(files.as_deref(), Some("u:object_r:container_file_t:s0:c1,c2"));
+    }
+}
