@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, CommandFactory, Parser, ValueEnum};
 
 /// Which parts run in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -66,6 +66,15 @@ pub struct NodeFlags {
     /// Taints to register the node with
     #[arg(long, value_name = "KEY=VALUE:EFFECT,...", value_delimiter = ',')]
     pub register_with_taints: Vec<String>,
+    /// Register the node with the API server [default: true]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub register_node: Option<bool>,
+    /// `external`: a cloud controller manager tells the node's addresses and lets pods come
+    #[arg(long, value_name = "PROVIDER")]
+    pub cloud_provider: Option<String>,
+    /// Unique id of this machine at its cloud provider
+    #[arg(long, value_name = "ID")]
+    pub provider_id: Option<String>,
     /// Directory of pods and plugins [default: /var/lib/kubelet]
     #[arg(long, value_name = "DIR")]
     pub root_dir: Option<PathBuf>,
@@ -183,4 +192,160 @@ pub struct NodeFlags {
     /// Shape of log lines
     #[arg(long, value_name = "text|json", value_parser = ["text", "json"])]
     pub logging_format: Option<String>,
+}
+
+/// Kubelet's flags that have no meaning here and ask for nothing that is missing: upstream's defaults,
+/// places that `longshore run` has by itself, and what belongs to runtimes of the past.
+const WITHOUT_MEANING: [&str; 16] = [
+    "bootstrap-kubeconfig",
+    "cloud-config",
+    "config",
+    "container-runtime",
+    "fail-swap-on",
+    "feature-gates",
+    "image-credential-provider-bin-dir",
+    "kubeconfig",
+    "kube-reserved-cgroup",
+    "log-file",
+    "logtostderr",
+    "network-plugin",
+    "pod-infra-container-image",
+    "rotate-certificates",
+    "runtime-cgroups",
+    "v",
+];
+
+#[derive(Debug, Parser)]
+#[command(no_binary_name = true)]
+struct Line {
+    #[command(flatten)]
+    flags: NodeFlags,
+}
+
+/// Of a kubelet's `arguments` (`--name=value`) those that `longshore run` has too; and a warning for
+/// each that asks for something it has not.
+pub fn of_kubelet(arguments: &[String]) -> (Vec<String>, Vec<String>) {
+    let command = Line::command();
+    let known = |name: &str| command.get_arguments().any(|a| a.get_long() == Some(name));
+    let (mut taken, mut warnings) = (Vec::new(), Vec::new());
+    for argument in arguments {
+        let name = argument.trim_start_matches('-').split('=').next().unwrap_or_default();
+        if WITHOUT_MEANING.contains(&name) {
+            continue;
+        }
+        if !known(name) {
+            warnings.push(format!("kubelet's flag --{name} is not known here and has no effect"));
+        } else if let Err(error) = Line::try_parse_from([argument]) {
+            let said = error.to_string();
+            let said = said.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            warnings.push(format!("kubelet's flag {argument} has no effect: {said}"));
+        } else {
+            taken.push(argument.clone());
+        }
+    }
+    (taken, warnings)
+}
+
+impl NodeFlags {
+    /// What `arguments` (as [`of_kubelet`] returns them) say.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn parse(arguments: &[String]) -> Result<Self, String> {
+        let parsed = Line::try_parse_from(arguments);
+        parsed.map(|line| line.flags).map_err(|error| error.to_string())
+    }
+
+    /// These, and where they say nothing `other`.
+    pub fn or(mut self, other: Self) -> Self {
+        macro_rules! options {
+            ($($field:ident),*) => { $(self.$field = self.$field.or(other.$field);)* };
+        }
+        macro_rules! lists {
+            ($($field:ident),*) => { $(if self.$field.is_empty() { self.$field = other.$field; })* };
+        }
+        options!(
+            register_node,
+            cloud_provider,
+            provider_id,
+            config,
+            kubeconfig,
+            bootstrap_kubeconfig,
+            cert_dir,
+            hostname_override,
+            root_dir,
+            state_dir,
+            run_dir,
+            pod_logs_dir,
+            container_logs_dir,
+            container_runtime_endpoint,
+            image_service_endpoint,
+            pod_manifest_path,
+            cluster_domain,
+            resolv_conf,
+            service_node_port_range,
+            proxy_mode,
+            cgroup_root,
+            cgroup_driver,
+            max_pods,
+            healthz_bind_address,
+            healthz_port,
+            address,
+            port,
+            proxy_healthz_bind_address,
+            proxy_metrics_bind_address,
+            cni_conf_dir,
+            cni_bin_dir,
+            stream_server_address,
+            stream_server_port,
+            stream_tls_cert_file,
+            stream_tls_key_file,
+            pinned_images,
+            verbosity,
+            log_level,
+            logging_format
+        );
+        lists!(
+            node_ip,
+            node_labels,
+            register_with_taints,
+            only,
+            cluster_dns,
+            pod_cidr,
+            cluster_cidr,
+            service_cluster_ip_range,
+            nodeport_addresses
+        );
+        self.standalone |= other.standalone;
+        self.masquerade_all |= other.masquerade_all;
+        self
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kubelets_flags_are_taken_ignored_or_warned_of() {
+        let given = [
+            "--node-labels=a=b,c=d",
+            "--pod-infra-container-image=registry.k8s.io/pause:3.10",
+            "--node-ip=10.0.0.1",
+            "--cpu-manager-policy=static",
+            "--max-pods=many",
+        ];
+        let (taken, warnings) = of_kubelet(&given.map(str::to_owned));
+        assert_eq!(taken, ["--node-labels=a=b,c=d", "--node-ip=10.0.0.1"]);
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].contains("--cpu-manager-policy"), "{warnings:?}");
+        assert!(warnings[1].contains("--max-pods=many"), "{warnings:?}");
+        let noted = NodeFlags::parse(&taken).unwrap();
+        assert_eq!(noted.node_labels, ["a=b", "c=d"]);
+        let own = NodeFlags { node_labels: vec!["x=y".to_owned()], ..NodeFlags::default() };
+        let both = own.or(noted);
+        assert_eq!(both.node_labels, ["x=y"]);
+        assert_eq!(both.node_ip.len(), 1);
+    }
 }

@@ -4,30 +4,29 @@ use std::time::Duration;
 
 use super::{ClusterConfig, ClusterError};
 use crate::api::backoff::Backoff;
-use crate::api::kubeconfig::{Cluster, Endpoint, Identity, Kubeconfig};
+use crate::api::kubeconfig::{Cluster, Endpoint, Kubeconfig};
 use crate::api::{self, ApiError};
 use crate::join::{self, JoinError, csr, files, request};
 
 /// How long one request is waited for before a new one is made.
 const TIMEOUT: Duration = Duration::from_secs(900);
 
-/// Makes sure that the kubeconfig of `config` can be used: it is there, and its certificate has not
-/// expired. Otherwise asks for a certificate with the bootstrap kubeconfig until there is one.
+/// Makes sure that there is a kubeconfig that `config` can be used with. Where there is none that can
+/// be read, asks for a certificate with the bootstrap kubeconfig until there is one. A certificate
+/// that has expired holds nobody up: the last known pods run on, and `node::rotate` replaces it.
 pub async fn ensure_kubeconfig(config: &ClusterConfig) -> Result<(), ClusterError> {
-    let usable = usable(config);
-    if matches!(usable, Ok(true)) {
-        return Ok(());
-    }
+    let unusable = match Endpoint::load(&config.kubeconfig) {
+        Ok(_) => return Ok(()),
+        Err(error) => error,
+    };
     if !config.bootstrap_kubeconfig.exists() {
-        return match usable {
-            // Expired: the server says so, and `status` shows it; static pods go on.
-            Ok(_) if config.kubeconfig.exists() => Ok(()),
-            Ok(_) => Err(ClusterError::NotJoined {
+        return Err(match config.kubeconfig.exists() {
+            true => ApiError::from(unusable).into(),
+            false => ClusterError::NotJoined {
                 kubeconfig: config.kubeconfig.clone(),
                 bootstrap: config.bootstrap_kubeconfig.clone(),
-            }),
-            Err(error) => Err(error.into()),
-        };
+            },
+        });
     }
     let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
     loop {
@@ -41,19 +40,8 @@ pub async fn ensure_kubeconfig(config: &ClusterConfig) -> Result<(), ClusterErro
     }
 }
 
-fn usable(config: &ClusterConfig) -> Result<bool, ApiError> {
-    if !config.kubeconfig.exists() {
-        return Ok(false);
-    }
-    let endpoint = Endpoint::load(&config.kubeconfig)?;
-    Ok(match &endpoint.identity {
-        Identity::Certificate { chain, .. } => csr::NodeCertificate::read(chain)
-            .is_none_or(|c| c.is_valid_at(jiff::Timestamp::now().as_second())),
-        _ => true,
-    })
-}
-
-async fn bootstrap(config: &ClusterConfig) -> Result<(), JoinError> {
+/// Asks for a certificate with the bootstrap kubeconfig, once, and writes the kubeconfig.
+pub async fn bootstrap(config: &ClusterConfig) -> Result<(), JoinError> {
     let endpoint = Endpoint::load(&config.bootstrap_kubeconfig).map_err(ApiError::from)?;
     let made = csr::node_request(&config.node_name, None)?;
     let progress = |line: &str| tracing::info!("requesting the node's certificate: {line}");

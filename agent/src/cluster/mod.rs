@@ -79,6 +79,11 @@ pub struct ClusterConfig {
     pub eviction_hard: Vec<(String, Threshold)>,
     /// `--provider-id`.
     pub provider_id: Option<String>,
+    /// `--cloud-provider=external`: somebody else knows the node's addresses and says when pods may
+    /// come.
+    pub external_cloud_provider: bool,
+    /// `nodeStatusMaxImages`; `None` is no limit.
+    pub max_images: Option<usize>,
     /// `nodeStatusUpdateFrequency`: how often measurements are taken (10 s).
     pub status_update_frequency: Duration,
     /// `nodeStatusReportFrequency`: how often an unchanged status is patched (5 min).
@@ -118,6 +123,8 @@ impl ClusterConfig {
             reserved: Vec::new(),
             eviction_hard: Vec::new(),
             provider_id: None,
+            external_cloud_provider: false,
+            max_images: Some(50),
             status_update_frequency: Duration::from_secs(10),
             status_report_frequency: Duration::from_secs(300),
             lease_duration_seconds: 40,
@@ -286,6 +293,7 @@ pub async fn start(
             config.lease_duration_seconds,
             node.clone(),
             errors.clone(),
+            events.clone(),
         ));
         let node_loop = NodeLoop::new(
             config.clone(),

@@ -194,6 +194,8 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         status_report_frequency: config.node_status_report_frequency,
         lease_duration_seconds: u32::try_from(config.node_lease_duration.as_secs()).unwrap_or(40),
         provider_id: config.provider_id.clone(),
+        external_cloud_provider: config.external_cloud_provider,
+        max_images: config.max_images,
         event_qps: config.event_qps,
         event_burst: config.event_burst,
         agent: config.parts.agent,

@@ -66,6 +66,9 @@ pub struct NodeConfig {
     pub register_with_taints: Vec<Taint>,
     pub register_node: bool,
     pub provider_id: Option<String>,
+    pub external_cloud_provider: bool,
+    /// `nodeStatusMaxImages`; `None` is no limit.
+    pub max_images: Option<usize>,
     pub kubeconfig: Option<PathBuf>,
     pub bootstrap_kubeconfig: Option<PathBuf>,
     pub cert_dir: PathBuf,
@@ -355,8 +358,19 @@ pub fn resolve(
             Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
             _ => Err(ConfigError::invalid("--node-labels", format!("{label:?} is no key=value"))),
         })
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, _>>()?;
 
+    check_labels(&node_labels)?;
+    let external_cloud_provider = match flags.cloud_provider.as_deref().unwrap_or_default() {
+        "" => false,
+        "external" => true,
+        other => {
+            return Err(ConfigError::invalid(
+                "--cloud-provider",
+                format!("{other:?} is not provided; use external or leave it empty"),
+            ));
+        }
+    };
     let serialize = kubelet.serialize_image_pulls;
     let parallel = kubelet.max_parallel_image_pulls.filter(|n| *n > 0);
     if serialize == Some(true) && parallel.is_some_and(|n| n > 1) {
@@ -379,13 +393,18 @@ pub fn resolve(
                         .is_empty()),
         },
         standalone,
-        node_name,
-        hostname: host.hostname.clone(),
+        node_name: node_name.clone(),
+        hostname: flags.hostname_override.as_ref().map_or(&host.hostname, |_| &node_name).clone(),
+        external_cloud_provider,
+        max_images: match kubelet.node_status_max_images.unwrap_or(50) {
+            ..0 => None,
+            max => usize::try_from(max).ok(),
+        },
         node_ips: flags.node_ip.clone(),
         node_labels,
         register_with_taints: taints,
-        register_node: kubelet.register_node.unwrap_or(true),
-        provider_id: kubelet.provider_id.filter(|id| !id.is_empty()),
+        register_node: flags.register_node.or(kubelet.register_node).unwrap_or(true),
+        provider_id: flags.provider_id.clone().or(kubelet.provider_id).filter(|id| !id.is_empty()),
         kubeconfig: (!standalone).then_some(kubeconfig),
         bootstrap_kubeconfig: (!standalone).then_some(bootstrap),
         cert_dir: flags.cert_dir.clone().unwrap_or_else(|| root_dir.join("pki")),
@@ -539,6 +558,47 @@ fn ids_per_pod(userns: Option<super::kubelet::UserNamespaces>) -> Result<Option<
     match crate::user_ids::check_per_pod(asked) {
         Ok(_) => Ok(asked),
         Err(error) => Err(ConfigError::invalid("KubeletConfiguration", error)),
+    }
+}
+
+/// Labels of Kubernetes' own domains that a node may give itself (admission plugin NodeRestriction).
+const OWN_LABELS: [&str; 13] = [
+    "beta.kubernetes.io/arch",
+    "beta.kubernetes.io/instance-type",
+    "beta.kubernetes.io/os",
+    "failure-domain.beta.kubernetes.io/region",
+    "failure-domain.beta.kubernetes.io/zone",
+    "failure-domain.kubernetes.io/region",
+    "failure-domain.kubernetes.io/zone",
+    "kubernetes.io/arch",
+    "kubernetes.io/hostname",
+    "kubernetes.io/os",
+    "node.kubernetes.io/instance-type",
+    "topology.kubernetes.io/region",
+    "topology.kubernetes.io/zone",
+];
+
+/// Refuses what the API server would refuse, with which the node could never register.
+fn check_labels(labels: &[(String, String)]) -> Result<(), ConfigError> {
+    let within = |domain: &str, of: &str| {
+        domain == of || domain.strip_suffix(of).is_some_and(|rest| rest.ends_with('.'))
+    };
+    let refused = |key: &str| {
+        let domain = key.split_once('/').map_or("", |(domain, _)| domain);
+        let reserved = within(domain, "kubernetes.io") || within(domain, "k8s.io");
+        let free = within(domain, "kubelet.kubernetes.io") || within(domain, "node.kubernetes.io");
+        reserved && !free && !OWN_LABELS.contains(&key)
+    };
+    match labels.iter().find(|(key, _)| refused(key)) {
+        None => Ok(()),
+        Some((key, _)) => Err(ConfigError::invalid(
+            "--node-labels",
+            format!(
+                "{key}: a node may not give itself this label of Kubernetes' own (NodeRestriction); an \
+                 administrator can: kubectl label node NAME {key}=..., or take a label under \
+                 node.kubernetes.io/ or of a domain of your own"
+            ),
+        )),
     }
 }
 

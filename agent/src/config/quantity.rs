@@ -27,7 +27,8 @@ impl Threshold {
     pub fn of(self, capacity: u64) -> u64 {
         match self {
             Self::Absolute(value) => value,
-            Self::Share(share) => (capacity as f64 * share) as u64,
+            // Upstream keeps shares as 32 bit numbers, which shows in a node's allocatable disk.
+            Self::Share(share) => (capacity as f64 * f64::from(share as f32)) as u64,
         }
     }
 }
@@ -40,6 +41,8 @@ mod tests {
     fn thresholds_are_shares_or_amounts() {
         assert_eq!(Threshold::parse("10%").map(|t| t.of(1000)), Some(100));
         assert_eq!(Threshold::parse("100Mi").map(|t| t.of(1)), Some(100 << 20));
+        // As a kubelet 1.36 tells of such a disk.
+        assert_eq!(Threshold::parse("10%").map(|t| t.of(270_553_174_016)), Some(27_055_317_804));
         assert_eq!(Threshold::parse("101%"), None);
         assert_eq!(Threshold::parse("ten"), None);
     }

@@ -167,6 +167,14 @@ impl NodeLoop {
                 if version(&seen) < version(node) {
                     return false;
                 }
+                if seen.metadata.uid != node.metadata.uid {
+                    tracing::warn!(
+                        node = seen.metadata.name,
+                        "the Node object is another one now; registering anew"
+                    );
+                    self.state = State::Unregistered;
+                    return true;
+                }
                 let cidrs = pod_cidrs(&seen);
                 *node = seen;
                 cidrs != self.told_cidrs
@@ -261,9 +269,11 @@ impl NodeLoop {
             self.facts.version = object::runtime_version(&version);
         }
         self.facts.handlers = object::handlers(&status);
+        self.facts.features = object::features(&status);
         if self.images_at.is_none_or(|at| at.elapsed() >= IMAGES_EVERY) {
             if let Ok(images) = self.runtime.list_images().await {
-                self.facts.images = object::images(&images);
+                let max = self.config.max_images.unwrap_or(usize::MAX);
+                self.facts.images = object::images(&images, max);
                 self.images_at = Some(Instant::now());
             }
             if let Ok(info) = self.runtime.image_fs_info().await {
@@ -284,28 +294,23 @@ impl NodeLoop {
             conditions::pressure(&measured, self.machine.memory, &self.config.eviction_hard);
         let pressure = self.pressure.note(pressure, now);
         let before = match &self.state {
-            State::Registered { node, .. } => {
-                node.status.as_ref().and_then(|s| s.conditions.clone()).unwrap_or_default()
-            }
-            State::Unregistered => Vec::new(),
+            State::Registered { node, .. } => node.status.clone().unwrap_or_default(),
+            State::Unregistered => NodeStatus::default(),
         };
+        let conditions_before = before.conditions.unwrap_or_default();
+        let addresses_before = before.addresses.unwrap_or_default();
         let (capacity, allocatable) =
             object::resources(&self.config, &self.machine, measured.nodefs);
-        let found;
-        let ips = if self.config.node_ips.is_empty() {
-            found = machine::default_addresses();
-            found.get(..1).unwrap_or_default()
-        } else {
-            &self.config.node_ips
-        };
+        let routes = machine::default_addresses();
         NodeStatus {
-            addresses: Some(object::addresses(ips, &self.config.hostname)),
+            addresses: Some(object::plan_addresses(&self.config, &routes, &addresses_before)),
             capacity: Some(capacity),
             allocatable: Some(allocatable),
-            conditions: Some(conditions::conditions(pressure, not_ready, &before, now)),
+            conditions: Some(conditions::conditions(pressure, not_ready, &conditions_before, now)),
             daemon_endpoints: object::daemon_endpoints(self.config.node_api_port),
             images: Some(self.facts.images.clone()),
             node_info: Some(object::system_info(&self.machine, &self.facts)),
+            features: self.facts.features.clone(),
             runtime_handlers: (!self.facts.handlers.is_empty())
                 .then(|| self.facts.handlers.clone()),
             declared_features: (!self.config.declared_features.is_empty())
@@ -320,6 +325,11 @@ impl NodeLoop {
         let existing = api::timed(what, REQUEST_TIMEOUT, self.nodes.get_opt(&name)).await?;
         let mut status = status;
         if let Some(before) = existing.as_ref().and_then(|node| node.status.as_ref()) {
+            status.addresses = Some(object::plan_addresses(
+                &self.config,
+                &machine::default_addresses(),
+                before.addresses.as_deref().unwrap_or_default(),
+            ));
             // A restart is no transition: what was so before stays so since then.
             conditions::keep_transitions(
                 status.conditions.as_deref_mut().unwrap_or_default(),

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 
 use cri_shim::api as cri;
 use k8s_openapi::api::core::v1::{
-    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeDaemonEndpoints, NodeRuntimeHandler,
-    NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSwapStatus, NodeSystemInfo,
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeDaemonEndpoints, NodeFeatures,
+    NodeRuntimeHandler, NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSwapStatus,
+    NodeSystemInfo, Taint,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -19,10 +20,12 @@ use crate::pod::quantity;
 
 /// API level that this node keeps to, in the form that other components parse.
 pub const KUBELET_VERSION: &str = "v1.36.0";
-/// Images told at most (`nodeStatusMaxImages`).
-const MAX_IMAGES: usize = 50;
 /// Names told of one image at most.
 const MAX_IMAGE_NAMES: usize = 5;
+/// Tells an external cloud provider which addresses the operator gave.
+const PROVIDED_IPS: &str = "alpha.kubernetes.io/provided-node-ip";
+/// Keeps pods away until an external cloud provider has looked at the node.
+const UNINITIALIZED: &str = "node.cloudprovider.kubernetes.io/uninitialized";
 /// Tells the attach-detach controller that it does the attaching.
 const CONTROLLED_ATTACH: &str = "volumes.kubernetes.io/controller-managed-attach-detach";
 
@@ -35,6 +38,8 @@ pub struct RuntimeFacts {
     pub handlers: Vec<NodeRuntimeHandler>,
     /// Images, largest first.
     pub images: Vec<ContainerImage>,
+    /// What it can do whatever the handler.
+    pub features: Option<NodeFeatures>,
 }
 
 /// `name://version` of a CRI runtime.
@@ -57,13 +62,19 @@ pub fn handlers(status: &cri::StatusResponse) -> Vec<NodeRuntimeHandler> {
         .collect()
 }
 
-/// The largest images, with a few of their names each.
-pub fn images(images: &[cri::Image]) -> Vec<ContainerImage> {
+/// What the runtime can do for every pod.
+pub fn features(status: &cri::StatusResponse) -> Option<NodeFeatures> {
+    let features = status.features.as_ref()?;
+    Some(NodeFeatures { supplemental_groups_policy: Some(features.supplemental_groups_policy) })
+}
+
+/// The `max` largest images, with a few of their names each.
+pub fn images(images: &[cri::Image], max: usize) -> Vec<ContainerImage> {
     let mut images: Vec<&cri::Image> = images.iter().collect();
     images.sort_by(|a, b| b.size.cmp(&a.size).then_with(|| a.id.cmp(&b.id)));
     images
         .into_iter()
-        .take(MAX_IMAGES)
+        .take(max)
         .map(|image| ContainerImage {
             names: Some(
                 image
@@ -112,14 +123,23 @@ pub fn labels(config: &ClusterConfig, machine: &Machine) -> BTreeMap<String, Str
 
 /// The object to create.
 pub fn new_node(config: &ClusterConfig, machine: &Machine, status: NodeStatus) -> Node {
-    let annotations = [(CONTROLLED_ATTACH.to_owned(), "true".to_owned())];
-    let taints =
-        (!config.register_with_taints.is_empty()).then(|| config.register_with_taints.clone());
+    let provided = provided_ips(config).map(|ips| (PROVIDED_IPS.to_owned(), ips));
+    let annotations = [(CONTROLLED_ATTACH.to_owned(), "true".to_owned())].into_iter();
+    let mut taints = config.register_with_taints.clone();
+    if config.external_cloud_provider {
+        taints.push(Taint {
+            key: UNINITIALIZED.to_owned(),
+            value: Some("true".to_owned()),
+            effect: "NoSchedule".to_owned(),
+            time_added: None,
+        });
+    }
+    let taints = (!taints.is_empty()).then_some(taints);
     Node {
         metadata: ObjectMeta {
             name: Some(config.node_name.clone()),
             labels: Some(labels(config, machine)),
-            annotations: Some(annotations.into()),
+            annotations: Some(annotations.chain(provided).collect()),
             ..ObjectMeta::default()
         },
         spec: Some(NodeSpec {
@@ -204,6 +224,45 @@ pub fn resources(
     (capacity, allocatable)
 }
 
+/// The addresses that an external cloud provider is told of.
+fn provided_ips(config: &ClusterConfig) -> Option<String> {
+    let first = config.node_ips.first().filter(|ip| !ip.is_unspecified())?;
+    let second = config.node_ips.get(1).filter(|ip| !ip.is_unspecified());
+    let text = std::iter::once(first).chain(second).map(ToString::to_string);
+    config.external_cloud_provider.then(|| text.collect::<Vec<_>>().join(","))
+}
+
+/// The node's addresses: those of `--node-ip`; an unspecified one (`0.0.0.0`, `::`) asks for the
+/// address of the default route in its family, none at all for the first of `routes`. What an
+/// external cloud provider has told stays.
+pub fn plan_addresses(
+    config: &ClusterConfig,
+    routes: &[IpAddr],
+    before: &[NodeAddress],
+) -> Vec<NodeAddress> {
+    if config.external_cloud_provider {
+        if !before.is_empty() {
+            return before.to_vec();
+        }
+        if config.node_ips.is_empty() {
+            return addresses(&[], &config.hostname);
+        }
+    }
+    let route = |family: Option<&IpAddr>| {
+        let wanted = |ip: &&IpAddr| family.is_none_or(|f| f.is_ipv4() == ip.is_ipv4());
+        routes.iter().find(wanted).or(routes.first()).copied()
+    };
+    let mut ips: Vec<IpAddr> = match config.node_ips.as_slice() {
+        [] => route(None).into_iter().collect(),
+        given => given
+            .iter()
+            .filter_map(|ip| if ip.is_unspecified() { route(Some(ip)) } else { Some(*ip) })
+            .collect(),
+    };
+    ips.dedup();
+    addresses(&ips, &config.hostname)
+}
+
 /// Addresses as told: InternalIPs, then the host name.
 pub fn addresses(ips: &[IpAddr], hostname: &str) -> Vec<NodeAddress> {
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
@@ -250,6 +309,7 @@ pub fn plan_status_patch(old: &NodeStatus, new: &NodeStatus, heartbeat: bool) ->
     differs("nodeInfo", value(&old.node_info), value(&new.node_info));
     differs("daemonEndpoints", value(&old.daemon_endpoints), value(&new.daemon_endpoints));
     differs("declaredFeatures", value(&old.declared_features), value(&new.declared_features));
+    differs("features", value(&old.features), value(&new.features));
     differs("runtimeHandlers", value(&old.runtime_handlers), value(&new.runtime_handlers));
     differs(
         "images",
@@ -324,14 +384,21 @@ pub fn plan_metadata_patch(
         .filter(|(label, value)| have.get(label) != Some(value))
         .map(|(label, value)| (label, Value::String(value)))
         .collect();
-    let annotated =
-        node.metadata.annotations.as_ref().is_some_and(|a| a.contains_key(CONTROLLED_ATTACH));
+    let notes = node.metadata.annotations.clone().unwrap_or_default();
+    let mut annotations = Map::new();
+    if !notes.contains_key(CONTROLLED_ATTACH) {
+        annotations.insert(CONTROLLED_ATTACH.to_owned(), json!("true"));
+    }
+    let provided = provided_ips(config);
+    if notes.get(PROVIDED_IPS) != provided.as_ref() {
+        annotations.insert(PROVIDED_IPS.to_owned(), json!(provided));
+    }
     let mut metadata = Map::new();
     if !lacking.is_empty() {
         metadata.insert("labels".to_owned(), Value::Object(lacking));
     }
-    if !annotated {
-        metadata.insert("annotations".to_owned(), json!({CONTROLLED_ATTACH: "true"}));
+    if !annotations.is_empty() {
+        metadata.insert("annotations".to_owned(), Value::Object(annotations));
     }
     (!metadata.is_empty()).then(|| json!({"metadata": metadata}))
 }
@@ -371,7 +438,7 @@ mod tests {
         );
         assert_eq!(
             show(&allocatable),
-            "cpu=1900m ephemeral-storage=943718400 hugepages-2Mi=0 memory=6044Mi pods=110"
+            "cpu=1900m ephemeral-storage=943718399 hugepages-2Mi=0 memory=6044Mi pods=110"
         );
     }
 
@@ -426,6 +493,33 @@ mod tests {
             plan_metadata_patch(&node, &config, &machine()),
             Some(json!({"metadata": {"labels": {"kubernetes.io/os": "linux"}}}))
         );
+    }
+
+    #[test]
+    fn an_external_cloud_provider_has_the_last_word_on_addresses() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let routes = [ip("10.0.0.1"), ip("fd00::1")];
+        let show = |config: &ClusterConfig, before: &[NodeAddress]| {
+            let planned = plan_addresses(config, &routes, before);
+            planned.into_iter().map(|a| a.address).collect::<Vec<_>>().join(" ")
+        };
+        let mut config = ClusterConfig::new("n");
+        assert_eq!(show(&config, &[]), "10.0.0.1 n");
+        config.node_ips = vec![ip("::")];
+        assert_eq!(show(&config, &[]), "fd00::1 n");
+        config.node_ips = vec![ip("192.0.2.7"), ip("::")];
+        assert_eq!(show(&config, &[]), "192.0.2.7 fd00::1 n");
+        config.external_cloud_provider = true;
+        let told = addresses(&[ip("198.51.100.1")], "n");
+        assert_eq!(show(&config, &told), "198.51.100.1 n");
+        assert_eq!(show(&config, &[]), "192.0.2.7 fd00::1 n");
+        let node = new_node(&config, &machine(), NodeStatus::default());
+        assert_eq!(node.metadata.annotations.as_ref().unwrap()[PROVIDED_IPS], "192.0.2.7");
+        assert_eq!(node.spec.as_ref().unwrap().taints.as_ref().unwrap()[0].key, UNINITIALIZED);
+        config.node_ips.clear();
+        assert_eq!(show(&config, &[]), "n");
+        let patch = plan_metadata_patch(&node, &config, &machine()).unwrap();
+        assert_eq!(patch, json!({"metadata": {"annotations": {PROVIDED_IPS: null}}}));
     }
 
     #[test]
