@@ -8,6 +8,7 @@ pub mod cli;
 pub mod cluster;
 mod compose;
 pub mod config;
+pub mod doctor;
 pub mod health;
 pub mod ids;
 pub mod join;

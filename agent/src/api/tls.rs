@@ -45,6 +45,60 @@ pub enum TlsError {
     Config(#[from] rustls::Error),
 }
 
+/// What is wrong with a server's certificate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Its time is over.
+    Expired,
+    /// Its time has not come.
+    NotYetValid,
+    /// It is not for the address that was asked.
+    WrongName,
+    /// No known CA has signed it.
+    UnknownIssuer,
+    /// Anything else.
+    Other,
+}
+
+/// Why TLS refused the server's certificate, if that is what `error` comes down to.
+pub fn server_fault(error: &(dyn std::error::Error + 'static)) -> Option<Fault> {
+    use rustls::CertificateError as Refused;
+    if let Some(error) = error.downcast_ref::<rustls::Error>() {
+        let rustls::Error::InvalidCertificate(refused) = error else { return None };
+        return Some(match refused {
+            Refused::Expired | Refused::ExpiredContext { .. } => Fault::Expired,
+            Refused::NotValidYet | Refused::NotValidYetContext { .. } => Fault::NotYetValid,
+            Refused::NotValidForName | Refused::NotValidForNameContext { .. } => Fault::WrongName,
+            Refused::UnknownIssuer | Refused::BadSignature => Fault::UnknownIssuer,
+            _ => Fault::Other,
+        });
+    }
+    // An io::Error names as its source the source of what it holds, not that itself.
+    let held = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    match held {
+        Some(held) => server_fault(held),
+        None => error.source().and_then(server_fault),
+    }
+}
+
+/// For servers outside of the cluster: the certificate authorities that this machine trusts.
+pub fn system_config() -> Result<ClientConfig, TlsError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut store = RootCertStore::empty();
+    store.add_parsable_certificates(found.certs);
+    if store.is_empty() {
+        return Err(TlsError::Authority {
+            server: "the web".to_owned(),
+            cause: "this machine trusts none (install the package ca-certificates)".to_owned(),
+        });
+    }
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(store)
+        .with_no_client_auth())
+}
+
 /// The TLS side of `endpoint`.
 pub fn client_config(endpoint: &Endpoint) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());

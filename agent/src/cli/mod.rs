@@ -80,6 +80,11 @@ enum Command {
 #[error("{0}")]
 pub struct UsageError(pub String);
 
+/// An exit code of its own for the error that it is the context of.
+#[derive(Debug, thiserror::Error)]
+#[error("failed")]
+pub struct Exit(pub u8);
+
 /// The verb is part of the contract and not built yet.
 fn unimplemented(verb: &str) -> anyhow::Error {
     anyhow::anyhow!("{verb}: unimplemented in this version of longshore")
@@ -113,6 +118,13 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(Exit(code)) = error.downcast_ref::<Exit>() {
+                // Without a cause the command has said it all.
+                if error.chain().len() > 1 {
+                    eprintln!("longshore: {}", error.root_cause());
+                }
+                return ExitCode::from(*code);
+            }
             eprintln!("longshore: {error:#}");
             if error.is::<UsageError>() { ExitCode::from(EXIT_USAGE) } else { ExitCode::FAILURE }
         }
@@ -154,6 +166,7 @@ mod tests {
             ("longshore explain service a/b/c", ExitCode::from(64)),
             ("longshore explain service --from pineapple x", ExitCode::from(64)),
             ("longshore explain service x --run-dir /nowhere", ExitCode::FAILURE),
+            ("longshore doctor a:b:c:d", ExitCode::from(64)),
             ("longshore proxy", ExitCode::from(64)),
             ("longshore proxy ruleset --diff --dry-run x", ExitCode::from(64)),
             ("longshore proxy ruleset --run-dir /nowhere", ExitCode::FAILURE),

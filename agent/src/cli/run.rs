@@ -67,6 +67,10 @@ fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<(NodeFlags, Vec<Pat
     if flags.container_runtime_endpoint.is_none() {
         flags.container_runtime_endpoint = noted.container_runtime_endpoint;
     }
+    if !noted.kubelet_flags.is_empty() {
+        let wrong = |error| anyhow::anyhow!("{}: kubeletFlags: {error}", paths_of(&kubernetes_dir));
+        flags = flags.or(NodeFlags::parse(&noted.kubelet_flags).map_err(wrong)?);
+    }
     let root_dir = flags.root_dir.get_or_insert(noted.root_dir).clone();
     let paths = Paths { kubernetes_dir, root_dir };
     if !given.is_empty() {
@@ -74,6 +78,11 @@ fn with_what_join_noted(flags: &NodeFlags) -> anyhow::Result<(NodeFlags, Vec<Pat
     }
     let noted = [paths.kubelet_config(), paths.proxy_config()];
     Ok((flags, noted.into_iter().filter(|path| path.exists()).collect()))
+}
+
+fn paths_of(kubernetes_dir: &Path) -> String {
+    let paths = Paths { kubernetes_dir: kubernetes_dir.to_owned(), root_dir: PathBuf::new() };
+    paths.node_file().display().to_string()
 }
 
 fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {

@@ -88,6 +88,9 @@ pub struct NodeFile {
     /// `--container-runtime-endpoint`, if one was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub container_runtime_endpoint: Option<String>,
+    /// Kubelet's flags (`--name=value`): `kubeletExtraArgs`, or an adopted kubelet's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kubelet_flags: Vec<String>,
 }
 
 impl NodeFile {
@@ -107,24 +110,58 @@ impl NodeFile {
 /// Writes `content` to `path` with `mode`; its folder is made if need be. Either the old or the new
 /// content is there, whatever happens meanwhile.
 pub fn write_atomic(path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> {
-    let error = |what, path: &Path, cause| FileError { what, path: path.to_owned(), cause };
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir).map_err(|e| error("create", dir, e))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
-    let write = || {
+    let mut staged = Staged::default();
+    staged.add(path, mode, content)?;
+    staged.commit()
+}
+
+/// Files that are all written, under other names, before any of them takes its place: a disk that is
+/// full leaves nothing behind.
+#[derive(Default)]
+pub struct Staged {
+    /// Temporary name, and the one to take.
+    waiting: Vec<(PathBuf, PathBuf)>,
+}
+
+impl Staged {
+    /// Writes `content` beside `path`; the folder is made if need be.
+    pub fn add(&mut self, path: &Path, mode: u32, content: &[u8]) -> Result<(), FileError> {
+        let error = |what, path: &Path, cause| FileError { what, path: path.to_owned(), cause };
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(dir).map_err(|e| error("create", dir, e))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
         let _ = fs::remove_file(&temporary);
-        let mut file =
-            fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        fs::File::open(dir)?.sync_all()
-    };
-    write().map_err(|e| {
-        let _ = fs::remove_file(&temporary);
-        error("write", path, e)
-    })
+        self.waiting.push((temporary.clone(), path.to_owned()));
+        let write = || {
+            let mut file =
+                fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+            file.write_all(content)?;
+            file.sync_all()
+        };
+        write().map_err(|e| error("write", path, e))
+    }
+
+    /// Puts all in their places, in the order in which they were added.
+    pub fn commit(mut self) -> Result<(), FileError> {
+        for (temporary, path) in &self.waiting {
+            let dir = path.parent().unwrap_or(Path::new("/"));
+            fs::rename(temporary, path)
+                .and_then(|()| fs::File::open(dir)?.sync_all())
+                .map_err(|cause| FileError { what: "write", path: path.clone(), cause })?;
+        }
+        self.waiting.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        for (temporary, _) in &self.waiting {
+            // Not there where it has taken its place.
+            let _ = fs::remove_file(temporary);
+        }
+    }
 }
 
 /// Puts the client certificate's chain and key into a file of their own in `dir` and points the link
@@ -149,18 +186,28 @@ pub fn store_pair(
     stamp: &str,
 ) -> Result<PathBuf, FileError> {
     let file = dir.join(format!("{stem}-{stamp}.pem"));
+    write_atomic(&file, 0o600, &pair(chain_pem, key_pem))?;
+    link_current(dir, stem, &file)
+}
+
+/// Chain and key in one text.
+pub fn pair(chain_pem: &[u8], key_pem: &str) -> Vec<u8> {
     let mut content = chain_pem.to_vec();
     if !content.ends_with(b"\n") {
         content.push(b'\n');
     }
     content.extend_from_slice(key_pem.as_bytes());
-    write_atomic(&file, 0o600, &content)?;
+    content
+}
+
+/// Points `<stem>-current.pem` in `dir` at `file`; returns the link.
+pub fn link_current(dir: &Path, stem: &str, file: &Path) -> Result<PathBuf, FileError> {
     let name = format!("{stem}-current.pem");
     let current = dir.join(&name);
     let temporary = dir.join(format!(".{name}.{}.tmp", std::process::id()));
     let link = || {
         let _ = fs::remove_file(&temporary);
-        symlink(&file, &temporary)?;
+        symlink(file, &temporary)?;
         fs::rename(&temporary, &current)?;
         fs::File::open(dir)?.sync_all()
     };
@@ -207,12 +254,24 @@ mod tests {
             node_ips: vec!["10.0.0.1".parse().unwrap()],
             root_dir: "/var/lib/kubelet".into(),
             container_runtime_endpoint: None,
+            kubelet_flags: vec!["--node-labels=a=b".to_owned()],
         };
         let path = dir.path().join("longshore-node.json");
         write_atomic(&path, 0o644, &serde_json::to_vec(&file).unwrap()).unwrap();
         assert_eq!(NodeFile::load(dir.path()).unwrap(), Some(file));
         fs::write(&path, r#"{"version":1,"nodeName":"n","rootDir":"/","more":1}"#).unwrap();
         assert!(NodeFile::load(dir.path()).unwrap_err().to_string().contains("more"));
+    }
+
+    #[test]
+    fn what_cannot_be_staged_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let mut staged = Staged::default();
+        staged.add(&dir.path().join("a"), 0o600, b"1").unwrap();
+        assert!(staged.add(&dir.path().join("file/b"), 0o600, b"2").is_err());
+        drop(staged);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

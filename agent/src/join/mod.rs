@@ -4,11 +4,15 @@
 //! been issued, but for the key of the pending request, so that an interrupted join goes on with the
 //! same request.
 
+pub mod adopt;
 pub mod csr;
 pub mod discover;
+pub mod error;
 pub mod files;
+pub mod kubeadm;
 pub mod proxy_config;
 pub mod request;
+pub mod settings;
 pub mod systemd;
 pub mod token;
 pub mod verify;
@@ -17,11 +21,12 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::{Node, NodeCondition};
 use kube::{Api, Client};
 
 use self::csr::NodeCertificate;
 use self::discover::Found;
+pub use self::error::JoinError;
 use self::files::{NodeFile, Paths};
 use self::token::BootstrapToken;
 use self::verify::CaPin;
@@ -30,108 +35,6 @@ use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 
 /// Takes lines for the person waiting.
 pub type Progress<'a> = &'a (dyn Fn(&str) + Send + Sync);
-
-/// Why a node did not join.
-#[derive(Debug, thiserror::Error)]
-pub enum JoinError {
-    /// The token has the wrong form.
-    #[error(transparent)]
-    Token(#[from] token::BadToken),
-    /// Not the right cluster.
-    #[error(transparent)]
-    Verify(#[from] verify::VerifyError),
-    /// No certificate.
-    #[error(transparent)]
-    Csr(#[from] csr::CsrError),
-    /// Something on disk.
-    #[error(transparent)]
-    File(#[from] files::FileError),
-    /// The API server.
-    #[error(transparent)]
-    Api(#[from] ApiError),
-    /// No connection.
-    #[error(
-        "cannot reach the API server at {server}: {cause}; check the address, the network and \
-         that the control plane runs (curl -k {server}/version)"
-    )]
-    Unreachable {
-        /// Its URL.
-        server: String,
-        /// What the last try said.
-        cause: ApiError,
-    },
-    /// `cluster-info` may not be read.
-    #[error(
-        "{server} does not let anonymous clients read kube-public/cluster-info ({code}); join with \
-         --discovery-file instead, or run `kubeadm init phase bootstrap-token` on the control plane"
-    )]
-    NoAnonymous {
-        /// Its URL.
-        server: String,
-        /// HTTP status.
-        code: u16,
-    },
-    /// There is no `cluster-info`.
-    #[error(
-        "{server} has no ConfigMap kube-public/cluster-info; run `kubeadm init phase \
-         bootstrap-token` on the control plane, or join with --discovery-file"
-    )]
-    NoClusterInfo {
-        /// Its URL.
-        server: String,
-    },
-    /// Two reads of `cluster-info` differ.
-    #[error(
-        "cluster-info changed between two reads: try again; if it stays, somebody stands between"
-    )]
-    Changed,
-    /// The token does not authenticate.
-    #[error(
-        "the API server refused the bootstrap token (401): it has expired or is not for \
-         authentication; `kubeadm token create --print-join-command` on the control plane makes a \
-         new one"
-    )]
-    TokenRefused,
-    /// The token may not ask for certificates.
-    #[error(
-        "{cause}; the token's group may not request node certificates: run `kubeadm init phase \
-         bootstrap-token` on the control plane"
-    )]
-    MayNotRequest {
-        /// What the server said.
-        cause: ApiError,
-    },
-    /// Nobody approved in time.
-    #[error(
-        "certificate request {name} was not approved and issued within {seconds} s; approve it \
-         with `kubectl certificate approve {name}` and run the same join again"
-    )]
-    NotIssued {
-        /// CSR object.
-        name: String,
-        /// How long was waited.
-        seconds: u64,
-    },
-    /// Somebody deleted the request.
-    #[error("certificate request {name} was deleted before it was answered; run the join again")]
-    RequestGone {
-        /// CSR object.
-        name: String,
-    },
-    /// This node belongs to another cluster or name.
-    #[error("{} already holds credentials {of}; run `longshore reset` first", path.display())]
-    AlreadyJoined {
-        /// kubelet.conf.
-        path: PathBuf,
-        /// Whose.
-        of: String,
-    },
-    /// Neither token nor file tells which cluster.
-    #[error(
-        "there is no token to authenticate with: give --token, --token-file or --tls-bootstrap-token"
-    )]
-    NoToken,
-}
 
 /// How the cluster is found.
 #[derive(Clone, Debug)]
@@ -147,6 +50,8 @@ pub enum Discovery {
     },
     /// A kubeconfig with the CA in it.
     File(PathBuf),
+    /// The same, at an `https://` address.
+    Url(String),
 }
 
 /// What to join.
@@ -164,8 +69,22 @@ pub struct JoinRequest {
     pub container_runtime_endpoint: Option<String>,
     /// Where files go.
     pub paths: Paths,
+    /// Where the CA goes, if not to its place in `paths`.
+    pub ca_cert_path: Option<PathBuf>,
+    /// Kubelet's flags (`--name=value`) for `longshore run`.
+    pub kubelet_flags: Vec<String>,
+    /// How long to wait for an API server that is away or not ready.
+    pub discovery_timeout: Duration,
     /// How long to wait for the certificate.
     pub timeout: Duration,
+    /// What the operator should know of the request itself.
+    pub warnings: Vec<String>,
+}
+
+impl JoinRequest {
+    fn ca_path(&self) -> PathBuf {
+        self.ca_cert_path.clone().unwrap_or_else(|| self.paths.ca())
+    }
 }
 
 /// What joining came to.
@@ -183,27 +102,20 @@ pub struct Joined {
 
 /// Joins, or finds that this node has joined already.
 pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joined, JoinError> {
-    let mut warnings = Vec::new();
     if let Some(server) = existing(request, progress).await? {
         write_node_file(request)?;
         let (node_name, already) = (request.node_name.clone(), true);
-        return Ok(Joined { node_name, server, already, warnings });
+        return Ok(Joined { node_name, server, already, warnings: Vec::new() });
     }
-    let (found, identity) = match &request.discovery {
-        Discovery::Token { address, token, pins } => {
-            (discover::by_token(address, token, pins, progress).await?, Identity::Anonymous)
-        }
-        Discovery::File(path) => discover::by_file(path)?,
-    };
+    let (found, identity) = discovered(request, progress).await?;
     let identity = match (&request.bootstrap_token, identity) {
         (Some(token), _) => Identity::Token(token.bearer()),
         (None, Identity::Anonymous) => return Err(JoinError::NoToken),
         (None, identity) => identity,
     };
     let client = api::client(&found.endpoint(identity))?;
-    if let Some(warning) = same_name(&client, &request.node_name).await {
-        warnings.push(warning);
-    }
+    refuse_taken_name(&client, &request.node_name).await?;
+    let (settings, mut warnings) = settings::of_cluster(&client, &request.ca_path()).await?;
     let pending = request.paths.cert_dir().join(files::PENDING_KEY);
     let key = std::fs::read_to_string(&pending).ok();
     let node_request = match csr::node_request(&request.node_name, key.as_deref()) {
@@ -211,53 +123,43 @@ pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joine
         Err(_) => csr::node_request(&request.node_name, None)?,
     };
     progress(&format!("requesting a certificate for node {}", request.node_name));
-    let chain = {
-        let wait = request::certificate(
-            client.clone(),
-            &request.node_name,
-            &node_request,
-            request.timeout,
-            progress,
-        );
-        let outcome = wait.await;
-        if matches!(outcome, Err(JoinError::NotIssued { .. })) {
+    let outcome =
+        request::certificate(client, &request.node_name, &node_request, request.timeout, progress)
+            .await;
+    match &outcome {
+        // The next join goes on with the same request.
+        Err(JoinError::NotIssued { .. }) => {
             files::write_atomic(&pending, 0o600, node_request.key_pem.as_bytes())?;
         }
-        outcome?
-    };
-    let config = system_config(&client, "kubelet-config", "kubelet").await;
-    let proxy_config = system_config(&client, "kube-proxy", "config.conf").await;
-    write(request, &found, &chain, &node_request.key_pem)?;
-    match config {
-        Ok(Some(text)) => {
-            files::write_atomic(&request.paths.kubelet_config(), 0o644, text.as_bytes())?;
+        // The answer to this key will stay the same.
+        Err(JoinError::Csr(_) | JoinError::RequestGone { .. }) => {
+            let _ = std::fs::remove_file(&pending);
         }
-        Ok(None) => warnings.push(
-            "the cluster has no ConfigMap kube-system/kubelet-config: defaults are used; pods get \
-             no clusterDNS unless --config says so"
-                .to_owned(),
-        ),
-        Err(error) => warnings.push(format!(
-            "{error}: defaults are used; pods get no clusterDNS unless --config says so"
-        )),
+        _ => {}
     }
-    // A cluster without kube-proxy has none, and the token may not be let to read it.
-    let proxy_config = match proxy_config {
-        Ok(Some(text)) => Some(proxy_config::plan_proxy_config(&text)),
-        Ok(None) | Err(_) => None,
-    };
-    match proxy_config {
-        Some(Ok(text)) => {
-            files::write_atomic(&request.paths.proxy_config(), 0o644, text.as_bytes())?;
-        }
-        Some(Err(why)) => warnings.push(format!(
-            "config.conf of kube-system/kube-proxy is not used: {why}; say --cluster-cidr to \
-             `longshore run` if Services are to tell pods' traffic from other traffic"
-        )),
-        None => {}
-    }
+    write(request, &found, &outcome?, &node_request.key_pem, &settings)?;
+    warnings.extend(request.warnings.iter().cloned());
     let (node_name, server) = (request.node_name.clone(), found.server);
     Ok(Joined { node_name, server, already: false, warnings })
+}
+
+/// The cluster, proven to be the right one and ready, and who this machine is to it.
+async fn discovered(
+    request: &JoinRequest,
+    progress: Progress<'_>,
+) -> Result<(Found, Identity), JoinError> {
+    let patience = request.discovery_timeout;
+    let (found, identity) = match &request.discovery {
+        Discovery::Token { address, token, pins } => {
+            let found = discover::by_token(address, token, pins, patience, progress).await?;
+            return Ok((found, Identity::Anonymous));
+        }
+        Discovery::File(path) => discover::by_file(path)?,
+        Discovery::Url(url) => discover::by_url(url, progress).await?,
+    };
+    progress(&format!("asking {} whether it is ready", found.server));
+    discover::ready(&found.endpoint(Identity::Anonymous), patience, progress).await?;
+    Ok((found, identity))
 }
 
 /// The server, if valid credentials for this node and cluster are there.
@@ -293,6 +195,7 @@ async fn existing(
     let other = match &request.discovery {
         Discovery::Token { pins, .. } => verify::pinned_authorities(&ca, pins).is_err(),
         Discovery::File(file) => discover::by_file(file)?.0.ca_pem != ca,
+        Discovery::Url(url) => discover::by_url(url, progress).await?.0.ca_pem != ca,
     };
     if other {
         return Err(taken(format!("of another cluster ({})", endpoint.server)));
@@ -305,35 +208,29 @@ async fn existing(
             Ok(None)
         }
         Err(error) if error.code() != Some(403) => {
-            Err(JoinError::Unreachable { server: endpoint.server, cause: error })
+            Err(JoinError::Unreachable { server: endpoint.server, cause: error.to_string() })
         }
         _ => Ok(Some(endpoint.server)),
     }
 }
 
-/// A warning if a ready node of this name is there: two machines under one name fight each other.
-async fn same_name(client: &Client, name: &str) -> Option<String> {
+/// An error if a ready node of this name is there: two machines under one name fight each other.
+async fn refuse_taken_name(client: &Client, name: &str) -> Result<(), JoinError> {
     let nodes: Api<Node> = Api::all(client.clone());
-    let node =
-        api::timed("look for the node", REQUEST_TIMEOUT, nodes.get_opt(name)).await.ok()??;
-    let ready = node
-        .status
-        .and_then(|s| s.conditions)
-        .is_some_and(|c| c.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
-    ready.then(|| {
-        format!(
-            "a ready node named {name} is in the cluster already; if that is another machine, give \
-             this one another --node-name"
-        )
-    })
-}
-
-/// One key of a ConfigMap that kubeadm keeps for the cluster's nodes.
-async fn system_config(client: &Client, name: &str, key: &str) -> Result<Option<String>, ApiError> {
-    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-system");
-    let what = format!("read kube-system/{name}");
-    let map = api::timed(what, REQUEST_TIMEOUT, maps.get_opt(name)).await?;
-    Ok(map.and_then(|m| m.data).and_then(|mut d| d.remove(key)))
+    let looked = api::timed("look for the node", REQUEST_TIMEOUT, nodes.get_opt(name)).await;
+    let status = match looked {
+        Ok(Some(node)) => node.status.unwrap_or_default(),
+        Err(error) if error.code() == Some(401) => return Err(JoinError::TokenRefused),
+        // Not every token may look; the request that follows says what else is wrong.
+        Ok(None) | Err(_) => return Ok(()),
+    };
+    let ready = |c: &NodeCondition| c.type_ == "Ready" && c.status == "True";
+    if !status.conditions.iter().flatten().any(ready) {
+        return Ok(());
+    }
+    let address = status.addresses.into_iter().flatten().find(|a| a.type_ == "InternalIP");
+    let address = address.map_or_else(|| "an unknown address".to_owned(), |a| a.address);
+    Err(JoinError::NameTaken { name: name.to_owned(), address })
 }
 
 /// Writes everything; kubelet.conf last, as its being there means that the node has joined.
@@ -342,33 +239,51 @@ fn write(
     found: &Found,
     chain: &[u8],
     key_pem: &str,
+    settings: &settings::Settings,
 ) -> Result<(), JoinError> {
     let paths = &request.paths;
-    files::write_atomic(&paths.ca(), 0o644, &found.ca_pem)?;
-    let stamp = files::stamp(jiff::Timestamp::now());
-    let current = files::store_certificate(&paths.cert_dir(), chain, key_pem, &stamp)?;
-    write_node_file(request)?;
-    let text = Kubeconfig::with_certificate(found.cluster(), "default-auth", &current)
+    let cert_dir = paths.cert_dir();
+    let current = cert_dir.join(files::CURRENT);
+    let conf = Kubeconfig::with_certificate(found.cluster(), "default-auth", &current)
         .to_yaml()
         .map_err(ApiError::from)?;
-    files::write_atomic(&paths.kubelet_conf(), 0o600, text.as_bytes())?;
+    let stamp = files::stamp(jiff::Timestamp::now());
+    let pem = cert_dir.join(format!("kubelet-client-{stamp}.pem"));
+    let (mut staged, mut last) = (files::Staged::default(), files::Staged::default());
+    staged.add(&request.ca_path(), 0o644, &found.ca_pem)?;
+    if let Some(text) = &settings.kubelet {
+        staged.add(&paths.kubelet_config(), 0o644, text.as_bytes())?;
+    }
+    if let Some(text) = &settings.proxy {
+        staged.add(&paths.proxy_config(), 0o644, text.as_bytes())?;
+    }
+    staged.add(&paths.node_file(), 0o644, &node_file(request)?)?;
+    staged.add(&pem, 0o600, &files::pair(chain, key_pem))?;
+    last.add(&paths.kubelet_conf(), 0o600, conf.as_bytes())?;
+    staged.commit()?;
+    files::link_current(&cert_dir, "kubelet-client", &pem)?;
+    last.commit()?;
+    let _ = std::fs::remove_file(cert_dir.join(files::PENDING_KEY));
     Ok(())
 }
 
-fn write_node_file(request: &JoinRequest) -> Result<(), JoinError> {
+fn node_file(request: &JoinRequest) -> Result<Vec<u8>, files::FileError> {
     let file = NodeFile {
         version: 1,
         node_name: request.node_name.clone(),
         node_ips: request.node_ips.clone(),
         root_dir: request.paths.root_dir.clone(),
         container_runtime_endpoint: request.container_runtime_endpoint.clone(),
+        kubelet_flags: request.kubelet_flags.clone(),
     };
-    let path = request.paths.node_file();
-    let text = serde_json::to_vec_pretty(&file).map_err(|e| files::FileError {
+    serde_json::to_vec_pretty(&file).map_err(|e| files::FileError {
         what: "write",
-        path: path.clone(),
+        path: request.paths.node_file(),
         cause: e.into(),
-    })?;
-    files::write_atomic(&path, 0o644, &text)?;
+    })
+}
+
+fn write_node_file(request: &JoinRequest) -> Result<(), JoinError> {
+    files::write_atomic(&request.paths.node_file(), 0o644, &node_file(request)?)?;
     Ok(())
 }

@@ -24,7 +24,7 @@ pub enum UnitOutcome {
 }
 
 /// Whether systemd runs this machine (sd_booted(3)).
-fn booted() -> bool {
+pub fn booted() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
@@ -45,6 +45,14 @@ pub async fn stop_and_disable() -> UnitOutcome {
     match installed().await {
         UnitOutcome::Done => systemctl(&["disable", "--now", "--quiet", UNIT]).await,
         other => other,
+    }
+}
+
+/// Stops the kubelet's unit and keeps it from starting again.
+pub async fn retire_kubelet() -> UnitOutcome {
+    match booted() {
+        true => systemctl(&["disable", "--now", "--quiet", "kubelet.service"]).await,
+        false => UnitOutcome::NoSystemd,
     }
 }
 

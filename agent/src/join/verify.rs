@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -56,7 +56,10 @@ pub enum VerifyError {
         found: String,
     },
     /// A hash that is none.
-    #[error("`{0}` is not of the form sha256:<64 hex digits>")]
+    #[error(
+        "`{0}` is not of the form sha256:<64 hex digits> (or, as RFC 7469 writes it, \
+         pin-sha256=\"<base64>\")"
+    )]
     BadPin(String),
 }
 
@@ -65,11 +68,15 @@ pub enum VerifyError {
 pub struct CaPin([u8; 32]);
 
 impl CaPin {
-    /// Reads `sha256:<hex>`.
+    /// Reads `sha256:<hex>`, or `pin-sha256="<base64>"` as RFC 7469 writes it.
     pub fn parse(text: &str) -> Result<Self, VerifyError> {
         let bad = || VerifyError::BadPin(text.to_owned());
+        if let Some(pin) = text.trim().strip_prefix("pin-sha256=") {
+            let hash = STANDARD.decode(pin.trim_matches('"')).map_err(|_| bad())?;
+            return hash.try_into().map(Self).map_err(|_| bad());
+        }
         let hex = text.trim().strip_prefix("sha256:").ok_or_else(bad)?;
-        if hex.len() != 64 || !hex.is_ascii() {
+        if hex.len() != 64 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(bad());
         }
         let mut hash = [0; 32];
@@ -147,8 +154,8 @@ fn detached_jws_is_valid(jws: &str, content: &[u8], token: &BootstrapToken) -> b
     mac.verify_slice(&signature).is_ok()
 }
 
-/// The CA certificates in `pem` that a pin fits: the only ones to trust. With no pins (the operator
-/// chose to skip the check) all of them.
+/// The CA certificates in `pem`, if one of them fits one of the pins: several pins are for a CA that
+/// is being replaced. With no pins (the operator chose to skip the check) all of them.
 pub fn pinned_authorities(
     pem: &[u8],
     pins: &[CaPin],
@@ -230,6 +237,12 @@ mod tests {
             <[u8; 32]>::from(Sha256::digest(rcgen::PublicKeyData::subject_public_key_info(&key)))
         );
         assert_eq!(CaPin::parse(&pin.to_string()).unwrap(), pin);
+        let rfc = format!("pin-sha256=\"{}\"", STANDARD.encode(pin.0));
+        assert_eq!(CaPin::parse(&rfc).unwrap(), pin);
+        assert_eq!(
+            CaPin::parse(&pin.to_string().to_uppercase().replace("SHA", "sha")).unwrap(),
+            pin
+        );
         let other = CaPin([7; 32]);
         assert_eq!(pinned_authorities(pem.as_bytes(), &[other, pin]).unwrap().len(), 1);
         assert_eq!(pinned_authorities(pem.as_bytes(), &[]).unwrap().len(), 1);
@@ -238,7 +251,15 @@ mod tests {
             Err(VerifyError::PinMismatch { found: pin.to_string() })
         );
         assert!(matches!(pinned_authorities(b"junk", &[pin]), Err(VerifyError::BadAuthority(_))));
-        for bad in ["", "sha256:", "md5:00", "sha256:zz", &format!("sha256:{}", "é".repeat(32))] {
+        for bad in [
+            "",
+            "sha256:",
+            "md5:00",
+            "sha256:zz",
+            &format!("sha256:{}", "é".repeat(32)),
+            &format!("sha256:{}", "+f".repeat(32)),
+            "pin-sha256=\"YQ==\"",
+        ] {
             assert!(CaPin::parse(bad).is_err(), "{bad}");
         }
     }
