@@ -295,10 +295,8 @@ fn labels_are_in_the_spec_and_a_privileged_containers_processes_have_none() {
     let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
     let label = selinux::Label::parse("u:r:container_t:s0:c1,c2").unwrap();
     for privileged in [false, true] {
-        let config = secured(api::LinuxContainerSecurityContext {
-            privileged,
-            ..Default::default()
-        });
+        let config =
+            secured(api::LinuxContainerSecurityContext { privileged, ..Default::default() });
         let spec = plan_spec(&Inputs {
             config: &config,
             image: &image,
