@@ -187,8 +187,10 @@ async fn a_handlers_base_spec_is_where_its_containers_start_from() -> anyhow::Re
             .await?;
     assert_eq!(said, "77\n1\n");
     assert_eq!(fs::read_to_string(root.join("hook"))?, "ran\n");
-    fs::write(root.join("base.json"), "{")?;
     let id = node.create(&pod, "d", "true").await?;
+    fs::write(root.join("base.json"), "{")?;
+    let refused = node.create(&pod, "e", "true").await.unwrap_err().to_string();
+    assert!(refused.contains("base.json"), "{refused}");
     let start = StartContainerRequest { container_id: id };
     let refused = node.runtime.start_container(start).await.unwrap_err();
     assert!(refused.message().contains("base.json"), "{refused}");

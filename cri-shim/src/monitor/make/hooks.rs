@@ -2,7 +2,8 @@
 //! at points of a container's life, with its state on their standard input.
 
 use std::collections::HashMap;
-use std::io::{self, Read as _, Write as _};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use oci_spec::runtime::Hook;
 use serde_json::json;
 
@@ -54,14 +56,14 @@ fn run_one(hook: &Hook, state: &str) -> io::Result<()> {
     }
     let variables = hook.env().iter().flatten().filter_map(|entry| entry.split_once('='));
     command.env_clear().envs(variables);
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    // A file, not a pipe: a hook need not read it, and may have ended when we write.
+    let mut input = File::from(memfd_create(c"state", MFdFlags::MFD_CLOEXEC)?);
+    input.write_all(state.as_bytes())?;
+    input.rewind()?;
+    command.stdin(Stdio::from(input)).stdout(Stdio::null()).stderr(Stdio::piped());
     let limit = hook.timeout().and_then(|t| u64::try_from(t).ok()).map(Duration::from_secs);
     let end = Instant::now() + limit.unwrap_or(PATIENCE);
     let mut child = command.spawn()?;
-    if let Some(mut input) = child.stdin.take() {
-        // A hook need not read it.
-        let _ = input.write_all(state.as_bytes());
-    }
     let mut words = Vec::new();
     if let Some(mut errors) = child.stderr.take() {
         loop {
@@ -109,6 +111,12 @@ mod tests {
             pid: 42,
             annotations: None,
         }
+    }
+
+    /// Of a pipe nobody reads the launching process would die, which ignores no signals.
+    #[test]
+    fn a_hook_is_told_by_a_file() {
+        run(&[hook("test -f /proc/self/fd/0", None)], &state()).unwrap();
     }
 
     #[test]
