@@ -336,7 +336,7 @@ fn report(
             Some(UnitOutcome::Failed(_)) => "failed",
         };
         let value = json!({
-            "node": joined.node_name, "server": joined.server, "alreadyJoined": joined.already,
+            "node": joined.node_name, "server": joined.server, "alreadyJoined": joined.already, "adopted": joined.adopted,
             "kubeconfig": paths.kubelet_conf(), "warnings": joined.warnings, "unit": unit,
         });
         writeln!(out, "{value}")?;
@@ -346,7 +346,9 @@ fn report(
         eprintln!("[join] warning: {warning}");
     }
     let (node, server) = (&joined.node_name, &joined.server);
-    if joined.already {
+    if joined.adopted {
+        writeln!(out, "node {node} of {server} is taken over; its pods run on")?;
+    } else if joined.already {
         writeln!(out, "node {node} has joined {server} already; its credentials are valid")?;
     } else {
         writeln!(out, "node {node} has joined {server}")?;

@@ -20,8 +20,10 @@ use crate::join::files::write_atomic;
 const HEADER: &str = r#"{"longshore":1}"#;
 /// Shortest time between two writes.
 const PAUSE: Duration = Duration::from_millis(1000);
-/// A write that took t is followed by a pause of this many times t.
+/// A write that took t is followed by a pause of this many times t, ...
 const PAUSE_FACTOR: u32 = 50;
+/// ... but by no longer one: what a disk that was slow once has not taken is lost with the machine.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// What is known of one kind, by `namespace/name`, and its file.
 #[derive(Clone)]
@@ -134,13 +136,30 @@ impl Store {
     /// Writes after changes, for ever.
     pub async fn run(self) {
         let mut pause = PAUSE;
+        let mut last = LastWrite { store: self.clone(), due: false };
         loop {
             self.inner.changed.notified().await;
+            last.due = true;
             tokio::time::sleep(pause).await;
+            last.due = false;
             let started = Instant::now();
             let store = self.clone();
             let _ = tokio::task::spawn_blocking(move || store.write()).await;
-            pause = PAUSE.max(started.elapsed() * PAUSE_FACTOR);
+            pause = (started.elapsed() * PAUSE_FACTOR).clamp(PAUSE, LONGEST_PAUSE);
+        }
+    }
+}
+
+/// Writes what is due when the loop ends, so that a restart finds it.
+struct LastWrite {
+    store: Store,
+    due: bool,
+}
+
+impl Drop for LastWrite {
+    fn drop(&mut self) {
+        if self.due {
+            self.store.write();
         }
     }
 }
@@ -199,5 +218,18 @@ mod tests {
             assert!(Store::new(dir.path(), "maps").load::<ConfigMap>().is_none());
             assert!(!path.exists());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_due_is_written_when_the_loop_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path(), "configmaps");
+        let running = tokio::spawn(store.clone().run());
+        store.put("a", &map("a"));
+        tokio::task::yield_now().await;
+        running.abort();
+        let _ = running.await;
+        let again = Store::new(dir.path(), "configmaps");
+        assert_eq!(again.load::<ConfigMap>().map(|all| all.len()), Some(1));
     }
 }

@@ -155,7 +155,8 @@ pub async fn adopt(
                 .to_owned(),
         );
     }
-    Ok(Joined { node_name, server: endpoint.server, already: false, warnings })
+    let server = endpoint.server;
+    Ok(Joined { node_name, server, already: false, adopted: true, warnings })
 }
 
 const JOIN_ANEW: &str = "join this machine anew: on the control plane `kubeadm token create \

@@ -96,6 +96,8 @@ pub struct Joined {
     pub server: String,
     /// The credentials were there and valid already.
     pub already: bool,
+    /// The node of a kubelet was taken over.
+    pub adopted: bool,
     /// Things that the operator should know.
     pub warnings: Vec<String>,
 }
@@ -104,8 +106,9 @@ pub struct Joined {
 pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joined, JoinError> {
     if let Some(server) = existing(request, progress).await? {
         write_node_file(request)?;
-        let (node_name, already) = (request.node_name.clone(), true);
-        return Ok(Joined { node_name, server, already, warnings: Vec::new() });
+        let node_name = request.node_name.clone();
+        let (already, adopted, warnings) = (true, false, Vec::new());
+        return Ok(Joined { node_name, server, already, adopted, warnings });
     }
     let (found, identity) = discovered(request, progress).await?;
     let identity = match (&request.bootstrap_token, identity) {
@@ -140,7 +143,7 @@ pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joine
     write(request, &found, &outcome?, &node_request.key_pem, &settings)?;
     warnings.extend(request.warnings.iter().cloned());
     let (node_name, server) = (request.node_name.clone(), found.server);
-    Ok(Joined { node_name, server, already: false, warnings })
+    Ok(Joined { node_name, server, already: false, adopted: false, warnings })
 }
 
 /// The cluster, proven to be the right one and ready, and who this machine is to it.

@@ -44,7 +44,9 @@ pub struct RuntimeFacts {
 
 /// `name://version` of a CRI runtime.
 pub fn runtime_version(version: &cri::VersionResponse) -> String {
-    format!("{}://{}", version.runtime_name, version.runtime_version)
+    // containerd writes `v2.1.9`, kubelet tells `2.1.9`.
+    let number = version.runtime_version.strip_prefix('v').unwrap_or(&version.runtime_version);
+    format!("{}://{number}", version.runtime_name)
 }
 
 /// RuntimeClass handlers as the node tells them.
@@ -493,6 +495,18 @@ mod tests {
             plan_metadata_patch(&node, &config, &machine()),
             Some(json!({"metadata": {"labels": {"kubernetes.io/os": "linux"}}}))
         );
+    }
+
+    #[test]
+    fn the_runtimes_version_is_told_without_its_v() {
+        for (said, told) in [("v2.1.9", "containerd://2.1.9"), ("0.1.0", "containerd://0.1.0")] {
+            let version = cri::VersionResponse {
+                runtime_name: "containerd".to_owned(),
+                runtime_version: said.to_owned(),
+                ..Default::default()
+            };
+            assert_eq!(runtime_version(&version), told);
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -27,9 +27,15 @@ pub struct Controllers {
     pub pki: Arc<Pki>,
     /// Whether CSRs of joining nodes are approved by themselves.
     pub approve: AtomicBool,
+    /// For how long certificates are signed.
+    pub signing_seconds: AtomicU64,
 }
 
 impl Controllers {
+    fn sign_for(&self) -> Duration {
+        Duration::from_secs(self.signing_seconds.load(Ordering::Relaxed))
+    }
+
     /// Runs until the store goes away.
     pub async fn run(self: Arc<Self>) {
         let mut changed = self.store.subscribe();
@@ -159,7 +165,7 @@ impl Controllers {
                     "lastUpdateTime": write::now(), "lastTransitionTime": write::now()}]);
             }
             if csr::is_approved(&new) {
-                match csr::sign(&self.pki, &new) {
+                match csr::sign(&self.pki, &new, self.sign_for()) {
                     Ok(pem) => new["status"]["certificate"] = STANDARD.encode(pem).into(),
                     Err(why) => {
                         if let Some(conditions) = new["status"]["conditions"].as_array_mut() {

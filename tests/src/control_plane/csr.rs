@@ -60,11 +60,11 @@ pub fn is_approved(request: &Value) -> bool {
     has("Approved") && !has("Denied") && !has("Failed")
 }
 
-/// The certificate of an approved request, PEM.
+/// The certificate of an approved request, PEM; good for `lifetime` where it asks for none.
 ///
 /// # Errors
 /// When the request is not what its signer signs.
-pub fn sign(pki: &Pki, request: &Value) -> Result<String> {
+pub fn sign(pki: &Pki, request: &Value, lifetime: Duration) -> Result<String> {
     let pem = pem_of(request)?;
     let (name, groups) = subject(&pem)?;
     let signer = request["spec"]["signerName"].as_str().unwrap_or_default();
@@ -86,6 +86,8 @@ pub fn sign(pki: &Pki, request: &Value) -> Result<String> {
     if !usages.contains(&wanted) || usages.iter().any(|u| !allowed.contains(u)) {
         bail!("usages {usages:?} are not those of {signer}");
     }
-    let seconds = request["spec"]["expirationSeconds"].as_u64().unwrap_or(365 * 24 * 3600);
-    pki.sign(&pem, server, Duration::from_secs(seconds.clamp(600, 365 * 24 * 3600)))
+    let asked = request["spec"]["expirationSeconds"].as_u64();
+    let lifetime =
+        asked.map_or(lifetime, |seconds| Duration::from_secs(seconds.clamp(600, 365 * 24 * 3600)));
+    pki.sign(&pem, server, lifetime)
 }

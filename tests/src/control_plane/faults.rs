@@ -17,6 +17,8 @@ pub enum Fault {
     Truncated,
     /// Answered correctly, this much later.
     Slow(Duration),
+    /// Answered correctly, by a clock that is ahead by so many seconds.
+    Clock(i64),
     /// Accepted, never answered.
     Silent,
     /// The connection breaks without an answer.

@@ -26,7 +26,7 @@ mod write;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
@@ -67,6 +67,7 @@ impl ControlPlane {
             store: store.clone(),
             pki: pki.clone(),
             approve: AtomicBool::new(true),
+            signing_seconds: AtomicU64::new(365 * 24 * 3600),
         });
         let api = Arc::new(Api::new(store, pki.clone(), controllers.clone()));
         let admin = pki.client("kubernetes-admin", &["system:masters"])?;
@@ -190,6 +191,11 @@ impl ControlPlane {
     pub fn approve_csrs(&self, yes: bool) {
         self.api.controllers.approve.store(yes, Ordering::Relaxed);
         self.api.store.touch();
+    }
+
+    /// For how long certificates are signed (`--cluster-signing-duration`).
+    pub fn sign_for(&self, seconds: u64) {
+        self.api.controllers.signing_seconds.store(seconds, Ordering::Relaxed);
     }
 
     /// A kubeconfig for the administrator, at `server`.

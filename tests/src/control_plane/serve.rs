@@ -11,6 +11,7 @@ use futures::StreamExt as _;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
+use hyper::header::{DATE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -163,8 +164,10 @@ async fn respond(
         }
     };
     let admin = user.in_group("system:masters");
+    let mut clock = None;
     match if admin { None } else { api.faults.hit(&info) } {
         None => {}
+        Some(Fault::Clock(seconds)) => clock = Some(seconds),
         Some(Fault::Slow(delay)) => tokio::time::sleep(delay).await,
         Some(fault) => {
             api.record(&user, &info, 0);
@@ -181,7 +184,7 @@ async fn respond(
     let partial = accept.split(',').next().is_some_and(|a| a.contains("as=PartialObjectMetadata"));
     let Ok(body) = body.collect().await else { return Err(Broken) };
     let reply = api.answer_or_error(&user, &info, &content_type, &body.to_bytes());
-    Ok(match reply {
+    let mut answer = match reply {
         Reply::Object(code, value) => {
             api.record(&user, &info, code);
             object(code, &if partial { metadata_only(value) } else { value })
@@ -197,7 +200,14 @@ async fn respond(
             });
             response(200, "application/json", StreamBody::new(lines).boxed_unsync())
         }
-    })
+    };
+    if let Some(seconds) = clock {
+        let now = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
+        let text = now.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let date = HeaderValue::from_str(&text).expect("a date is printable");
+        answer.headers_mut().insert(DATE, date);
+    }
+    Ok(answer)
 }
 
 async fn misbehave(fault: Fault) -> Result<Response<Body>, Broken> {
@@ -223,7 +233,7 @@ async fn misbehave(fault: Fault) -> Result<Response<Body>, Broken> {
             response(200, "application/json", full(b"{\"kind\":\"PodList\",\"items\":[{"))
         }
         Fault::Silent => std::future::pending().await,
-        Fault::Slow(_) | Fault::Reset => return Err(Broken),
+        Fault::Slow(_) | Fault::Clock(_) | Fault::Reset => return Err(Broken),
     })
 }
 

@@ -284,3 +284,54 @@ async fn reset_takes_everything_away() {
     );
     world.cluster.end(&[world.node.name()]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_object_that_is_deleted_or_replaced_is_made_right() {
+    let world = World::new("cluster-node-gone").await;
+    let name = world.node.name().to_owned();
+    let path = format!("/api/v1/nodes/{name}");
+    let lease = format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}");
+    let mut old = world.cluster.admin.read(&path).await.unwrap()["metadata"]["uid"].clone();
+    for replaced in [false, true] {
+        world.cluster.admin.remove(&path).await.unwrap();
+        if replaced {
+            // By somebody who knows nothing of it; the agent may have been quicker.
+            let bare = json!({"metadata": {"name": name}});
+            world.cluster.admin.post("/api/v1/nodes", bare).await;
+        }
+        old = eventually("the node is back, Ready, with its labels and its Lease", async || {
+            let node = world.cluster.admin.read(&path).await?;
+            let lease = world.cluster.admin.read(&lease).await?;
+            let uid = &node["metadata"]["uid"];
+            let good = *uid != old
+                && condition(&node, "Ready") == Some("True")
+                && node["metadata"]["labels"]["kubernetes.io/os"] == "linux"
+                && lease["metadata"]["ownerReferences"][0]["uid"] == *uid;
+            if good { Ok(uid.clone()) } else { Err(anyhow::anyhow!("{node:#} {lease:#}")) }
+        })
+        .await;
+    }
+    world.end(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_agent_of_the_same_name_is_noticed() {
+    let world = World::new("cluster-rival").await;
+    let name = world.node.name().to_owned();
+    let lease = format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}");
+    let told = eventually("the conflict is told", async || {
+        let mut object = world.cluster.admin.read(&lease).await?;
+        object["spec"]["renewTime"] = jiff::Timestamp::now().to_string().into();
+        world.cluster.admin.put(&lease, object).await;
+        let output = world.node.longshore(&["status"])?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if said.contains("another agent renews") {
+            Ok(said)
+        } else {
+            Err(anyhow::anyhow!("{said}"))
+        }
+    })
+    .await;
+    assert!(told.contains("--node-name"), "{told}");
+    world.end(&[]).await;
+}

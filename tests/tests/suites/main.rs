@@ -11,6 +11,7 @@
     reason = "tests: a panic is how they report"
 )]
 
+mod certificates;
 mod cluster;
 mod disk;
 mod faults;
