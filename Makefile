@@ -46,10 +46,11 @@ deny: ## licences, advisories, duplicate crates
 deb: release ## the Debian package, in dist/
 	systemd/deb/build.sh $(TARGET)/release/longshore dist
 
-bench: release ## the figures of the README, in two tables
+bench: release ## the figures of the README, in three tables
 	cargo build --release -p tests
 	$(SUDO) $(TARGET)/release/bench --longshore $(TARGET)/release/longshore
 	$(SUDO) $(TARGET)/release/bench-runtime --longshore $(TARGET)/release/longshore
+	$(SUDO) $(TARGET)/release/bench-proxy --longshore $(TARGET)/release/longshore
 
 doc: ## API documentation
 	cargo doc --workspace --no-deps

@@ -52,6 +52,11 @@ pub struct Environment {
     pub node_ports: Option<Vec<Cidr>>,
     /// NodePorts at 127.0.0.1 too.
     pub localhost: bool,
+    /// Drop forwarded packets that connection tracking takes for invalid (iptables): sent on as they
+    /// are, their answers would reset the connection.
+    pub drop_invalid: bool,
+    /// The kernel counts packets by name, for rules of iptables.
+    pub counters: bool,
 }
 
 /// Whether somebody's change concerns a backend's rules.

@@ -73,6 +73,8 @@ pub struct Metrics {
     batches: Histogram,
     programming: Histogram,
     flows: Family<IpFamily, Counter>,
+    invalid_dropped: Counter,
+    localhost_node_ports: Counter,
     no_local: Family<NoLocal, Gauge>,
     healthz: Family<Code, Counter>,
     livez: Family<Code, Counter>,
@@ -102,6 +104,8 @@ impl Metrics {
             batches: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
             programming: Histogram::new(programming_buckets()),
             flows: Family::default(),
+            invalid_dropped: Counter::default(),
+            localhost_node_ports: Counter::default(),
             no_local: Family::default(),
             healthz: Family::default(),
             livez: Family::default(),
@@ -171,6 +175,16 @@ impl Metrics {
             m.programming.clone(),
         );
         r.register("conntrack_reconciler_deleted_entries", "Stale flows deleted", m.flows.clone());
+        r.register(
+            "iptables_ct_state_invalid_dropped_packets",
+            "Packets dropped by iptables to work around conntrack problems",
+            m.invalid_dropped.clone(),
+        );
+        r.register(
+            "iptables_localhost_nodeports_accepted_packets",
+            "Connections to NodePorts at a loopback address (iptables)",
+            m.localhost_node_ports.clone(),
+        );
         r.register(
             "sync_proxy_rules_no_local_endpoints_total",
             "Services with policy Local and no local endpoints",
@@ -283,6 +297,18 @@ impl Metrics {
     pub fn answered(&self, healthz: bool, code: u16) {
         let family = if healthz { &self.healthz } else { &self.livez };
         family.get_or_create(&Code { code: code.to_string() }).inc();
+    }
+
+    /// What the kernel has counted for rules of iptables: packets dropped as invalid, connections to
+    /// NodePorts at loopback.
+    pub fn iptables_packets(&self, [invalid, localhost]: [Option<u64>; 2]) {
+        for (counter, value) in
+            [(&self.invalid_dropped, invalid), (&self.localhost_node_ports, localhost)]
+        {
+            if let Some(value) = value {
+                counter.inner().store(value, std::sync::atomic::Ordering::Relaxed);
+            }
+        }
     }
 
     /// The text for scrapers.

@@ -170,6 +170,8 @@ impl Loop {
             service_cidrs: config.service_cidrs.clone(),
             node_ports: config.node_port_cidrs(&node),
             localhost: config.localhost_node_ports,
+            drop_invalid: !sysctl::tcp_is_liberal(),
+            counters: config.mode != Mode::Nftables && crate::iptables::ensure_counters(),
         };
         if environment.localhost
             && let Err(error) = sysctl::route_localnet()

@@ -140,7 +140,14 @@ pub async fn serve_metrics(shared: Arc<Shared>, address: SocketAddr) {
     let router = Router::new()
         .route(
             "/metrics",
-            get(move || async move { ([(header::CONTENT_TYPE, kind)], one.metrics.encode()) }),
+            get(move || async move {
+                if *lock(&one.mode) == Mode::Iptables
+                    && let Ok(counts) = tokio::task::spawn_blocking(crate::iptables::counts).await
+                {
+                    one.metrics.iptables_packets(counts);
+                }
+                ([(header::CONTENT_TYPE, kind)], one.metrics.encode())
+            }),
         )
         .route("/proxyMode", get(move || async move { lock(&other.mode).to_string() }))
         .route("/healthz", get(|| async { "ok" }));

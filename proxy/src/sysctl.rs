@@ -74,6 +74,12 @@ pub fn apply(config: &Config) -> Vec<ProxyError> {
     errors
 }
 
+/// Whether connection tracking takes packets outside of a connection's window for part of it.
+pub fn tcp_is_liberal() -> bool {
+    let path = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+    std::fs::read_to_string(path).is_ok_and(|value| value.trim() != "0")
+}
+
 /// Lets IPv6 be forwarded: asked for when the first Service with an IPv6 address appears, as it
 /// makes the node ignore router advertisements.
 pub fn forward_ipv6() -> Result<(), ProxyError> {

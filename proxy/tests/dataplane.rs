@@ -212,6 +212,71 @@ fn traffic_policies_and_rejects_nftables() {
     policies(Mode::Nftables);
 }
 
+/// Whichever address of a port a client uses, it stays with the endpoint that it had at another,
+/// also where policy Local leads to fewer.
+fn affinity_at_every_address(mode: Mode) {
+    let net = with_pods(3);
+    let mut running = start(mode);
+    let mut svc = service(1);
+    svc.ports[0].node_port = 30080;
+    svc.external_ips = vec![at("203.0.113.1", 0).ip(), at("2001:db8::1", 0).ip()];
+    svc.load_balancer_ips = vec![at("198.51.100.1", 0).ip()];
+    svc.session_affinity = Some(Duration::from_secs(600));
+    running.send(Change::Service(svc.clone()));
+    slices(1, &[0, 1, 2]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    let ask = |to: SocketAddr| net.client.run(|| ask_tcp(to)).unwrap()[..1].to_owned();
+    let all_the_same = |v6: bool| {
+        let external = svc.external_ips[usize::from(v6)];
+        let mut all = vec![
+            vip(&svc, v6, 80),
+            at(NODE[usize::from(v6)], 30080),
+            SocketAddr::new(external, 80),
+        ];
+        if !v6 {
+            all.push(SocketAddr::new(svc.load_balancer_ips[0], 80));
+        }
+        let mine = ask(all[0]);
+        for to in all {
+            assert_eq!(ask(to), mine, "{to}");
+        }
+        mine
+    };
+    for v6 in [false, true] {
+        let mine = all_the_same(v6);
+        // With policy Local outside, its endpoint is one of those that are here, and stays its own.
+        let mut local = svc.clone();
+        local.external_traffic_policy = TrafficPolicy::Local;
+        running.send(Change::Service(local));
+        for mut change in slices(1, &[0, 1, 2]) {
+            if let Change::Slice(slice) = &mut change {
+                for endpoint in &mut slice.endpoints {
+                    let index = PODS.iter().position(|p| **p == mine).unwrap();
+                    endpoint.local = endpoint.address == pod_ip(index, v6);
+                }
+            }
+            running.send(change);
+        }
+        running.settle();
+        assert_eq!(all_the_same(v6), mine);
+        running.send(Change::Service(svc.clone()));
+        running.settle();
+        assert_eq!(all_the_same(v6), mine);
+    }
+    check_listing(mode);
+}
+
+#[test]
+fn affinity_holds_at_every_address_nftables() {
+    affinity_at_every_address(Mode::Nftables);
+}
+
+#[test]
+fn affinity_holds_at_every_address_iptables() {
+    affinity_at_every_address(Mode::Iptables);
+}
+
 fn affinity(mode: Mode) {
     let net = with_pods(3);
     let mut running = start(mode);

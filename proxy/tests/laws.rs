@@ -16,7 +16,7 @@ use proxy::config::LocalTraffic;
 use proxy::model::{Model, PlanChange};
 use proxy::nftables::base::Structure;
 use proxy::nftables::entries::Slots;
-use proxy::nftables::names::{MapId, Origin, Pool};
+use proxy::nftables::names::{MapId, Origin, Policy, Pool};
 use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, Service, TrafficPolicy};
 
@@ -31,6 +31,8 @@ fn structure(family: Family) -> Structure {
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap()],
         node_ports: None,
         localhost: true,
+        drop_invalid: true,
+        counters: false,
     };
     Structure { family, environment }
 }
@@ -83,7 +85,8 @@ impl Side {
     fn meaning(&self) -> BTreeMap<(MapId, Vec<u8>), Vec<Option<Data>>> {
         let mut all: BTreeMap<(MapId, Vec<u8>), Vec<Option<Data>>> = BTreeMap::new();
         for entry in self.ruleset.entries() {
-            let indexed = matches!(entry.map, MapId::Endpoints(_) | MapId::Picks(_));
+            let indexed =
+                matches!(entry.map, MapId::Endpoints(_) | MapId::Kept(_) | MapId::Picks(_));
             let len = entry.key.bytes().len() - if indexed { 4 } else { 0 };
             // With affinity, verdicts tell slots, which history decides.
             let data = match entry.data {
@@ -123,15 +126,27 @@ fn served(kernel: &Fake, table: &nft::Table) -> Served {
         };
         for (key, (_, verdict)) in elements {
             let mut endpoints: BTreeMap<String, Vec<Data>> = BTreeMap::new();
-            for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
-                let mut slots: Vec<_> = observed[&MapId::Endpoints(pool)]
+            let mut look = |map: MapId, key: &Key| {
+                let mut slots: Vec<_> = observed[&map]
                     .iter()
                     .filter(|(k, _)| k.bytes()[..k.bytes().len() - 4] == *key.bytes())
                     .map(|(k, (_, data))| (k.clone(), data.clone().unwrap()))
                     .collect();
                 slots.sort();
-                let name = MapId::Endpoints(pool).to_string();
-                endpoints.insert(name, slots.into_iter().map(|(_, data)| data).collect());
+                let data = slots.into_iter().map(|(_, data)| data).collect();
+                endpoints.insert(map.to_string(), data);
+            };
+            let text = format!("{verdict:?}");
+            if let Some((_, id)) = text.split_once("-for-") {
+                let id = Key::new().number(u32::from_str_radix(&id[..8], 16).unwrap());
+                for policy in Policy::ALL {
+                    look(MapId::Kept(policy), &id);
+                    look(MapId::Picks(policy), &id);
+                }
+            } else {
+                for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
+                    look(MapId::Endpoints(pool), key);
+                }
             }
             served.insert((*map, key.clone()), (verdict.clone(), endpoints));
         }

@@ -26,6 +26,8 @@ fn environment() -> Environment {
         service_cidrs: vec!["10.96.0.0/12".parse().unwrap(), "fd96::/112".parse().unwrap()],
         node_ports: None,
         localhost: true,
+        drop_invalid: true,
+        counters: false,
     }
 }
 

@@ -66,6 +66,7 @@ fn health_metrics_and_health_check_ports_answer() {
         "kubeproxy_sync_proxy_rules_endpoint_changes_total 2",
         "kubeproxy_proxy_healthz_total{code=\"200\"}",
         "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+        "kubeproxy_iptables_ct_state_invalid_dropped_packets_total 0",
     ] {
         assert!(text.contains(metric), "{metric} is not in\n{text}");
     }
@@ -101,4 +102,30 @@ fn a_port_that_is_taken_is_reported_and_tried_again() {
     drop(other);
     eventually("served", || get(loopback(10256), "/livez").0, |code| *code == 200);
     eventually("not reported any more", reported, |r| !*r);
+}
+
+/// Connections to NodePorts at loopback are counted where upstream counts them.
+#[test]
+fn node_ports_at_loopback_are_counted_with_iptables() {
+    let net = Net::new(1);
+    common::serve(&net.pods[0], "a", 8080);
+    let mut running = Running::start(config(Mode::Iptables));
+    let mut svc = service(1);
+    svc.ports[0].node_port = 30080;
+    running.send(Change::Service(svc));
+    slices(1, &[0]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    let counted = || {
+        let text = get(loopback(10249), "/metrics").2;
+        let name = "kubeproxy_iptables_localhost_nodeports_accepted_packets_total ";
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|number| number.parse::<u64>().ok()).unwrap()
+    };
+    let before = counted();
+    for _ in 0..3 {
+        common::ask_tcp(common::at("127.0.0.1", 30080)).unwrap();
+    }
+    common::ask_tcp(common::at(common::NODE[0], 30080)).unwrap();
+    assert_eq!(counted() - before, 3);
 }

@@ -246,13 +246,20 @@ pub fn resolve(
     let nftables = kube_proxy.nftables.unwrap_or_default();
     let sync_period = match proxy_mode {
         Mode::Iptables => iptables.sync_period,
-        Mode::Nftables | Mode::Auto => nftables.sync_period,
+        Mode::Nftables => nftables.sync_period,
+        Mode::Auto => nftables.sync_period.or(iptables.sync_period),
     };
-    let masquerade_bit = match proxy_mode {
-        Mode::Iptables => iptables.masquerade_bit,
-        Mode::Nftables | Mode::Auto => nftables.masquerade_bit,
-    }
-    .unwrap_or(14);
+    // Where the mode is left open, upstream's is iptables, so that a file may say it in either section.
+    let (own, other) = match proxy_mode {
+        Mode::Iptables => ((iptables.masquerade_bit, iptables.masquerade_all), (None, None)),
+        Mode::Nftables => ((nftables.masquerade_bit, nftables.masquerade_all), (None, None)),
+        Mode::Auto => (
+            (nftables.masquerade_bit, nftables.masquerade_all),
+            (iptables.masquerade_bit, iptables.masquerade_all),
+        ),
+    };
+    let masquerade_bit = own.0.or(other.0).unwrap_or(14);
+    let masquerade_all = own.1.unwrap_or(false) || other.1.unwrap_or(false);
     if masquerade_bit > 31 {
         return Err(ConfigError::invalid(
             "KubeProxyConfiguration.masqueradeBit",
@@ -268,9 +275,7 @@ pub fn resolve(
     let proxy_config = proxy::Config {
         mode: proxy_mode,
         node_name: node_name.clone(),
-        masquerade_all: flags.masquerade_all
-            || nftables.masquerade_all.unwrap_or(false)
-            || iptables.masquerade_all.unwrap_or(false),
+        masquerade_all: flags.masquerade_all || masquerade_all,
         // Standalone, this node's pods are all there are.
         cluster_cidrs: if standalone && cluster_cidrs.is_empty() {
             pod_cidrs.clone()

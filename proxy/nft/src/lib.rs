@@ -7,6 +7,7 @@
 //!
 //! Sources: Linux `include/uapi/linux/netfilter/nf_tables.h`, `nfnetlink.h`, `netlink.h`.
 
+mod accounting;
 mod client;
 mod conntrack;
 mod dump;

@@ -22,6 +22,33 @@ use crate::question::Describe;
 use rules::{ANCHORS, ChainKey, Rules, Table, fixed, of_service};
 use script::{Script, parse_save, repair};
 
+/// Makes the counters that rules refer to; whether the kernel has such, and `iptables` the match.
+pub fn ensure_counters() -> bool {
+    let matches = Command::new("iptables").args(["-m", "nfacct", "--help"]).output();
+    if !matches.is_ok_and(|out| out.status.success()) {
+        return false;
+    }
+    let made = || -> Result<(), nft::Error> {
+        let mut client = nft::Client::new()?;
+        client.ensure_counter(rules::INVALID_COUNTER)?;
+        client.ensure_counter(rules::LOCALHOST_COUNTER)
+    };
+    if let Err(error) = made() {
+        tracing::info!(%error, "packets are not counted for metrics in iptables mode");
+        return false;
+    }
+    true
+}
+
+/// What they have counted: packets dropped as invalid, connections to NodePorts at loopback.
+pub fn counts() -> [Option<u64>; 2] {
+    let read = || -> Result<[Option<u64>; 2], nft::Error> {
+        let mut client = nft::Client::new()?;
+        Ok([client.counted(rules::INVALID_COUNTER)?, client.counted(rules::LOCALHOST_COUNTER)?])
+    };
+    read().unwrap_or_default()
+}
+
 /// Services that are refused are looked for at most so often per repair.
 const ATTEMPTS: usize = 8;
 

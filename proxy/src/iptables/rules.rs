@@ -146,6 +146,16 @@ fn reject(ipv4: bool) -> String {
     format!("-j REJECT --reject-with {kind}")
 }
 
+/// Counts packets that are dropped as invalid; upstream's name.
+pub const INVALID_COUNTER: &str = "ct_state_invalid_dropped_pkts";
+/// Counts connections to NodePorts at 127.0.0.1; upstream's name.
+pub const LOCALHOST_COUNTER: &str = "localhost_nps_accepted_pkts";
+
+/// The part of a rule that counts, where the kernel can.
+fn counter(environment: &Environment, name: &str) -> String {
+    if environment.counters { format!(" -m nfacct --nfacct-name {name}") } else { String::new() }
+}
+
 /// Conditions of pods' traffic, one for each source.
 fn from_pods(environment: &Environment, ipv4: bool) -> Vec<String> {
     match &environment.local {
@@ -210,14 +220,16 @@ pub fn fixed(environment: &Environment, ipv4: bool) -> BTreeMap<ChainKey, Vec<St
         );
     }
     put(Table::Filter, "KUBE-FIREWALL", guard);
-    put(
-        Table::Filter,
-        "KUBE-FORWARD",
-        vec![
-            format!("-m mark --mark {bit:#x}/{bit:#x} -j ACCEPT"),
-            "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned(),
-        ],
-    );
+    let mut forward = Vec::new();
+    if environment.drop_invalid {
+        let counter = counter(environment, INVALID_COUNTER);
+        forward.push(format!("-m conntrack --ctstate INVALID{counter} -j DROP"));
+    }
+    forward.extend([
+        format!("-m mark --mark {bit:#x}/{bit:#x} -j ACCEPT"),
+        "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT".to_owned(),
+    ]);
+    put(Table::Filter, "KUBE-FORWARD", forward);
     chains
 }
 
@@ -340,10 +352,16 @@ impl Builder<'_> {
 
     /// The chain for external traffic.
     fn external(&self, plan: &PortPlan, svc: &str, svl: &str) -> Vec<String> {
-        if !plan.external_local {
-            return vec!["-j KUBE-MARK-MASQ".to_owned(), format!("-j {svc}")];
-        }
         let mut rules = Vec::new();
+        if plan.node_port != 0 && self.ipv4 && self.environment.localhost {
+            let counter = counter(self.environment, LOCALHOST_COUNTER);
+            // It has no target: what it counts goes on.
+            rules.extend((!counter.is_empty()).then(|| format!("-d 127.0.0.0/8{counter}")));
+        }
+        if !plan.external_local {
+            rules.extend(["-j KUBE-MARK-MASQ".to_owned(), format!("-j {svc}")]);
+            return rules;
+        }
         if !plan.cluster.is_empty() {
             rules.extend(
                 from_pods(self.environment, self.ipv4)

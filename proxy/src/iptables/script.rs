@@ -119,7 +119,9 @@ pub fn parse_save(table: Table, text: &str) -> BTreeMap<ChainKey, Vec<String>> {
         } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|l| l.split_once(' '))
             && is_own(chain)
         {
-            chains.entry((table, chain.to_owned())).or_default().push(rule.to_owned());
+            // Some versions print two spaces there.
+            let rule = rule.replace("--nfacct-name  ", "--nfacct-name ");
+            chains.entry((table, chain.to_owned())).or_default().push(rule);
         }
     }
     chains

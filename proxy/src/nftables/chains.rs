@@ -2,10 +2,7 @@
 
 use nft::{Address, DynsetOp, Expr, Family, FibResult, MetaKey, NatKind, REG, Verdict};
 
-use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Pool, affinity_name};
-
-/// A rule has at most 128 expressions (`NFT_RULE_MAXEXPRS`).
-const FORGET_AT_ONCE: usize = 100;
+use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool, affinity_name};
 
 /// 32-bit registers that an address fills.
 pub fn words(family: Family) -> u32 {
@@ -57,13 +54,13 @@ fn dnat(family: Family, address: u32) -> Expr {
 pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
     match behaviour {
         Behaviour::Slot { .. } => Vec::new(),
-        Behaviour::Recall { pool, timeout, slots } => {
-            (0..slots).map(|slot| Behaviour::Slot { pool, timeout, slot }).collect()
+        Behaviour::Recall { id, policy, timeout, slots } => {
+            (0..slots).map(|slot| Behaviour::Slot { id, policy, timeout, slot }).collect()
         }
         Behaviour::Pick { pool, choice, masquerade } => match (masquerade, choice) {
             (Masquerade::Never, Choice::Random { .. }) => Vec::new(),
-            (Masquerade::Never, Choice::Sticky { timeout, slots, .. }) => {
-                let recall = Behaviour::Recall { pool, timeout, slots };
+            (Masquerade::Never, Choice::Sticky { id, timeout, slots, .. }) => {
+                let recall = Behaviour::Recall { id, policy: pool.policy, timeout, slots };
                 let mut all = needed(recall);
                 all.push(recall);
                 all
@@ -81,12 +78,16 @@ pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
 /// The rules of a behaviour's chain.
 pub fn rules(behaviour: Behaviour, family: Family, masquerade_bit: u32) -> Vec<Vec<Expr>> {
     match behaviour {
-        Behaviour::Slot { pool, timeout, slot } => slot_rules(family, pool, timeout, slot),
-        Behaviour::Recall { pool, timeout, slots } => recall_rules(family, pool, timeout, slots),
+        Behaviour::Slot { id, policy, timeout, slot } => {
+            slot_rules(family, id, policy, timeout, slot)
+        }
+        Behaviour::Recall { id, policy, timeout, slots } => {
+            recall_rules(family, id, policy, timeout, slots)
+        }
         Behaviour::Pick { pool, choice, masquerade: Masquerade::Never } => match choice {
             Choice::Random { count } => vec![pick_rule(family, pool, count)],
-            Choice::Sticky { count, slots, timeout } => {
-                sticky_rules(family, pool, timeout, count, slots)
+            Choice::Sticky { id, count, slots, timeout } => {
+                sticky_rules(id, pool.policy, timeout, count, slots)
             }
         },
         Behaviour::Pick { pool, choice, masquerade } => {
@@ -116,71 +117,60 @@ fn pick_rule(family: Family, pool: Pool, count: u32) -> Vec<Expr> {
     exprs
 }
 
-/// Loads the client's address and the key.
-fn client(pool: Pool, family: Family, first: u32) -> Vec<Expr> {
-    let mut exprs = vec![load(family, Address::Source, first)];
-    exprs.extend(key(pool.origin, family, first + words(family)).0);
-    exprs
+/// Loads a constant. As a random number below one it is part of a key that `nft` can print, which
+/// an immediate value, or what a map tells, is not.
+fn constant(number: u32, dreg: u32) -> Expr {
+    Expr::NumgenRandom { modulus: 1, offset: number, dreg }
 }
 
-fn recall_rules(family: Family, pool: Pool, timeout: u32, slots: u32) -> Vec<Vec<Expr>> {
-    let mut rules: Vec<Vec<Expr>> = (0..slots)
+/// Loads the client's address and the number of the port.
+fn client(family: Family, id: u32, first: u32) -> Vec<Expr> {
+    vec![load(family, Address::Source, first), constant(id, first + words(family))]
+}
+
+fn recall_rules(
+    family: Family,
+    id: u32,
+    policy: Policy,
+    timeout: u32,
+    slots: u32,
+) -> Vec<Vec<Expr>> {
+    (0..slots)
         .map(|slot| {
-            let mut exprs = client(pool, family, REG);
-            let chain = Behaviour::Slot { pool, timeout, slot }.to_string();
+            let mut exprs = client(family, id, REG);
+            let chain = Behaviour::Slot { id, policy, timeout, slot }.to_string();
             exprs.extend([
-                Expr::Lookup { set: affinity_name(pool, slot), sreg: REG, invert: false },
+                Expr::Lookup { set: affinity_name(slot), sreg: REG, invert: false },
                 // It comes back if the slot has become empty.
                 Expr::Verdict(Verdict::Jump(chain)),
             ]);
             exprs
         })
-        .collect();
-    // Whoever comes here has no endpoint: what is left of it in slots that became empty goes, lest it
-    // counts again when such a slot gets another endpoint.
-    let all: Vec<u32> = (0..slots).collect();
-    for some in all.chunks(FORGET_AT_ONCE) {
-        let mut exprs = client(pool, family, REG);
-        exprs.extend(some.iter().map(|slot| Expr::Dynset {
-            set: affinity_name(pool, *slot),
-            op: DynsetOp::Delete,
-            key: REG,
-            data: None,
-            timeout: None,
-        }));
-        rules.push(exprs);
-    }
-    rules
+        .collect()
 }
 
-fn sticky_rules(
-    family: Family,
-    pool: Pool,
-    timeout: u32,
-    count: u32,
-    slots: u32,
-) -> Vec<Vec<Expr>> {
-    let recall = Behaviour::Recall { pool, timeout, slots }.to_string();
-    let (mut fresh, index) = key(pool.origin, family, REG);
-    fresh.extend([
-        Expr::NumgenRandom { modulus: count, offset: 0, dreg: index },
-        Expr::LookupVerdict { set: MapId::Picks(pool).to_string(), sreg: REG },
-    ]);
+fn sticky_rules(id: u32, policy: Policy, timeout: u32, count: u32, slots: u32) -> Vec<Vec<Expr>> {
+    let recall = Behaviour::Recall { id, policy, timeout, slots }.to_string();
+    let fresh = vec![
+        constant(id, REG),
+        Expr::NumgenRandom { modulus: count, offset: 0, dreg: REG + 1 },
+        Expr::LookupVerdict { set: MapId::Picks(policy).to_string(), sreg: REG },
+    ];
     vec![vec![Expr::Verdict(Verdict::Jump(recall))], fresh]
 }
 
-fn slot_rules(family: Family, pool: Pool, timeout: u32, slot: u32) -> Vec<Vec<Expr>> {
-    let (mut found, index) = key(pool.origin, family, REG);
-    found.extend([
-        Expr::NumgenRandom { modulus: 1, offset: slot, dreg: index },
-        Expr::LookupMap { set: MapId::Endpoints(pool).to_string(), sreg: REG, dreg: REG },
-    ]);
+fn slot_rules(family: Family, id: u32, policy: Policy, timeout: u32, slot: u32) -> Vec<Vec<Expr>> {
+    let found = vec![
+        constant(id, REG),
+        constant(slot, REG + 1),
+        Expr::LookupMap { set: MapId::Kept(policy).to_string(), sreg: REG, dreg: REG },
+    ];
     let record = REG + words(family) + 1;
     let mut remembered = found.clone();
-    remembered.extend(client(pool, family, record));
+    remembered.extend(client(family, id, record));
     remembered.extend([
         Expr::Dynset {
-            set: affinity_name(pool, slot),
+            set: affinity_name(slot),
             op: DynsetOp::Update,
             key: record,
             data: None,
@@ -191,5 +181,14 @@ fn slot_rules(family: Family, pool: Pool, timeout: u32, slot: u32) -> Vec<Vec<Ex
     // If the set of clients is full, the connection is served nevertheless.
     let mut unremembered = found;
     unremembered.push(dnat(family, REG));
-    vec![remembered, unremembered]
+    // The slot is empty: the client is no longer with it, also when another endpoint gets it.
+    let mut forget = client(family, id, REG);
+    forget.push(Expr::Dynset {
+        set: affinity_name(slot),
+        op: DynsetOp::Delete,
+        key: REG,
+        data: None,
+        timeout: None,
+    });
+    vec![remembered, unremembered, forget]
 }

@@ -1,12 +1,13 @@
 //! Services as map elements.
 
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use nft::{Data, Element, Family, Key, Verdict};
 
 use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool};
-use crate::object::{Cidr, Protocol};
+use crate::object::{Cidr, NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
 /// Name of the chain that rejects.
@@ -102,6 +103,8 @@ impl Slots {
 pub struct SlottedPort {
     service: Arc<ServicePlan>,
     index: u32,
+    /// With affinity: a number that no other port of the family has.
+    id: Option<u32>,
     /// By slot, which of `plan.cluster` is in it; [`EMPTY`] for none.
     cluster: Box<[u32]>,
     /// Likewise of `plan.local`.
@@ -125,6 +128,11 @@ impl SlottedPort {
         &self.service.ports[self.index as usize]
     }
 
+    /// With affinity, the port's number.
+    pub fn id(&self) -> Option<u32> {
+        self.id
+    }
+
     fn slots(&self, policy: Policy) -> Slots {
         let (slots, endpoints) = match policy {
             Policy::Cluster => (&self.cluster, &self.plan().cluster),
@@ -140,12 +148,41 @@ impl SlottedPort {
     }
 }
 
-/// A Service's ports of one family with slots: those of before are kept.
+/// A number for a port with affinity: the same after a restart, unless another port has it. FNV-1a.
+fn number(service: &NamespacedName, port: &PortPlan, taken: impl Fn(&u32) -> bool) -> u32 {
+    let text = format!("{service} {} {}", port.protocol, port.port);
+    let hash = text
+        .bytes()
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    first_free(hash, taken)
+}
+
+/// The first number from `wanted` on that is not taken.
+fn first_free(wanted: u32, taken: impl Fn(&u32) -> bool) -> u32 {
+    let mut number = wanted;
+    while taken(&number) {
+        number = number.wrapping_add(1);
+    }
+    number
+}
+
+/// Two lists of slots as one: where the first has nothing, what the second has.
+fn merged(one: Slots, other: Slots) -> Slots {
+    let len = one.0.len().max(other.0.len());
+    let at = |slots: &Slots, i: usize| slots.0.get(i).copied().flatten();
+    Slots((0..len).map(|i| at(&one, i).or_else(|| at(&other, i))).collect())
+}
+
+/// A Service's ports of one family with slots: those of before are kept. Numbers for affinity are
+/// ones that are neither `taken` nor `new`, and are told in `new`.
 pub fn assign_slots(
+    service: &NamespacedName,
     old: &[SlottedPort],
     plan: &Arc<ServicePlan>,
     family: Family,
-    hint: impl Fn(&PortPlan, Policy) -> Option<Slots>,
+    taken: &HashSet<u32>,
+    new: &mut HashSet<u32>,
+    hint: impl Fn(&PortPlan, Option<u32>, Policy) -> Option<Slots>,
 ) -> Vec<SlottedPort> {
     plan.ports
         .iter()
@@ -153,20 +190,33 @@ pub fn assign_slots(
         .filter(|(_, port)| port.is_ipv4() == (family == Family::Ip))
         .map(|(index, port)| {
             let before = old.iter().find(|slotted| slotted.is(port));
-            let sticky = port.affinity.is_some();
-            let assign = |policy: Policy, endpoints: &[SocketAddr]| {
-                let known = match before {
-                    Some(before) => before.slots(policy),
-                    None => hint(port, policy).unwrap_or_default(),
-                };
-                indices(&Slots::assign(&known, endpoints, sticky), endpoints)
+            let id = port.affinity.map(|_| {
+                let id = before.and_then(|before| before.id);
+                id.unwrap_or_else(|| {
+                    number(service, port, |id| taken.contains(id) || new.contains(id))
+                })
+            });
+            new.extend(id);
+            let known = |policy: Policy| match before {
+                Some(before) => before.slots(policy),
+                None => hint(port, id, policy).unwrap_or_default(),
             };
-            SlottedPort {
-                cluster: assign(Policy::Cluster, &port.cluster),
-                local: assign(Policy::Local, &port.local),
-                service: plan.clone(),
-                index: index as u32,
-            }
+            let (cluster, local) = if id.is_some() {
+                // An endpoint has the same slot whichever policy led to it: who was given it at
+                // one address keeps it at another.
+                let mut all = [port.cluster.as_slice(), port.local.as_slice()].concat();
+                all.sort_unstable();
+                all.dedup();
+                let known = merged(known(Policy::Cluster), known(Policy::Local));
+                let slots = Slots::assign(&known, &all, true);
+                (indices(&slots, &port.cluster), indices(&slots, &port.local))
+            } else {
+                let assign = |policy: Policy, endpoints: &[SocketAddr]| {
+                    indices(&Slots::assign(&known(policy), endpoints, false), endpoints)
+                };
+                (assign(Policy::Cluster, &port.cluster), assign(Policy::Local, &port.local))
+            };
+            SlottedPort { cluster, local, id, service: plan.clone(), index: index as u32 }
         })
         .collect()
 }
@@ -220,6 +270,10 @@ impl Collected {
         self.entries.push(Entry { map, key, key_end: None, data: None });
     }
 
+    fn data(&mut self, map: MapId, key: Key, data: Data) {
+        self.entries.push(Entry { map, key, key_end: None, data: Some(data) });
+    }
+
     fn verdict(&mut self, map: MapId, key: Key, verdict: Verdict) {
         self.entries.push(Entry { map, key, key_end: None, data: Some(Data::Verdict(verdict)) });
     }
@@ -233,29 +287,30 @@ impl Collected {
         masquerade: Masquerade,
     ) -> Verdict {
         let slots = port.slots(pool.policy);
-        let mut count = 0;
-        for (slot, endpoint) in slots.used() {
-            self.entries.push(Entry {
-                map: MapId::Endpoints(pool),
-                key: key.clone().number(slot),
-                key_end: None,
-                data: Some(target(endpoint)),
-            });
-            if let Some(timeout) = port.plan().affinity {
-                let chain = Behaviour::Slot { pool, timeout, slot };
-                self.verdict(
-                    MapId::Picks(pool),
-                    key.clone().number(count),
-                    Verdict::Goto(chain.to_string()),
-                );
+        let (pool, choice) = match port.id.zip(port.plan().affinity) {
+            None => {
+                for (slot, endpoint) in slots.used() {
+                    let key = key.clone().number(slot);
+                    self.data(MapId::Endpoints(pool), key, target(endpoint));
+                }
+                (pool, Choice::Random { count: slots.used().count() as u32 })
             }
-            count += 1;
-        }
-        let choice = match port.plan().affinity {
-            None => Choice::Random { count },
-            Some(timeout) => {
+            Some((id, timeout)) => {
+                let policy = pool.policy;
+                let mut count = 0;
+                for (slot, endpoint) in slots.used() {
+                    let key = |n| Key::new().number(id).number(n);
+                    self.data(MapId::Kept(policy), key(slot), target(endpoint));
+                    let chain = Behaviour::Slot { id, policy, timeout, slot };
+                    self.verdict(
+                        MapId::Picks(policy),
+                        key(count),
+                        Verdict::Goto(chain.to_string()),
+                    );
+                    count += 1;
+                }
                 let slots = (slots.0.len() as u32).next_power_of_two();
-                Choice::Sticky { timeout, count, slots }
+                (Pool::kept(policy), Choice::Sticky { id, timeout, count, slots })
             }
         };
         let behaviour = Behaviour::Pick { pool, choice, masquerade };
@@ -367,4 +422,16 @@ pub fn hairpins(ports: &[SlottedPort]) -> Vec<Key> {
     keys.sort_unstable();
     keys.dedup();
     keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_taken_is_not_given_again() {
+        assert_eq!(first_free(7, |_| false), 7);
+        assert_eq!(first_free(7, |id| [7, 8].contains(id)), 9);
+        assert_eq!(first_free(u32::MAX, |id| *id == u32::MAX), 0);
+    }
 }

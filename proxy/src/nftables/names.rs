@@ -28,6 +28,11 @@ pub enum Policy {
     Local,
 }
 
+impl Policy {
+    /// Both.
+    pub const ALL: [Policy; 2] = [Policy::Cluster, Policy::Local];
+}
+
 /// A set of data maps: endpoints by origin and policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Pool {
@@ -46,6 +51,11 @@ impl Pool {
         Pool { origin: Origin::NodePort, policy: Policy::Local },
     ];
 
+    /// The pool that names what is kept by affinity: it is the same for every address.
+    pub fn kept(policy: Policy) -> Pool {
+        Pool { origin: Origin::Vip, policy }
+    }
+
     fn prefix(self) -> &'static str {
         match (self.origin, self.policy) {
             (Origin::Vip, Policy::Cluster) => "",
@@ -61,8 +71,10 @@ impl Pool {
 pub enum MapId {
     /// Endpoints by key and index.
     Endpoints(Pool),
+    /// With affinity: endpoints by the port's number and slot, whatever address the client used.
+    Kept(Policy),
     /// With affinity: which slot chain an index means.
-    Picks(Pool),
+    Picks(Policy),
     /// Cluster IPs that are in use.
     ClusterIps,
     /// Local endpoints, as source and destination: a pod that talks to itself.
@@ -85,7 +97,8 @@ impl fmt::Display for MapId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             MapId::Endpoints(pool) => write!(f, "{}endpoints", pool.prefix()),
-            MapId::Picks(pool) => write!(f, "{}picks", pool.prefix()),
+            MapId::Kept(policy) => write!(f, "{}kept", Pool::kept(*policy).prefix()),
+            MapId::Picks(policy) => write!(f, "{}picks", Pool::kept(*policy).prefix()),
             MapId::ClusterIps => f.write_str("cluster-ips"),
             MapId::Hairpin => f.write_str("hairpin"),
             MapId::FirewallSources => f.write_str("firewall-sources"),
@@ -105,7 +118,8 @@ impl MapId {
     pub fn all() -> Vec<MapId> {
         let mut all = Vec::new();
         all.extend(Pool::ALL.map(MapId::Endpoints));
-        all.extend(Pool::ALL.map(MapId::Picks));
+        all.extend(Policy::ALL.map(MapId::Kept));
+        all.extend(Policy::ALL.map(MapId::Picks));
         all.extend([
             MapId::ClusterIps,
             MapId::Hairpin,
@@ -133,10 +147,10 @@ impl MapId {
                 &[key_types(pool.origin, family), vec![DataType::Mark]].concat(),
                 &[address, DataType::InetService],
             ),
-            MapId::Picks(pool) => Set::verdict_map(
-                name,
-                &[key_types(pool.origin, family), vec![DataType::Mark]].concat(),
-            ),
+            MapId::Kept(_) => {
+                Set::map(name, &[DataType::Mark, DataType::Mark], &[address, DataType::InetService])
+            }
+            MapId::Picks(_) => Set::verdict_map(name, &[DataType::Mark, DataType::Mark]),
             MapId::ClusterIps => Set::plain(name, &[address]),
             MapId::Hairpin => Set::plain(name, &[vec![address], vip].concat()),
             MapId::FirewallSources => {
@@ -165,30 +179,31 @@ pub fn key_types(origin: Origin, family: Family) -> Vec<DataType> {
     }
 }
 
-/// Who is with which slot: one set for each slot of a pool, filled by the packets.
-pub fn affinity_set(pool: Pool, slot: u32, family: Family) -> Set {
-    let types = [vec![address_type(family)], key_types(pool.origin, family)].concat();
+/// Who is with which slot, by client and number of the port: one set for each slot, filled by the
+/// packets. What a client was given at one address of a port counts at all of them.
+pub fn affinity_set(slot: u32, family: Family) -> Set {
     Set {
         dynamic: true,
         timeout: true,
         // A bound, so that forged sources cannot fill the kernel's memory.
         size: Some(262_144),
-        ..Set::plain(affinity_name(pool, slot), &types)
+        ..Set::plain(affinity_name(slot), &[address_type(family), DataType::Mark])
     }
 }
 
 /// Name of that set.
-pub fn affinity_name(pool: Pool, slot: u32) -> String {
-    format!("{}affinity-{slot}", pool.prefix())
+pub fn affinity_name(slot: u32) -> String {
+    format!("affinity-{slot}")
 }
 
 /// Whether a set of that name is one of them.
 pub fn is_affinity(name: &str) -> bool {
-    Pool::ALL.iter().any(|pool| {
-        name.strip_prefix(pool.prefix())
-            .and_then(|rest| rest.strip_prefix("affinity-"))
-            .is_some_and(|slot| slot.parse::<u32>().is_ok())
-    })
+    name.strip_prefix("affinity-").is_some_and(|slot| slot.parse::<u32>().is_ok())
+}
+
+/// The number of the port with affinity that a chain is for, if it is for one.
+pub fn id_of(chain: &str) -> Option<u32> {
+    u32::from_str_radix(chain.rsplit_once("-for-")?.1, 16).ok()
 }
 
 /// How a behaviour treats the source address before it picks an endpoint.
@@ -212,6 +227,8 @@ pub enum Choice {
     },
     /// The one that the client had before, else one of `count` at random.
     Sticky {
+        /// Number of the Service's port.
+        id: u32,
         /// Seconds after its last connection that a client is forgotten.
         timeout: u32,
         /// Number of endpoints.
@@ -225,19 +242,24 @@ pub enum Choice {
 /// A chain that stands for a behaviour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Behaviour {
-    /// With affinity: translates to the endpoint in a slot, and remembers the client.
+    /// With affinity: translates to the endpoint in a slot and remembers the client, or forgets it if
+    /// the slot is empty.
     Slot {
+        /// Number of the Service's port.
+        id: u32,
         /// Maps.
-        pool: Pool,
+        policy: Policy,
         /// Seconds.
         timeout: u32,
         /// Slot.
         slot: u32,
     },
-    /// With affinity: finds the slot that the client has, and forgets what it had in others.
+    /// With affinity: finds the slot that the client has.
     Recall {
+        /// Number of the Service's port.
+        id: u32,
         /// Maps.
-        pool: Pool,
+        policy: Policy,
         /// Seconds.
         timeout: u32,
         /// Slots to look into.
@@ -257,11 +279,15 @@ pub enum Behaviour {
 impl fmt::Display for Behaviour {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Behaviour::Slot { pool, timeout, slot } => {
-                write!(f, "{}slot-{timeout}s-{slot}", pool.prefix())
+            Behaviour::Slot { id, policy, timeout, slot } => {
+                write!(f, "{}slot-{timeout}s-{slot}-for-{id:08x}", Pool::kept(*policy).prefix())
             }
-            Behaviour::Recall { pool, timeout, slots } => {
-                write!(f, "{}recall-{timeout}s-of-{slots}", pool.prefix())
+            Behaviour::Recall { id, policy, timeout, slots } => {
+                write!(
+                    f,
+                    "{}recall-{timeout}s-of-{slots}-for-{id:08x}",
+                    Pool::kept(*policy).prefix()
+                )
             }
             Behaviour::Pick { pool, choice, masquerade } => {
                 f.write_str(match masquerade {
@@ -272,8 +298,8 @@ impl fmt::Display for Behaviour {
                 f.write_str(pool.prefix())?;
                 match choice {
                     Choice::Random { count } => write!(f, "pick-{count}"),
-                    Choice::Sticky { timeout, count, slots } => {
-                        write!(f, "sticky-{timeout}s-{count}-of-{slots}")
+                    Choice::Sticky { id, timeout, count, slots } => {
+                        write!(f, "sticky-{timeout}s-{count}-of-{slots}-for-{id:08x}")
                     }
                 }
             }

@@ -12,7 +12,9 @@ use super::chains;
 use super::entries::{
     Collected, Entry, Slots, SlottedPort, assign_slots, collect, hairpins, protocol_number, vip,
 };
-use super::names::{Behaviour, MapId, Origin, Policy, Pool, TABLE, affinity_set, is_affinity};
+use super::names::{
+    Behaviour, MapId, Origin, Policy, Pool, TABLE, affinity_name, affinity_set, id_of, is_affinity,
+};
 use crate::object::NamespacedName;
 use crate::plan::{PortPlan, ServicePlan};
 
@@ -27,6 +29,8 @@ pub struct Ruleset {
     services: HashMap<NamespacedName, Vec<SlottedPort>>,
     /// How many Services have an endpoint that may talk to itself.
     hairpin: HashMap<Key, u32>,
+    /// Numbers of the ports with affinity.
+    ids: HashSet<u32>,
     /// Behaviours whose chains are in the kernel.
     chains: BTreeSet<Behaviour>,
     /// Slots that endpoints had in the kernel when it was taken over.
@@ -79,6 +83,7 @@ impl Ruleset {
             structure,
             services: HashMap::new(),
             hairpin: HashMap::new(),
+            ids: HashSet::new(),
             chains: BTreeSet::new(),
             hints: HashMap::new(),
             batch: BATCH,
@@ -98,11 +103,15 @@ impl Ruleset {
         &self,
         name: &NamespacedName,
         plan: Option<&Arc<ServicePlan>>,
+        new_ids: &mut HashSet<u32>,
     ) -> Option<Vec<SlottedPort>> {
         let old = self.services.get(name).map(Vec::as_slice).unwrap_or_default();
-        let hint = |port: &PortPlan, policy: Policy| {
+        let hint = |port: &PortPlan, id: Option<u32>, policy: Policy| {
             if self.hints.is_empty() {
                 return None;
+            }
+            if let Some(id) = id {
+                return self.hints.get(&(Pool::kept(policy), Key::new().number(id))).cloned();
             }
             let key = |ip| vip(ip, port.protocol, port.port);
             let pool = |origin| Pool { origin, policy };
@@ -113,7 +122,7 @@ impl Ruleset {
                 .chain([(pool(Origin::NodePort), node_port)])
                 .find_map(|key| self.hints.get(&key).cloned())
         };
-        let ports = assign_slots(old, plan?, self.family(), hint);
+        let ports = assign_slots(name, old, plan?, self.family(), &self.ids, new_ids, hint);
         (!ports.is_empty()).then_some(ports)
     }
 
@@ -126,9 +135,10 @@ impl Ruleset {
         let (mut deleted, mut added): (ByMap, ByMap) = (Vec::new(), Vec::new());
         let mut behaviours = BTreeSet::new();
         let mut turns: HashMap<Key, i64> = HashMap::new();
+        let mut new_ids = HashSet::new();
         for (name, plan) in changes {
             let owner = services.len() as u32;
-            let new = self.slotted(name, plan);
+            let new = self.slotted(name, plan, &mut new_ids);
             let old = self.services.get(name).map(Vec::as_slice).unwrap_or_default();
             let now = new.as_deref().unwrap_or_default();
             if old == now {
@@ -185,8 +195,8 @@ impl Ruleset {
                 if there.contains(&chain) || !made.insert(chain) {
                     continue;
                 }
-                if let Behaviour::Slot { pool, slot, .. } = chain {
-                    planned.transaction.add_set(affinity_set(pool, slot, self.family()));
+                if let Behaviour::Slot { slot, .. } = chain {
+                    planned.transaction.add_set(affinity_set(slot, self.family()));
                 }
                 let name = chain.to_string();
                 planned.transaction.add_chain(&name, None);
@@ -219,6 +229,10 @@ impl Ruleset {
     /// Takes note that the kernel took a transaction of [`Ruleset::plan_changes`].
     pub fn commit(&mut self, planned: Planned) {
         for (name, ports) in planned.services {
+            for id in self.services.get(&name).into_iter().flatten().filter_map(SlottedPort::id) {
+                self.ids.remove(&id);
+            }
+            self.ids.extend(ports.iter().flatten().filter_map(SlottedPort::id));
             let old = match ports {
                 Some(ports) => {
                     for key in hairpins(&ports) {
@@ -242,7 +256,7 @@ impl Ruleset {
 
     /// Takes note of plans without a transaction: the next [`Ruleset::plan_repair`] programs them.
     pub fn adopt(&mut self, name: &NamespacedName, plan: Option<&Arc<ServicePlan>>) {
-        let ports = self.slotted(name, plan);
+        let ports = self.slotted(name, plan, &mut HashSet::new());
         let mut planned = self.planned(Vec::new());
         planned.services.push((name.clone(), ports));
         self.commit(planned);
@@ -264,8 +278,10 @@ impl Ruleset {
     pub fn take_hints(&mut self, observed: &Observed) {
         self.hints.clear();
         let address_len = chains::words(self.family()) as usize * 4;
-        for pool in Pool::ALL {
-            for (key, (_, data)) in observed.get(&MapId::Endpoints(pool)).into_iter().flatten() {
+        let with_indices = Pool::ALL.map(|pool| (pool, MapId::Endpoints(pool)));
+        let kept = Policy::ALL.map(|policy| (Pool::kept(policy), MapId::Kept(policy)));
+        for (pool, map) in with_indices.into_iter().chain(kept) {
+            for (key, (_, data)) in observed.get(&map).into_iter().flatten() {
                 let (Some(Data::Value(value)), Some((service, slot))) =
                     (data, key.bytes().split_last_chunk::<4>())
                 else {
@@ -304,8 +320,10 @@ impl Ruleset {
         let names: Vec<NamespacedName> = self.services.keys().cloned().collect();
         let mut used: BTreeSet<Behaviour> = BTreeSet::new();
         let mut desired: Vec<(Entry, u32)> = Vec::new();
+        let mut by_id: HashMap<u32, u32> = HashMap::new();
         for (owner, name) in names.iter().enumerate() {
             let ports = self.services.get(name).map(Vec::as_slice).unwrap_or_default();
+            by_id.extend(ports.iter().filter_map(|port| Some((port.id()?, owner as u32))));
             let Collected { entries, behaviours } = collect(ports);
             used.extend(behaviours);
             desired.extend(entries.into_iter().map(|entry| (entry, owner as u32)));
@@ -375,7 +393,13 @@ impl Ruleset {
         for (map, elements) in observed {
             for (key, found) in elements {
                 if !seen.contains(&(*map, key)) {
-                    deleted.push((*map, old_element(key, Some(found)), NOBODY));
+                    // Where affinity leads to endpoints that change with a Service, it goes with that.
+                    let owner = match &found.1 {
+                        Some(Data::Verdict(nft::Verdict::Goto(chain))) => id_of(chain),
+                        _ => None,
+                    };
+                    let owner = owner.and_then(|id| by_id.get(&id)).copied().unwrap_or(NOBODY);
+                    deleted.push((*map, old_element(key, Some(found)), owner));
                 }
             }
         }
@@ -413,8 +437,8 @@ impl Ruleset {
         let mut sets: Vec<nft::Set> = MapId::all().iter().map(|map| map.set(family)).collect();
         for ports in self.services.values() {
             for chain in all_chains(&collect(ports).behaviours.into_iter().collect()) {
-                if let Behaviour::Slot { pool, slot, .. } = chain {
-                    sets.push(affinity_set(pool, slot, family));
+                if let Behaviour::Slot { slot, .. } = chain {
+                    sets.push(affinity_set(slot, family));
                 }
             }
         }
@@ -513,9 +537,7 @@ impl Ruleset {
         let sets: HashSet<String> = used
             .iter()
             .filter_map(|chain| match chain {
-                Behaviour::Slot { pool, slot, .. } => {
-                    Some(affinity_set(*pool, *slot, self.family()).name)
-                }
+                Behaviour::Slot { slot, .. } => Some(affinity_name(*slot)),
                 Behaviour::Recall { .. } | Behaviour::Pick { .. } => None,
             })
             .collect();
@@ -580,7 +602,9 @@ fn adopt_orphans(deleted: &mut ByMap, desired: &[(Entry, u32)]) {
 fn place(map: MapId, key: &Key) -> Option<(Origin, Key)> {
     let bytes = key.bytes();
     let (origin, len) = match map {
-        MapId::Endpoints(pool) | MapId::Picks(pool) => (pool.origin, bytes.len() - 4),
+        MapId::Endpoints(pool) => (pool.origin, bytes.len() - 4),
+        // The number of a port with affinity, which is no address.
+        MapId::Kept(_) | MapId::Picks(_) => (Origin::Vip, 4),
         MapId::Services | MapId::Firewalled => (Origin::Vip, bytes.len()),
         MapId::NodePorts => (Origin::NodePort, bytes.len()),
         MapId::Inside(origin) | MapId::NoEndpoints(origin) => (origin, bytes.len()),

@@ -99,3 +99,24 @@ fn cidrs_lose_their_host_bits() {
     assert_eq!(text("fd00::1/64").as_deref(), Some("fd00::/64"));
     assert_eq!(text("10.0.0.0/33"), None);
 }
+
+#[test]
+fn a_mode_takes_its_own_section_and_an_open_mode_either() {
+    let head = "kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1alpha1\n";
+    let of_iptables = "iptables: {masqueradeAll: true, masqueradeBit: 9, syncPeriod: 7s}\n";
+    let of_nftables = "nftables: {masqueradeAll: true, masqueradeBit: 9, syncPeriod: 7s}\n";
+    for (mode, section, taken) in [
+        ("iptables", of_iptables, true),
+        ("iptables", of_nftables, false),
+        ("nftables", of_iptables, false),
+        ("nftables", of_nftables, true),
+        ("''", of_iptables, true),
+        ("''", of_nftables, true),
+    ] {
+        let file = format!("{head}mode: {mode}\n{section}");
+        let proxy = resolved("", &file).unwrap().proxy;
+        let expected = if taken { (true, 9, 7) } else { (false, 14, 300) };
+        let got = (proxy.masquerade_all, proxy.masquerade_bit, proxy.sync_period.as_secs());
+        assert_eq!(got, expected, "{file}");
+    }
+}
