@@ -531,7 +531,10 @@ impl Loop {
                     tracing::error!(%service, why, "the kernel refuses a Service");
                     self.refused.insert(service, why);
                 }
-                if done.full && !self.refused.is_empty() {
+                // What others changed meanwhile by programs of the same names cannot be told from own
+                // changes: rules that had to be written are looked at once more.
+                let unsure = iptables && outcome.written > 0;
+                if done.full && (unsure || !self.refused.is_empty()) {
                     self.recheck_later();
                 }
                 if outcome.errors.is_empty() {

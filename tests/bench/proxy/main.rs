@@ -30,6 +30,7 @@ const ROWS: &[(&str, &str, [f64; 3])] = &[
     (measure::CHANGE_P50, "ms", [2.0; 3]),
     (measure::CHANGE_P99, "ms", [20.0; 3]),
     (measure::NEW, "ms", [10.0; 3]),
+    (measure::FLUSHED, "ms", [100.0; 3]),
     (measure::PSS, "MB", [30.0, 30.0, 150.0]),
     (measure::FLIPS, "% of a core", [30.0; 3]),
     (measure::FAILED, "connections", [0.0; 3]),
@@ -128,10 +129,11 @@ fn print(options: &Options, ours: &[Figures], theirs: Option<&Figures>) -> Resul
         for (figures, services) in ours.iter().zip(&options.services) {
             let bar = bars[usize::from(*services > 1000) + usize::from(*services > 10_000)];
             let bar = if bar.is_nan() { String::new() } else { format!(" ({bar:.0})") };
-            write!(out, "{:>20}", format!("{:.1}{bar}", figures[*name]))?;
+            let value = figures.get(*name).copied().unwrap_or(f64::NAN);
+            write!(out, "{:>20}", format!("{value:.1}{bar}"))?;
         }
         let peer = theirs.and_then(|figures| figures.get(*name));
-        let ratio = at_peer.and_then(|at| Some(peer? / ours[at][*name]));
+        let ratio = at_peer.and_then(|at| Some(peer? / ours[at].get(*name)?));
         let text = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
         write!(out, "{:>16}", text(peer.map(|peer| format!("{peer:.1}"))))?;
         let ratio = ratio.filter(|ratio| ratio.is_finite()).map(|ratio| format!("{ratio:.1}x"));

@@ -22,6 +22,9 @@ pub const CHANGE_P50: &str = "endpoint event -> programmed, p50";
 pub const CHANGE_P99: &str = "endpoint event -> programmed, p99";
 /// From the watch events of a new Service to its first connection.
 pub const NEW: &str = "new Service -> first connection, p50";
+/// From the start of `nft flush ruleset` until a Service works again; upstream's proxy waits for its
+/// next full sync.
+pub const FLUSHED: &str = "foreign flush -> first connection, p50";
 /// Idle, after the cold start and the changes.
 pub const PSS: &str = "memory, PSS";
 /// While a thousand endpoints a second are replaced.
@@ -102,6 +105,17 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
         std::thread::sleep(Duration::from_millis(20));
     }
     figures.insert(NEW.into(), percentile(&mut times, 50));
+    if ours {
+        let mut times = Vec::new();
+        for number in 0..5 {
+            let begin = Instant::now();
+            sh("nft flush ruleset")?;
+            until_connected(vip(services / 5 * number))?;
+            times.push(begin.elapsed());
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        figures.insert(FLUSHED.into(), percentile(&mut times, 50));
+    }
     std::thread::sleep(Duration::from_secs(8));
     figures.insert(PSS.into(), subject.pss());
 
