@@ -103,9 +103,18 @@ fn start(
         // Root of the user namespace must not look into this process on its way in.
         prctl::set_dumpable(false).map_err(|e| format!("hiding from the container: {e}"))?;
     }
-    for (name, fd, flag) in &namespaces {
-        setns(fd, *flag).map_err(|e| format!("entering the container's {name} namespace: {e}"))?;
-    }
+    // Who is born in a cgroup must see it and its parent's from its cgroup namespace, where those bound
+    // delegation (`nsdelegate`, cgroup_namespaces(7)): that one is entered after the fork.
+    let late = |flag: CloneFlags| cgroup.is_some() && flag == CloneFlags::CLONE_NEWCGROUP;
+    let enter = |late_ones: bool| -> Result<(), String> {
+        let wanted = namespaces.iter().filter(|(_, _, flag)| late(*flag) == late_ones);
+        for (name, fd, flag) in wanted {
+            setns(fd, *flag)
+                .map_err(|e| format!("entering the container's {name} namespace: {e}"))?;
+        }
+        Ok(())
+    };
+    enter(false)?;
     if target.userns.is_some() {
         userns::become_root()?;
     }
@@ -124,7 +133,7 @@ fn start(
             sys::exit(1);
         }
         drop(go);
-        let message = match process::label(&proc, process) {
+        let message = match enter(true).and_then(|()| process::label(&proc, process)) {
             Ok(()) => become_process(process, filter.as_ref(), stdio),
             Err(message) => message,
         };
