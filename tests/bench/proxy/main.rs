@@ -6,6 +6,7 @@
 //! are printed. Nothing is asserted: figures of a shared machine are to be read.
 
 #![allow(clippy::print_stderr, reason = "a tool for developers tells what it is at")]
+#![allow(clippy::disallowed_methods, reason = "it waits on threads of its own")]
 
 mod feed;
 mod measure;
