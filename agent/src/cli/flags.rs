@@ -196,14 +196,12 @@ pub struct NodeFlags {
 
 /// Kubelet's flags that have no meaning here and ask for nothing that is missing: upstream's defaults,
 /// places that `longshore run` has by itself, and what belongs to runtimes of the past.
-const WITHOUT_MEANING: [&str; 16] = [
+const WITHOUT_MEANING: [&str; 14] = [
     "bootstrap-kubeconfig",
     "cloud-config",
     "config",
     "container-runtime",
     "fail-swap-on",
-    "feature-gates",
-    "image-credential-provider-bin-dir",
     "kubeconfig",
     "kube-reserved-cgroup",
     "log-file",

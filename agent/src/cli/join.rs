@@ -101,7 +101,8 @@ pub(super) fn run(args: JoinArgs, output: Output) -> anyhow::Result<()> {
     if args.adopt {
         return super::command_runtime()?.block_on(take_over(args, output, &progress));
     }
-    let request = request(args)?;
+    let mut request = request(args)?;
+    request.warnings.extend(rivals(request.container_runtime_endpoint.as_deref()));
     super::command_runtime()?.block_on(async {
         let joined = tokio::select! {
             joined = join(&request, &progress) => joined.map_err(failed)?,
@@ -109,6 +110,13 @@ pub(super) fn run(args: JoinArgs, output: Output) -> anyhow::Result<()> {
         };
         start(&joined, &request.paths, no_start, output, &progress).await
     })
+}
+
+/// Programs on this machine that a node would clash with; `endpoint` is the runtime in use.
+fn rivals(endpoint: Option<&str>) -> Vec<String> {
+    let found = processes::plan_processes(&processes::gather(), endpoint, false);
+    let clashing = found.into_iter().filter_map(|f| Some(format!("{}; {}", f.message, f.remedy?)));
+    clashing.collect()
 }
 
 fn failed(error: JoinError) -> anyhow::Error {

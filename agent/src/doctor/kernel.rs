@@ -27,8 +27,6 @@ pub struct Facts {
     pub ip_forward: Option<bool>,
     /// user.max_user_namespaces.
     pub user_namespaces: Option<u64>,
-    /// Whether the nf_tables subsystem answers.
-    pub nftables: Option<bool>,
 }
 
 /// What must be there, as a module or built in, and what for.
@@ -61,8 +59,7 @@ pub fn plan_kernel(facts: &Facts) -> Vec<Finding> {
     }
     for (module, purpose, needed) in MODULES {
         let there = facts.modules.contains(module) || facts.filesystems.contains(module);
-        let answers = module.starts_with("nf_tables") && facts.nftables == Some(true);
-        if there || answers || !facts.modules_known {
+        if there || !facts.modules_known {
             continue;
         }
         let message = format!("no {module} ({purpose})");
@@ -134,7 +131,6 @@ fn gather() -> Facts {
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         ip_forward: text("/proc/sys/net/ipv4/ip_forward").map(|t| t != "0"),
         user_namespaces: text("/proc/sys/user/max_user_namespaces").and_then(|t| t.parse().ok()),
-        nftables: None,
         release,
     }
 }

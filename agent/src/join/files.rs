@@ -212,7 +212,26 @@ pub fn link_current(dir: &Path, stem: &str, file: &Path) -> Result<PathBuf, File
         fs::File::open(dir)?.sync_all()
     };
     link().map_err(|cause| FileError { what: "link", path: current.clone(), cause })?;
+    forget_old(dir, stem, file);
     Ok(current)
+}
+
+/// Removes pairs of before the last one: with certificates that live for minutes they would fill the
+/// disk. What cannot be removed stays.
+fn forget_old(dir: &Path, stem: &str, current: &Path) {
+    let pair = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let stamp = name.strip_prefix(stem).and_then(|n| n.strip_prefix('-')?.strip_suffix(".pem"));
+        path != current && stamp.is_some_and(|s| s.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut old: Vec<PathBuf> = entries.map(|e| e.path()).filter(pair).collect();
+    // Their names begin with the time.
+    old.sort();
+    old.pop();
+    for path in old {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// The time in `pem` file names: `2006-01-02-15-04-05`.
@@ -233,15 +252,17 @@ mod tests {
         let pki = dir.path().join("pki");
         write_atomic(&pki.join(PENDING_KEY), 0o600, b"K").unwrap();
         store_certificate(&pki, b"CERT1", "KEY1", "1").unwrap();
-        let current = store_certificate(&pki, b"CERT2\n", "KEY2", "2").unwrap();
-        assert_eq!(fs::read(&current).unwrap(), b"CERT2\nKEY2");
+        store_certificate(&pki, b"CERT2", "KEY2", "2").unwrap();
+        let current = store_certificate(&pki, b"CERT3\n", "KEY3", "3").unwrap();
+        assert_eq!(fs::read(&current).unwrap(), b"CERT3\nKEY3");
         assert_eq!(fs::metadata(&current).unwrap().permissions().mode() & 0o777, 0o600);
         let mut left: Vec<_> = fs::read_dir(&pki)
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
         left.sort();
-        assert_eq!(left, ["kubelet-client-1.pem", "kubelet-client-2.pem", CURRENT]);
+        // One before the one in use, and no more.
+        assert_eq!(left, ["kubelet-client-2.pem", "kubelet-client-3.pem", CURRENT]);
     }
 
     #[test]
