@@ -212,7 +212,7 @@ impl PodLoop {
     /// Tells the pods of the last run. `Synced` is not told: what the API server has besides is not
     /// known, so nothing may be taken for orphaned.
     async fn tell_last_known(&self, known: &mut HashMap<PodUid, KnownPod>) {
-        let pods = self.store.load::<Pod>().unwrap_or_default();
+        let pods: Vec<Pod> = self.store.load().into_iter().flatten().collect();
         tracing::warn!(pods = pods.len(), "the API server is away: running the last known pods");
         for mut pod in pods {
             // Whatever the API says later is news, even at the same version.
@@ -539,8 +539,8 @@ pub async fn run_node(
                 }
                 store
                     .load::<Node>()
-                    .unwrap_or_default()
                     .into_iter()
+                    .flatten()
                     .find(|n| n.metadata.name.as_ref() == Some(&node_name))
             }
         };
