@@ -272,7 +272,8 @@ impl Store {
         }
         let temporary = path.with_extension("jsonl.tmp");
         let _ = fs::remove_file(&temporary);
-        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let file =
+            fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
         let mut out = BufWriter::new(file);
         out.write_all(HEADER.as_bytes())?;
         let mut at = HEADER.len() as u64;
