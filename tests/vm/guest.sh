@@ -210,7 +210,7 @@ case $boot in
     check start-again systemctl start longshore
     check kept-after-start same_sleeper "$child"
     check page-again within 60 page
-    check restarts-nothing status_has 'worker-test-machine 1/1 Running 0 '
+    check restarts-nothing within 30 status_has 'worker-test-machine 1/1 Running 0 '
     date +%s >"$state/rebooted"
     echo "RESULT reboot ok"
     finish systemctl reboot
