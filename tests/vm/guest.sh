@@ -62,6 +62,8 @@ no_sleeper() { [ -z "$(sleeper)" ]; }
 said() { cat /var/log/pods/default_"$1"-*/"$2"/*.log | tail -n 1 | cut -d ' ' -f 4-; }
 says() { equal "$(said "$1" "$2")" "$3"; }
 status_has() { longshore status | tr -s ' ' | grep -E "$1" || { longshore status; return 1; }; }
+# No cgroup of a pod with limits is left; those of one driver the other never looks at.
+no_limits() { ! grep -rlx 67108864 $cgroups/kubepods* --include=memory.max; }
 # The cgroup of the web pod's server, which has the limits.
 server_cgroup() { dirname "$(grep -rlx 67108864 $cgroups/kubepods* --include=memory.max | head -n 1)"; }
 # Its limits, as the kernel has them.
@@ -164,6 +166,7 @@ case $boot in
     systemctl start longshore
     rm $manifests/web.yaml
     check cgroupfs-drained within 60 no_pods
+    check cgroupfs-removed within 60 no_limits
 
     # Pods as slices of systemd, which is what a machine with systemd does by itself.
     options $standalone
