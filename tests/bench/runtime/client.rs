@@ -70,7 +70,8 @@ impl Client {
                 uid: format!("uid-{name}"),
                 attempt: 0,
             }),
-            hostname: name.into(),
+            // As a kubelet does it: a pod in the node's network has no name of its own.
+            hostname: if network == NamespaceMode::Pod { name.into() } else { String::new() },
             log_directory: log_directory(name),
             linux: Some(LinuxPodSandboxConfig {
                 cgroup_parent: parent.into(),
