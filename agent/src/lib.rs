@@ -26,5 +26,6 @@ pub mod runtime;
 mod shutdown;
 pub mod source;
 pub mod standalone;
+mod sys;
 pub mod user_ids;
 pub mod volume;

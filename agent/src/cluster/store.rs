@@ -225,11 +225,11 @@ impl Store {
     pub fn write(&self) {
         let _one = self.inner.writing.lock().unwrap_or_else(PoisonError::into_inner);
         self.recall();
-        let (pending, anew) = {
+        let (pending, anew, much) = {
             let mut state = self.state();
-            state.pending_bytes = 0;
+            let much = std::mem::take(&mut state.pending_bytes) > MUCH;
             let anew = state.file == 0 || state.file > 2 * state.live + MUCH;
-            (std::mem::take(&mut state.pending), anew)
+            (std::mem::take(&mut state.pending), anew, much)
         };
         if pending.is_empty() && !anew {
             return;
@@ -245,6 +245,9 @@ impl Store {
                     state.pend(&key, json);
                 }
             }
+        } else if much {
+            drop(pending);
+            crate::sys::release_memory();
         }
     }
 

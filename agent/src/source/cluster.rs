@@ -299,6 +299,7 @@ impl ServiceLoops {
                     store.keep(|k| list.holds(k));
                     self.send(Change::ServicesRelisted(list.keys())).await;
                     self.complete(false).await;
+                    tokio::task::spawn_blocking(crate::sys::release_memory);
                 }
                 Seen::Applied(service) => {
                     self.errors.clear("services");
@@ -371,6 +372,7 @@ impl ServiceLoops {
                     store.keep(|k| list.holds(k));
                     self.send(Change::SlicesRelisted(list.keys())).await;
                     self.complete(true).await;
+                    tokio::task::spawn_blocking(crate::sys::release_memory);
                 }
                 Seen::Applied(slice) => {
                     self.errors.clear("endpointslices");
