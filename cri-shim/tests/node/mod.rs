@@ -431,8 +431,9 @@ fn kill_and_remove(cgroup: &Path) {
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
         }
     }
-    // The dying are in it for a moment more.
-    for _ in 0..10_000 {
+    // The dying are in it for a moment more, on a busy machine for some.
+    let patience = std::time::Instant::now() + std::time::Duration::from_secs(3);
+    while std::time::Instant::now() < patience {
         match fs::remove_dir(cgroup) {
             Err(e) if e.raw_os_error() == Some(nix::libc::EBUSY) => std::thread::yield_now(),
             _ => break,
