@@ -138,27 +138,8 @@ impl Client {
     }
 
     async fn sandbox(&mut self, name: &str) -> anyhow::Result<(String, PodSandboxConfig)> {
-        let options =
-            NamespaceOption { pid: NamespaceMode::Container as i32, ..Default::default() };
-        let config = PodSandboxConfig {
-            metadata: Some(PodSandboxMetadata {
-                name: name.into(),
-                namespace: "default".into(),
-                uid: name.into(),
-                attempt: 0,
-            }),
-            hostname: name.into(),
-            log_directory: self.logs.join(name).display().to_string(),
-            linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: format!("{}/{name}", self.cgroup),
-                security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(options),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
+        let cgroup = format!("{}/{name}", self.cgroup);
+        let config = node::networked_config(name, &self.logs.join(name), cgroup);
         let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
         let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
         Ok((id, config))

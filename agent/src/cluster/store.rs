@@ -318,9 +318,10 @@ impl Store {
         state.file = end;
         for ((key, json), place) in pending.iter().zip(places) {
             let Some(json) = json else { continue };
-            let same = state.held.get(key).is_some_and(|h| h.sum == sum(json) && h.place.is_none());
+            let sum = sum(json);
+            let same = state.held.get(key).is_some_and(|h| h.sum == sum && h.place.is_none());
             if same && !state.pending.contains_key(key) {
-                state.hold(key, sum(json), Some(place));
+                state.hold(key, sum, Some(place));
             }
         }
     }

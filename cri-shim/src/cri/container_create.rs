@@ -92,13 +92,13 @@ impl Shim {
         record.cgroup = cgroup_path::container(&parent, id, self.config.cgroup_driver);
         record.log_path = log_path(&sandbox.config.log_directory, &config.log_path);
 
-        let base = self.base_spec(&sandbox.record().runtime_handler)?;
+        let handler = sandbox.record().runtime_handler.clone();
         let (this, directory, written) = (self.clone(), self.layout.container(id), record.clone());
         let (owned, given) = (id.to_owned(), config.clone());
         blocking(move || {
             // Again when it is started: both may change until then.
             this.cdi_edits(&given)?;
-            this.apparmor_profile(&given, base.as_ref())?;
+            this.apparmor_profile(&given, this.base_spec(&handler)?.as_ref())?;
             mount_sources::prepare(&given.mounts)?;
             std::fs::create_dir_all(&directory)
                 .map_err(|e| internal("making the container's directory", e))?;

@@ -37,9 +37,7 @@ impl Shim {
         let text = fs::read(path).map_err(|e| failed(&e))?;
         serde_json::from_slice(&text).map(Some).map_err(|e| failed(&e))
     }
-}
 
-impl Shim {
     /// The AppArmor profile that a container enters, loaded. A handler's base spec names the default
     /// of its containers.
     pub(super) fn apparmor_profile(

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDeviceType, Mount, PosixRlimitType, Spec};
 
+use super::tests::{host, image, inputs, secured};
 use super::*;
 use crate::api::{self, MountPropagation};
 
@@ -13,21 +14,11 @@ fn check_alone(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecErr
     check(config, &api::NamespaceOption::default(), host)
 }
 
-fn host() -> Host {
-    Host {
-        max_open_files: 1 << 20,
-        capabilities: u64::MAX,
-        recursive_read_only: true,
-        ..Host::default()
-    }
-}
-
 fn planned(
     config: &api::ContainerConfig,
     host: &Host,
     base: Option<&Spec>,
 ) -> Result<Spec, SpecError> {
-    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
     let pod = Pod {
         id: "s1".into(),
         metadata: api::PodSandboxMetadata {
@@ -39,30 +30,7 @@ fn planned(
         shm: "/run/shm".into(),
         ..Pod::default()
     };
-    plan_spec(&Inputs {
-        config,
-        image: &image,
-        pod: &pod,
-        host,
-        rootfs: PathBuf::from("/rootfs"),
-        cgroup: PathBuf::from("/kubepods/pod1/c1"),
-        image_volumes: PathBuf::from("/images"),
-        base,
-        localhost_seccomp: None,
-        apparmor: None,
-        labels: None,
-        devices: Vec::new(),
-    })
-}
-
-fn secured(security: api::LinuxContainerSecurityContext) -> api::ContainerConfig {
-    api::ContainerConfig {
-        linux: Some(api::LinuxContainerConfig {
-            security_context: Some(security),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
+    plan_spec(&Inputs { base, ..inputs(config, &image(), &pod, host) })
 }
 
 fn at<'a>(spec: &'a Spec, path: &str) -> Option<&'a Mount> {
@@ -292,24 +260,16 @@ fn a_privileged_container_keeps_its_freedom_over_a_base_spec() {
 
 #[test]
 fn labels_are_in_the_spec_and_a_privileged_containers_processes_have_none() {
-    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
+    let image = image();
     let label = selinux::Label::parse("u:r:container_t:s0:c1,c2").unwrap();
     for privileged in [false, true] {
         let config =
             secured(api::LinuxContainerSecurityContext { privileged, ..Default::default() });
         let spec = plan_spec(&Inputs {
-            config: &config,
-            image: &image,
-            pod: &Pod::default(),
-            host: &host(),
-            rootfs: PathBuf::from("/rootfs"),
             cgroup: PathBuf::from("/c1"),
-            image_volumes: PathBuf::from("/images"),
-            base: None,
-            localhost_seccomp: None,
             apparmor: Some("strict".into()),
             labels: Some(selinux::Labels::of_process(label.clone(), None)),
-            devices: Vec::new(),
+            ..inputs(&config, &image, &Pod::default(), &host())
         })
         .unwrap();
         let process = spec.process().clone().unwrap();

@@ -11,7 +11,7 @@ use super::*;
 use crate::api::{self, MountPropagation};
 use crate::config::CgroupDriver;
 
-fn host() -> Host {
+pub(super) fn host() -> Host {
     Host {
         max_open_files: 1 << 20,
         capabilities: u64::MAX,
@@ -21,10 +21,23 @@ fn host() -> Host {
 }
 
 fn spec_of(config: &api::ContainerConfig, pod: &Pod, host: &Host) -> Result<Spec, SpecError> {
-    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
-    plan_spec(&Inputs {
+    plan_spec(&inputs(config, &image(), pod, host))
+}
+
+pub(super) fn image() -> ImageDefaults {
+    ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() }
+}
+
+/// With nothing that the node adds.
+pub(super) fn inputs<'a>(
+    config: &'a api::ContainerConfig,
+    image: &'a ImageDefaults,
+    pod: &'a Pod,
+    host: &'a Host,
+) -> Inputs<'a> {
+    Inputs {
         config,
-        image: &image,
+        image,
         pod,
         host,
         rootfs: PathBuf::from("/rootfs"),
@@ -35,10 +48,10 @@ fn spec_of(config: &api::ContainerConfig, pod: &Pod, host: &Host) -> Result<Spec
         apparmor: None,
         labels: None,
         devices: Vec::new(),
-    })
+    }
 }
 
-fn secured(security: api::LinuxContainerSecurityContext) -> api::ContainerConfig {
+pub(super) fn secured(security: api::LinuxContainerSecurityContext) -> api::ContainerConfig {
     api::ContainerConfig {
         linux: Some(api::LinuxContainerConfig {
             security_context: Some(security),
@@ -442,20 +455,10 @@ fn a_pod_with_users_of_its_own() {
         gid: 0,
         access: "rw".into(),
     };
-    let image = ImageDefaults { cmd: vec!["/app".into()], ..ImageDefaults::default() };
     let spec = plan_spec(&Inputs {
-        config: &config,
-        image: &image,
-        pod: &pod,
-        host: &host(),
-        rootfs: PathBuf::from("/rootfs"),
         cgroup: PathBuf::from("/c1"),
-        localhost_seccomp: None,
-        apparmor: None,
-        labels: None,
         devices: vec![device],
-        image_volumes: PathBuf::from("/images"),
-        base: None,
+        ..inputs(&config, &image(), &pod, &host())
     })
     .unwrap();
     let linux = spec.linux().clone().unwrap();

@@ -219,27 +219,7 @@ impl Node {
 
     /// A sandbox with a network of its own.
     pub async fn networked(&mut self, name: &str) -> anyhow::Result<(String, PodSandboxConfig)> {
-        let options =
-            NamespaceOption { pid: NamespaceMode::Container as i32, ..Default::default() };
-        let config = PodSandboxConfig {
-            metadata: Some(PodSandboxMetadata {
-                name: name.into(),
-                namespace: "default".into(),
-                uid: name.into(),
-                attempt: 0,
-            }),
-            hostname: name.into(),
-            log_directory: self.root.path().join("logs").display().to_string(),
-            linux: Some(LinuxPodSandboxConfig {
-                cgroup_parent: self.cgroup(),
-                security_context: Some(LinuxSandboxSecurityContext {
-                    namespace_options: Some(options),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        };
+        let config = networked_config(name, &self.root.path().join("logs"), self.cgroup());
         let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
         let id = self.runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
         Ok((id, config))
@@ -396,6 +376,30 @@ impl Node {
     pub fn mounts(&self) -> String {
         let path = format!("/proc/{}/mountinfo", self.namespace.id());
         fs::read_to_string(path).unwrap_or_default()
+    }
+}
+
+/// A pod with a network of its own.
+pub fn networked_config(name: &str, logs: &Path, cgroup_parent: String) -> PodSandboxConfig {
+    let options = NamespaceOption { pid: NamespaceMode::Container as i32, ..Default::default() };
+    PodSandboxConfig {
+        metadata: Some(PodSandboxMetadata {
+            name: name.into(),
+            namespace: "default".into(),
+            uid: name.into(),
+            attempt: 0,
+        }),
+        hostname: name.into(),
+        log_directory: logs.display().to_string(),
+        linux: Some(LinuxPodSandboxConfig {
+            cgroup_parent,
+            security_context: Some(LinuxSandboxSecurityContext {
+                namespace_options: Some(options),
+                ..Default::default()
+            }),
+            ..Default::default()
+        }),
+        ..Default::default()
     }
 }
 
