@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use super::{
     ImageReference,
     blob::{Expected, unpack_blob},
-    manifest, pull, registry,
+    lower, manifest, pull, registry,
     tar_stream::TarStream,
     unpack::{Limits, UnpackError, unpack},
 };
@@ -15,7 +15,7 @@ const LIMITS: Limits = Limits { bytes: 1 << 20, entries: 200 };
 /// Runs `work` on a folder, and sees that nothing beside it changed.
 fn contained(work: impl FnOnce(&Path) -> Result<(), UnpackError>) {
     let outer = tempfile::tempdir_in("/dev/shm").expect("make a folder");
-    let layer = outer.path().join("a/layer");
+    let layer = outer.path().join("a/d");
     fs::create_dir_all(&layer).expect("make the layer's folder");
     fs::write(outer.path().join("victim"), "untouched").expect("write");
     match work(&layer) {
@@ -40,7 +40,10 @@ pub fn unpack_tar(data: &[u8]) {
             block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
     }
-    contained(|layer| unpack(&mut TarStream::new(data.as_slice()), layer, LIMITS).map(|_| ()));
+    contained(|layer| {
+        let unpacked = unpack(&mut TarStream::new(data.as_slice()), layer, LIMITS)?;
+        lower::complete(layer.parent().expect("the work folder"), &unpacked, &[])
+    });
 }
 
 /// A layer as it comes: compressed or not, with digests that do not matter here.

@@ -125,7 +125,8 @@ impl ImageStore {
                     unpacked
                 })
             };
-            let layers = self.ensure_layers(&work, &plans, unpack, |_, _| {}).await?;
+            let layers =
+                self.ensure_layers(&archive.name, &work, &plans, unpack, |_, _| {}).await?;
             let names =
                 if image.names.is_empty() { vec![Names::default()] } else { image.names.clone() };
             if let Some(id) = self.commit(image.config.clone(), layers, names, true).await? {
@@ -193,6 +194,10 @@ impl Archive {
             let path = plain(&String::from_utf8_lossy(&member.path));
             let link = String::from_utf8_lossy(&member.link).into_owned();
             match member.kind {
+                // Only some writer's files within layers have holes; here their place would be wrong.
+                Kind::File if member.sparse.is_some() => {
+                    return Err(self.corrupt("archive", format!("{path} has holes")));
+                }
                 Kind::File => {
                     members.insert(path, (tar.position(), member.size));
                 }

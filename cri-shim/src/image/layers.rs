@@ -24,9 +24,10 @@ use super::{
     blob::{Expected, digest_of},
     index::{LayerRecord, Names},
     layout::{LayerMeta, write_whole},
+    lower::complete,
     progress::LayerState,
     steps::step,
-    unpack::{UnpackError, Unpacked, inherit},
+    unpack::{UnpackError, Unpacked},
     work::Work,
 };
 use crate::snapshot::remove_tree;
@@ -86,9 +87,10 @@ pub(crate) fn plan_layers(
 
 impl ImageStore {
     /// Makes sure that all `plans` are in place; `unpack` gets a layer's position and the folder
-    /// to unpack it into. `tell` hears of each layer's state.
+    /// to unpack it into. `tell` hears of each layer's state; errors name the image by `reference`.
     pub(crate) async fn ensure_layers<F, Fut>(
         &self,
+        reference: &str,
         work: &Work,
         plans: &[LayerPlan],
         unpack: F,
@@ -127,12 +129,15 @@ impl ImageStore {
                     let _ = remove_tree(&folder);
                     let unpacked = unpack(at, folder.join("d")).await?;
                     drop(slot);
-                    if unpacked.implicit.is_empty() {
-                        self.place(&expected.diff_id, &[], folder, unpacked).await?
+                    let key = if unpacked.stands_alone() {
+                        &expected.diff_id
                     } else {
                         drop(held);
-                        self.place(chain_id, &below(at).await, folder, unpacked).await?
-                    }
+                        let (at, below) = (folder.clone(), below(at).await);
+                        self.complete(reference, &expected.diff_id, at, &unpacked, &below).await?;
+                        chain_id
+                    };
+                    self.place(key, folder, unpacked).await?
                 }
             };
             tell(at, LayerState::Done);
@@ -166,16 +171,34 @@ impl ImageStore {
         .await
     }
 
+    /// Completes a layer in its work folder with what it needs of those below.
+    async fn complete(
+        &self,
+        reference: &str,
+        diff_id: &str,
+        folder: PathBuf,
+        unpacked: &Unpacked,
+        below: &[String],
+    ) -> Result<(), ImageError> {
+        let layout = &self.shared.layout;
+        let below: Vec<_> = below.iter().rev().map(|key| layout.layer_files(key)).collect();
+        let (reference, object) = (reference.to_owned(), format!("layer {diff_id}"));
+        let unpacked = unpacked.clone();
+        blocking(move || {
+            complete(&folder, &unpacked, &below)
+                .map_err(|error| unpack_error(&reference, &object, error))
+        })
+        .await
+    }
+
     /// Moves an unpacked layer to its place.
     async fn place(
         &self,
         key: &str,
-        below: &[String],
         folder: PathBuf,
         unpacked: Unpacked,
     ) -> Result<LayerMeta, ImageError> {
         let layout = self.shared.layout.clone();
-        let lower: Vec<_> = below.iter().rev().map(|key| layout.layer_files(key)).collect();
         let meta = LayerMeta {
             version: 1,
             key: key.to_owned(),
@@ -184,11 +207,6 @@ impl ImageStore {
             boot: boot_id(),
         };
         blocking(move || {
-            let files = folder.join("d");
-            for path in &unpacked.implicit {
-                inherit(&files, path, &lower)
-                    .map_err(ImageError::io("set owner and mode of", files.join(path)))?;
-            }
             step("layer unpacked");
             let record = folder.join("layer.json");
             let text = serde_json::to_vec(&meta)

@@ -15,6 +15,7 @@ mod import;
 mod index;
 mod layers;
 pub(crate) mod layout;
+mod lower;
 mod manifest;
 mod progress;
 mod pull;

@@ -118,7 +118,8 @@ impl ImageStore {
                 }
             };
             let tell = |at: usize, state| progress[at].set(state);
-            let layers = self.ensure_layers(&work, &plans, fetch, tell).await?;
+            let layers =
+                self.ensure_layers(&reference.to_string(), &work, &plans, fetch, tell).await?;
             let committed =
                 self.commit(resolved.config.clone(), layers, names.clone(), false).await?;
             if let Some(id) = committed {

@@ -2,12 +2,16 @@
 //!
 //! The `tar` crate reads headers' extensions (long names, PAX records) whole, however long they
 //! claim to be; a layer comes from anywhere, so here each extension has a limit. Formats: ustar,
-//! GNU long names and base-256 numbers, PAX (POSIX.1-2001 pax, "Extended Header").
+//! GNU long names and base-256 numbers, PAX (POSIX.1-2001 pax, "Extended Header"), GNU's sparse files.
 
 use std::{
     io::{self, Read},
     ops::Range,
 };
+
+mod sparse;
+pub(crate) use sparse::SparseMap;
+use sparse::SparseRecords;
 
 /// The most the extension headers before one member may hold; Go's writer stays far below.
 const MAX_EXTENSION: u64 = 1 << 20;
@@ -36,7 +40,10 @@ pub(crate) struct Member {
     pub(crate) gid: u32,
     /// Seconds and nanoseconds.
     pub(crate) mtime: (i64, u32),
+    /// Bytes of data in the stream: of a file with holes, those of its pieces.
     pub(crate) size: u64,
+    /// Where the data belongs, if the file has holes.
+    pub(crate) sparse: Option<SparseMap>,
     pub(crate) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
@@ -71,6 +78,7 @@ struct Extensions {
     gid: Option<u32>,
     mtime: Option<(i64, u32)>,
     xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    sparse: SparseRecords,
 }
 
 impl<R: Read> TarStream<R> {
@@ -113,7 +121,11 @@ impl<R: Read> TarStream<R> {
                 // Global records name the commit of a `git archive`; nothing that layers use.
                 b'g' => drop(self.extension(size)?),
                 flag => {
-                    let member = member(&header, flag, size, extensions)?;
+                    let records = std::mem::take(&mut extensions.sparse);
+                    let mut member = member(&header, flag, size, extensions)?;
+                    if member.kind == Kind::File {
+                        self.read_sparse(&header, records, &mut member)?;
+                    }
                     if !matches!(member.kind, Kind::File) {
                         // Only files have data; some writers note a size for hard links all the same.
                         if member.kind != Kind::HardLink && size > 0 {
@@ -248,7 +260,7 @@ fn member(
     let kind = match flag {
         // Old archives mark folders by a slash alone.
         b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
-        b'0' | 0 | b'7' => Kind::File,
+        b'0' | 0 | b'7' | b'S' => Kind::File,
         b'1' => Kind::HardLink,
         b'2' => Kind::Symlink,
         b'3' | b'4' => Kind::Device,
@@ -283,6 +295,7 @@ fn member(
         gid: extensions.gid.map_or_else(|| id(GID), Ok)?,
         mtime,
         size,
+        sparse: None,
         xattrs: extensions.xattrs,
     })
 }
@@ -318,8 +331,8 @@ fn read_pax(mut records: &[u8], into: &mut Extensions) -> Result<(), TarError> {
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     into.xattrs.push((name.to_vec(), value.to_vec()));
-                } else if key.starts_with(b"GNU.sparse.") {
-                    return Err(TarError::Format("sparse files are not supported".to_owned()));
+                } else if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    into.sparse.read(key, value).ok_or_else(bad)?;
                 }
             }
         }
@@ -349,7 +362,7 @@ fn time(text: &str) -> Option<(i64, u32)> {
 mod tests {
     use super::*;
 
-    fn all(bytes: &[u8]) -> Result<Vec<(Member, Vec<u8>)>, TarError> {
+    pub(super) fn all(bytes: &[u8]) -> Result<Vec<(Member, Vec<u8>)>, TarError> {
         let mut stream = TarStream::new(bytes);
         let mut members = Vec::new();
         while let Some(member) = stream.next()? {

@@ -7,7 +7,7 @@
 //! (image-spec layer.md "Whiteouts"; kernel overlayfs.rst "whiteouts and opaque directories").
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -53,6 +53,22 @@ pub(crate) struct Unpacked {
     /// Folders that members lie in but that the layer does not describe: they get their owner and
     /// mode from the layers below.
     pub(crate) implicit: Vec<PathBuf>,
+    /// Hard links to files that are not in the layer, so must be in one below.
+    pub(crate) links: Vec<LowerLink>,
+}
+
+impl Unpacked {
+    /// Whether the layer's files follow from its own archive alone.
+    pub(crate) fn stands_alone(&self) -> bool {
+        self.implicit.is_empty() && self.links.is_empty()
+    }
+}
+
+/// A hard link that [`super::lower::complete`] makes when the layers below are in place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LowerLink {
+    pub(crate) path: PathBuf,
+    pub(crate) target: PathBuf,
 }
 
 /// Why a layer can't be unpacked.
@@ -200,19 +216,26 @@ impl Layer {
                 let (Some(from), Some(file)) = (target.parent(), target.file_name()) else {
                     return Err(bad(path, "a hard link to the root"));
                 };
-                let missing =
-                    || bad(path, &format!("a hard link to {}, not in the layer", target.display()));
-                let from = self.open_below(from).map_err(|errno| match errno {
-                    Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => missing(),
-                    errno => disk("open", &target)(errno),
-                })?;
-                linkat(&from, file, parent, name, AtFlags::empty()).map_err(
-                    |errno| match errno {
-                        Errno::ENOENT => missing(),
-                        Errno::EPERM => bad(path, "a hard link to a folder"),
-                        errno => disk("create hard link", path)(errno),
-                    },
-                )?;
+                let linked =
+                    self.open_below(from).and_then(|from| match stat(&from, Path::new(file))? {
+                        Some(there) if !is_whiteout(&there) => {
+                            linkat(&from, file, parent, name, AtFlags::empty())
+                        }
+                        _ => Err(Errno::ENOENT),
+                    });
+                match linked {
+                    Ok(()) => {}
+                    Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
+                        // A whiteout keeps the place, which later members may still take.
+                        mknodat(parent, name, SFlag::S_IFCHR, Mode::empty(), 0)
+                            .map_err(disk("keep the place of", path))?;
+                        self.count_name(path)?;
+                        self.count_name(&target)?;
+                        self.done.links.push(LowerLink { path: path.to_owned(), target });
+                    }
+                    Err(Errno::EPERM) => return Err(bad(path, "a hard link to a folder")),
+                    Err(errno) => return Err(disk("create hard link", path)(errno)),
+                }
             }
             Kind::Fifo => {
                 mknodat(parent, name, SFlag::S_IFIFO, mode(member.mode), 0)
@@ -244,18 +267,36 @@ impl Layer {
         let file = openat(parent, name, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map_err(disk("create", path))?;
         let mut file = std::fs::File::from(file);
+        match &member.sparse {
+            None => self.copy(data, &mut file, path)?,
+            Some(map) => {
+                for (offset, length) in &map.pieces {
+                    file.seek(SeekFrom::Start(*offset)).map_err(io_disk("seek in", path))?;
+                    self.copy(&mut data.take(*length), &mut file, path)?;
+                }
+                file.set_len(map.size).map_err(io_disk("set size of", path))?;
+            }
+        }
+        self.describe(file.as_fd(), path, member)?;
+        let time = timespec(member.mtime);
+        futimens(&file, &time, &time).map_err(disk("set time of", path))
+    }
+
+    fn copy(
+        &mut self,
+        data: &mut impl Read,
+        file: &mut std::fs::File,
+        path: &Path,
+    ) -> Result<(), UnpackError> {
         loop {
             let read = match data.read(&mut self.buffer) {
-                Ok(0) => break,
+                Ok(0) => return Ok(()),
                 Ok(read) => read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(UnpackError::Source(error)),
             };
             file.write_all(&self.buffer[..read]).map_err(io_disk("write", path))?;
         }
-        self.describe(file.as_fd(), path, member)?;
-        let time = timespec(member.mtime);
-        futimens(&file, &time, &time).map_err(disk("set time of", path))
     }
 
     /// Owner, mode and extended attributes of an open file or folder. The owner comes first: a
@@ -432,40 +473,12 @@ impl Layer {
     }
 }
 
-/// Gives `path` in `layer` the owner, mode and times it has in the nearest of `below` (nearest
-/// first) that has it.
-pub(crate) fn inherit(layer: &Path, path: &Path, below: &[PathBuf]) -> io::Result<()> {
-    let how = || {
-        OpenHow::new()
-            .flags(OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS)
-    };
-    let open_root = |path: &Path| open(path, OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty());
-    for lower in below {
-        let found = match openat2(open_root(lower)?, path, how()) {
-            Ok(found) => found,
-            Err(Errno::ENOENT) => continue,
-            // Something else has the name there; it ends the search as it would hide lower ones.
-            Err(_) => return Ok(()),
-        };
-        let stat = nix::sys::stat::fstat(&found)?;
-        let own = openat2(open_root(layer)?, path, how())?;
-        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-        nix::unistd::fchown(&own, Some(uid), Some(gid))?;
-        fchmod(&own, mode(stat.st_mode & 0o7777))?;
-        let time = timespec((stat.st_mtime, u32::try_from(stat.st_mtime_nsec).unwrap_or(0)));
-        futimens(&own, &time, &time)?;
-        return Ok(());
-    }
-    Ok(())
-}
-
 enum Replaced {
     Nothing,
     Other,
 }
 
-fn in_root(flags: OFlag) -> OpenHow {
+pub(super) fn in_root(flags: OFlag) -> OpenHow {
     OpenHow::new()
         .flags(flags | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS)
@@ -490,7 +503,7 @@ fn clean(path: &[u8]) -> Result<PathBuf, UnpackError> {
     Ok(clean)
 }
 
-fn stat(parent: &OwnedFd, name: &Path) -> Result<Option<FileStat>, Errno> {
+pub(super) fn stat(parent: &OwnedFd, name: &Path) -> Result<Option<FileStat>, Errno> {
     match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(Errno::ENOENT) => Ok(None),
@@ -509,7 +522,7 @@ fn format_of(stat: &FileStat) -> u32 {
     stat.st_mode & libc::S_IFMT
 }
 
-fn is_folder(stat: &FileStat) -> bool {
+pub(super) fn is_folder(stat: &FileStat) -> bool {
     format_of(stat) == libc::S_IFDIR
 }
 
@@ -517,24 +530,24 @@ fn is_file(stat: &FileStat) -> bool {
     format_of(stat) == libc::S_IFREG
 }
 
-fn is_whiteout(stat: &FileStat) -> bool {
+pub(super) fn is_whiteout(stat: &FileStat) -> bool {
     format_of(stat) == libc::S_IFCHR && stat.st_rdev == 0
 }
 
-fn mode(bits: u32) -> Mode {
+pub(super) fn mode(bits: u32) -> Mode {
     Mode::from_bits_truncate(bits)
 }
 
-fn timespec((seconds, nanos): (i64, u32)) -> TimeSpec {
+pub(super) fn timespec((seconds, nanos): (i64, u32)) -> TimeSpec {
     TimeSpec::new(seconds, i64::from(nanos))
 }
 
-fn bad(path: &Path, what: &str) -> UnpackError {
+pub(super) fn bad(path: &Path, what: &str) -> UnpackError {
     UnpackError::Archive(format!("{}: {what}", path.display()))
 }
 
 /// Errors that the archive's content causes are its fault, not the disk's.
-fn disk(operation: &'static str, path: &Path) -> impl FnOnce(Errno) -> UnpackError {
+pub(super) fn disk(operation: &'static str, path: &Path) -> impl FnOnce(Errno) -> UnpackError {
     let path = path.to_owned();
     move |errno| match errno {
         Errno::ENAMETOOLONG | Errno::ELOOP | Errno::ENOTDIR | Errno::EXDEV => {
@@ -544,10 +557,19 @@ fn disk(operation: &'static str, path: &Path) -> impl FnOnce(Errno) -> UnpackErr
     }
 }
 
-fn io_disk(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> UnpackError {
+pub(super) fn io_disk(
+    operation: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> UnpackError {
     let path = path.to_owned();
-    move |source| UnpackError::Disk { operation, path, source }
+    move |source| match source.raw_os_error() {
+        // Larger than the filesystem lets any file be: a hole may claim any size.
+        Some(libc::EFBIG) => {
+            UnpackError::Archive(format!("{operation} {}: {source}", path.display()))
+        }
+        _ => UnpackError::Disk { operation, path, source },
+    }
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

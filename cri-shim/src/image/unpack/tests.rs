@@ -5,7 +5,7 @@ use std::{
 
 use tar::EntryType;
 
-use super::*;
+use super::{super::lower::complete, *};
 
 const LIMITS: Limits = Limits { bytes: 1 << 20, entries: 1000 };
 
@@ -38,23 +38,34 @@ fn archive(members: &[(EntryType, &str, &str)]) -> Vec<u8> {
 }
 
 /// A layer folder inside a folder that nothing may be written to.
-struct Place {
+pub(in crate::image) struct Place {
     outer: tempfile::TempDir,
-    layer: PathBuf,
+    pub(in crate::image) layer: PathBuf,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(in crate::image) fn new() -> Self {
         let outer = tempfile::tempdir().unwrap();
         fs::write(outer.path().join("victim"), "untouched").unwrap();
-        let layer = outer.path().join("a/layer");
+        let layer = outer.path().join("a/d");
         fs::create_dir_all(&layer).unwrap();
         Self { outer, layer }
     }
 
     fn unpack(&self, members: &[(EntryType, &str, &str)]) -> Result<Unpacked, UnpackError> {
+        self.unpack_over(members, &[])
+    }
+
+    /// Unpacks and completes with the layers `below`, the nearest first.
+    pub(in crate::image) fn unpack_over(
+        &self,
+        members: &[(EntryType, &str, &str)],
+        below: &[&Place],
+    ) -> Result<Unpacked, UnpackError> {
         let bytes = archive(members);
-        let result = unpack(&mut TarStream::new(bytes.as_slice()), &self.layer, LIMITS);
+        let below: Vec<_> = below.iter().map(|place| place.layer.clone()).collect();
+        let result = unpack(&mut TarStream::new(bytes.as_slice()), &self.layer, LIMITS)
+            .and_then(|done| complete(&self.outer.path().join("a"), &done, &below).map(|()| done));
         let names: Vec<_> =
             fs::read_dir(self.outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "something was written outside: {names:?}");
@@ -64,7 +75,7 @@ impl Place {
         result
     }
 
-    fn meta(&self, path: &str) -> fs::Metadata {
+    pub(in crate::image) fn meta(&self, path: &str) -> fs::Metadata {
         fs::symlink_metadata(self.layer.join(path)).unwrap()
     }
 }
@@ -247,15 +258,57 @@ fn floods_are_bounded() {
 }
 
 #[test]
-fn implicit_folders_inherit_from_the_layer_below() {
-    let (lower, upper) = (Place::new(), Place::new());
-    lower.unpack(&[(Dir, "var", ""), (Dir, "var/mail", "")]).unwrap();
-    let done = upper.unpack(&[(File, "var/mail/me", "x")]).unwrap();
-    for path in &done.implicit {
-        inherit(&upper.layer, path, std::slice::from_ref(&lower.layer)).unwrap();
+fn holes_are_read_as_gnu_tar_writes_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = fs::File::create(folder.path().join("sparse")).unwrap();
+    // More pieces than a header has room for.
+    for piece in 0..60 {
+        std::os::unix::fs::FileExt::write_all_at(&file, b"data", piece * (1 << 20)).unwrap();
     }
-    let mail = upper.meta("var/mail");
-    assert_eq!((mail.mode() & 0o777, mail.uid(), mail.mtime()), (0o750, 1000, 1_000_000));
+    file.set_len(100 << 20).unwrap();
+    let content = fs::read(folder.path().join("sparse")).unwrap();
+    for format in ["gnu", "0.0", "0.1", "1.0"] {
+        let version = match format {
+            "gnu" => "--format=gnu".to_owned(),
+            version => format!("--sparse-version={version}"),
+        };
+        let mut tar = std::process::Command::new("tar");
+        tar.args(["-c", "--sparse", &version, "sparse"]).current_dir(folder.path());
+        if format != "gnu" {
+            tar.arg("--format=pax");
+        }
+        let bytes = tar.output().unwrap().stdout;
+        let place = Place::new();
+        unpack(&mut TarStream::new(bytes.as_slice()), &place.layer, LIMITS).unwrap();
+        assert!(fs::read(place.layer.join("sparse")).unwrap() == content, "{format}");
+        assert!(place.meta("sparse").blocks() < 60 * 8 + 64, "{format}");
+    }
+}
+
+#[test]
+fn holes_are_left_out() {
+    let place = Place::new();
+    let mut builder = tar::Builder::new(Vec::new());
+    let records: [(&str, &[u8]); 2] =
+        [("GNU.sparse.size", b"300000000000"), ("GNU.sparse.map", b"0,3,5000,2,299999999999,1")];
+    builder.append_pax_extensions(records).unwrap();
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(0o600);
+    header.set_size(6);
+    builder.append_data(&mut header, "lastlog", &b"abcdez"[..]).unwrap();
+    let bytes = builder.into_inner().unwrap();
+    let done = unpack(&mut TarStream::new(bytes.as_slice()), &place.layer, LIMITS).unwrap();
+    let meta = place.meta("lastlog");
+    assert_eq!((done.bytes, meta.len()), (6, 300_000_000_000));
+    assert!(meta.blocks() < 100, "{} blocks", meta.blocks());
+    let file = fs::File::open(place.layer.join("lastlog")).unwrap();
+    let read = |at, length| {
+        let mut bytes = vec![0; length];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, at).unwrap();
+        bytes
+    };
+    assert_eq!((read(0, 5), read(4999, 4)), (b"abc\0\0".to_vec(), b"\0de\0".to_vec()));
+    assert_eq!(read(299_999_999_998, 2), b"\0z");
 }
 
 #[test]
