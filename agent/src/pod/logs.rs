@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::Pod;
 
-use super::observed::Container;
+use super::observed::{Container, ContainerId};
 use crate::ids::NamespacedName;
 use crate::node_context::NodeContext;
 
@@ -61,8 +61,19 @@ pub(crate) async fn link_log(
 
 /// Removes the log of one dead instance, its rotations and its link.
 pub(crate) async fn remove_container_logs(node: &NodeContext, pod: &Pod, instance: &Container) {
-    let dir = node.pod_log_dir(pod).join(&*instance.name);
-    let stem = format!("{}.log", instance.attempt);
+    remove_instance_logs(node, pod, &instance.name, instance.attempt, &instance.id).await;
+}
+
+/// As [`remove_container_logs`], of the instance number `attempt`.
+pub(crate) async fn remove_instance_logs(
+    node: &NodeContext,
+    pod: &Pod,
+    name: &str,
+    attempt: u32,
+    id: &ContainerId,
+) {
+    let dir = node.pod_log_dir(pod).join(name);
+    let stem = format!("{attempt}.log");
     if let Ok(mut entries) = tokio::fs::read_dir(&dir).await {
         while let Ok(Some(entry)) = entries.next_entry().await {
             let ours = entry.file_name().to_str().is_some_and(|name| {
@@ -73,7 +84,7 @@ pub(crate) async fn remove_container_logs(node: &NodeContext, pod: &Pod, instanc
             }
         }
     }
-    let link = link_path(node, pod, &instance.name, instance.id.as_str());
+    let link = link_path(node, pod, name, id.as_str());
     let _ = tokio::fs::remove_file(link).await;
 }
 

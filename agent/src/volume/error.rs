@@ -65,6 +65,21 @@ impl VolumeError {
         move |source| VolumeError::Io { operation, path, source }
     }
 
+    /// What the `FailedMount` Event says, in kubelet's words.
+    pub(crate) fn event(&self) -> String {
+        let failed = "MountVolume.SetUp failed";
+        match self {
+            Self::Invalid { volume, reason } => {
+                format!("{failed} for volume {volume:?} : {reason}")
+            }
+            Self::NotFound { volume, what } => {
+                format!("{failed} for volume {volume:?} : {what} not found")
+            }
+            Self::Object { volume, source } => format!("{failed} for volume {volume:?} : {source}"),
+            Self::Unsupported { .. } | Self::Io { .. } => format!("{failed}: {self}"),
+        }
+    }
+
     /// Whether trying again without any change to the pod may help.
     pub fn is_retryable(&self) -> bool {
         !matches!(self, Self::Unsupported { .. })

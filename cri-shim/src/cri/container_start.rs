@@ -81,7 +81,9 @@ impl Shim {
                 }
                 self.exited(container, exit);
                 point("start container: failure recorded");
-                Err(Status::internal(format!("starting container {}: {message}", container.id)))
+                tracing::warn!(container = container.id, message, "cannot start a container");
+                // Without its id, so that the Events of each further try count as one.
+                Err(Status::internal(format!("cannot start the container: {message}")))
             }
         }
     }

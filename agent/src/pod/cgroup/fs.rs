@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use cgroups_rs::fs::hierarchies::{V1, V2, is_cgroup2_unified_mode};
@@ -183,18 +184,23 @@ impl Inner {
         resources
     }
 
-    fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
-        let mut failure = None;
+    /// What is busy still is an error of its own, for which trying again helps.
+    fn remove(&self, uid: &PodUid) -> Result<Result<(), CgroupError>, CgroupError> {
+        let mut failure: Option<(bool, CgroupError)> = None;
         for qos in ["Guaranteed", "Burstable", "BestEffort"] {
             let folder = self.folder(&pod_path(qos, uid));
             for mount in &self.mounts {
                 if let Err(cause) = remove_tree(&mount.join(&folder)) {
                     // The others go all the same.
-                    failure = Some(CgroupError {
+                    let busy = cause.kind() == io::ErrorKind::ResourceBusy;
+                    let error = CgroupError {
                         operation: "remove",
                         path: mount.join(&folder).display().to_string(),
                         cause: cause.to_string(),
-                    });
+                    };
+                    if failure.as_ref().is_none_or(|(was_busy, _)| *was_busy) {
+                        failure = Some((busy, error));
+                    }
                 }
             }
         }
@@ -203,7 +209,11 @@ impl Inner {
         {
             self.set_shares(&["kubepods".to_owned(), "burstable".to_owned()], shares)?;
         }
-        failure.map_or(Ok(()), Err)
+        match failure {
+            Some((true, error)) => Ok(Err(error)),
+            Some((false, error)) => Err(error),
+            None => Ok(Ok(())),
+        }
     }
 
     fn list(&self) -> Vec<PodUid> {
@@ -255,6 +265,10 @@ impl std::fmt::Display for Chain<'_> {
     }
 }
 
+/// How long the last processes of a pod may take to be gone, as a large one does that was killed.
+const LEAVING: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 /// Removes a cgroup and those below it, the innermost first.
 fn remove_tree(path: &Path) -> io::Result<()> {
     let entries = match std::fs::read_dir(path) {
@@ -291,7 +305,7 @@ impl PodCgroups for KernelCgroups {
         qos: &str,
         limits: PodLimits,
     ) -> Result<String, CgroupError> {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         if qos == "Burstable" {
             self.0.count(uid, Some(limits.cpu_shares));
         }
@@ -305,7 +319,7 @@ impl PodCgroups for KernelCgroups {
     }
 
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         let mut stopped = Ok(());
         if let Some(slices) = &self.0.slices {
             for qos in self.0.classes_of(uid) {
@@ -314,8 +328,13 @@ impl PodCgroups for KernelCgroups {
                 stopped = stopped.and(slices.remove(uid, qos, shares).await);
             }
         }
-        let uid = uid.clone();
-        let removed = blocking(&self.0, move |inner| inner.remove(&uid)).await;
+        let removed = loop {
+            let uid = uid.clone();
+            match blocking(&self.0, move |inner| inner.remove(&uid)).await {
+                Ok(Err(_)) if began.elapsed() < LEAVING => tokio::time::sleep(LOOK_AGAIN).await,
+                done => break done.flatten(),
+            }
+        };
         METRICS.cgroup_operation("destroy", began.elapsed());
         removed.and(stopped)
     }
@@ -366,7 +385,14 @@ mod tests {
             assert_eq!(read(Controllers::Mem, "memory.limit_in_bytes"), (64 << 20).to_string());
             assert_eq!(read(Controllers::Pids, "pids.max"), "100");
         }
+        // Whoever is just leaving is waited for.
+        let mut last = std::process::Command::new("sleep").arg("0.2").spawn().unwrap();
+        let pod = cgroups.0.folder(&pod_path("Burstable", &uid));
+        let procs = cgroups.0.mounts[0].join(&pod).join("cgroup.procs");
+        std::fs::write(procs, last.id().to_string()).unwrap();
+        let reaped = std::thread::spawn(move || last.wait());
         cgroups.remove(&uid).await.unwrap();
+        reaped.join().unwrap().unwrap();
         cgroups.remove(&uid).await.unwrap();
         assert_eq!(cgroups.list().await.unwrap(), []);
         for mount in &cgroups.0.mounts {

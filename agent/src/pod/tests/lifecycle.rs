@@ -238,6 +238,28 @@ async fn an_agent_restart_restarts_nothing_and_flips_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn starts_given_up_by_two_kills_are_no_restart() {
+    let mut rig = Rig::new().await;
+    let pod = named("a", ONE);
+    let long = Duration::from_secs(3600);
+    rig.runtime.delay("StartContainer", long);
+    rig.set(&pod).await;
+    rig.until("starting", |r| r.runtime.calls().iter().any(|c| c.starts_with("StartContainer")))
+        .await;
+    // What the runtime had done of it when it was given up.
+    let log = rig.dir.path().join("logs/default_pod-a_a/c/0.log");
+    std::fs::write(&log, "").unwrap();
+    rig.runtime.delay("StartContainer", Duration::ZERO);
+    rig.runtime.delay("CreateContainer", long);
+    rig.restart(std::slice::from_ref(&pod)).await;
+    rig.until("taken away", |r| r.runtime.held().1 == 0).await;
+    rig.runtime.delay("CreateContainer", Duration::ZERO);
+    rig.restart(std::slice::from_ref(&pod)).await;
+    rig.until_ready("a").await;
+    assert_eq!(rig.container("a", "c").restart_count, 0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_no_source_names_is_ended() {
     let mut rig = Rig::new().await;
     rig.set(&named("a", ONE)).await;

@@ -9,6 +9,7 @@ use crate::pod::images::ImageFailure;
 use crate::pod::observed::{Container, ContainerId, Sandbox, SandboxId};
 use crate::pod::plan::Start;
 use crate::report::EventType;
+use crate::volume::VolumeError;
 
 /// Longest wait between tries of a pull, and of everything else, in seconds.
 const MAX_PULL_WAIT: i64 = 300;
@@ -25,7 +26,7 @@ pub(super) struct StartFailure {
 #[derive(Debug)]
 pub(super) enum Done {
     /// Volumes are in place, or not; with the number of earlier failures.
-    Volumes(u32, Result<(), String>),
+    Volumes(u32, Result<(), VolumeError>),
     /// A sandbox was made, or not; with the number of earlier failures.
     Sandbox(u32, Result<Box<Made>, String>),
     /// An image is there, or not; with the number of earlier failures.
@@ -59,17 +60,12 @@ impl Worker {
         }
     }
 
-    fn volumes_done(&mut self, count: u32, result: Result<(), String>) {
+    fn volumes_done(&mut self, count: u32, result: Result<(), VolumeError>) {
         self.facts.volumes = match result {
             Ok(()) => Step::Done,
-            Err(message) => {
-                self.deps.pod_event(
-                    &self.pod,
-                    EventType::Warning,
-                    "FailedMount",
-                    format!("MountVolume.SetUp failed: {message}"),
-                );
-                Step::Failed(self.failure("FailedMount", message, count, 1, 2 * MAX_WAIT))
+            Err(error) => {
+                self.deps.pod_event(&self.pod, EventType::Warning, "FailedMount", error.event());
+                Step::Failed(self.failure("FailedMount", error.to_string(), count, 1, 2 * MAX_WAIT))
             }
         };
     }

@@ -421,9 +421,7 @@ impl Worker {
         };
         self.facts.volumes = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        self.tasks.spawn(async move {
-            Done::Volumes(failed, deps.volumes.mount(&pod).await.map_err(|e| e.to_string()))
-        });
+        self.tasks.spawn(async move { Done::Volumes(failed, deps.volumes.mount(&pod).await) });
     }
 
     fn ensure_image(&mut self, name: &str) {

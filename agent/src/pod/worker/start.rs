@@ -18,7 +18,8 @@ use crate::pod::config::hosts::hosts_file;
 use crate::pod::deps::Deps;
 use crate::pod::facts::ReadyImage;
 use crate::pod::hooks::{HookPlace, run_hook};
-use crate::pod::logs::link_log;
+use crate::pod::logs::{link_log, remove_instance_logs};
+use crate::pod::observed::ContainerId;
 use crate::pod::plan::{Start, usable_sandbox};
 use crate::pod::spec::{find_container, host_network, spec_of};
 use crate::pod::userns::map_mounts;
@@ -159,11 +160,15 @@ impl Job {
 
     async fn create(&self) -> Result<String, StartFailure> {
         for leftover in &self.start.leftovers {
+            // A start that was given up may have begun a log, which would count as a restart once
+            // the container is gone. After the removal again, as it may have been under way.
+            self.remove_logs_of(leftover).await;
             self.deps
                 .runtime
                 .remove_container(leftover.as_str())
                 .await
                 .map_err(|e| failure("CreateContainerError", e))?;
+            self.remove_logs_of(leftover).await;
         }
         let env = self.environment().await?;
         let mut mounts = self
@@ -220,6 +225,11 @@ impl Job {
             .create_container(self.start.sandbox.as_str(), config, sandbox_config)
             .await
             .map_err(|e| failure("CreateContainerError", e.message))
+    }
+
+    async fn remove_logs_of(&self, leftover: &ContainerId) {
+        let Start { name, attempt, .. } = &self.start;
+        remove_instance_logs(&self.deps.node, &self.pod, name, *attempt, leftover).await;
     }
 
     /// Says which image on the node each image volume is.
