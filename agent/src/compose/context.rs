@@ -1,6 +1,6 @@
 //! Facts of the machine, and the plain data that each part is configured with.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use nix::net::if_::InterfaceFlags;
 
 use crate::cluster::ClusterConfig;
 use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
+use crate::node::{machine, object};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
 use crate::runtime::Runtime;
 use crate::user_ids::UserIds;
@@ -94,7 +95,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         apparmor: cri_shim::apparmor::enabled(),
         allowed_unsafe_sysctls: config.allowed_unsafe_sysctls.clone(),
         runtime_request_timeout: config.runtime_request_timeout,
-        ..NodeContext::new(config.node_name.clone(), node_ips(config))
+        ..NodeContext::new(config.node_name.clone(), node_ips(config, standalone))
     }
 }
 
@@ -204,21 +205,20 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
     }
 }
 
-/// `--node-ip`, else the addresses that the default routes use, else any of the machine's.
-pub(super) fn node_ips(config: &NodeConfig) -> Vec<IpAddr> {
-    if !config.node_ips.is_empty() {
-        return config.node_ips.clone();
-    }
-    // Nothing is sent: connecting a datagram socket only asks for the route.
-    let route = |any: IpAddr, to: IpAddr| -> Option<IpAddr> {
-        let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
-        socket.connect(SocketAddr::new(to, 9)).ok()?;
-        socket.local_addr().ok().map(|local| local.ip()).filter(|ip| !ip.is_loopback())
+/// The node's addresses as its pods are told them. In a cluster those of the node object, so that a
+/// pod's `hostIPs` say the same; alone, `--node-ip` or those of each family's default route. Else
+/// any of the machine's.
+fn node_ips(config: &NodeConfig, standalone: bool) -> Vec<IpAddr> {
+    let routes = machine::default_addresses();
+    let found = if !standalone {
+        let planned = object::plan_addresses(&cluster(config), &routes, &[]);
+        let internal = planned.iter().filter(|address| address.type_ == "InternalIP");
+        internal.filter_map(|address| address.address.parse().ok()).collect()
+    } else if config.node_ips.is_empty() {
+        routes
+    } else {
+        config.node_ips.clone()
     };
-    let v4 = route(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into());
-    let documentation = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
-    let v6 = route(Ipv6Addr::UNSPECIFIED.into(), documentation.into());
-    let found: Vec<IpAddr> = v4.into_iter().chain(v6).collect();
     if !found.is_empty() {
         return found;
     }
