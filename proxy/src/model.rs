@@ -197,14 +197,18 @@ impl Model {
     }
 
     fn put_service(&mut self, service: Service) {
-        let key = service.key.clone();
-        let before = self.services.get(&key).map(|known| &known.service);
+        let before = self.services.get(&service.key).map(|known| &known.service);
         if before == Some(&service) {
             return;
         }
         let had = before.map(wanted).unwrap_or_default();
         let (mut service, errors) = check(service);
         self.names.share(&mut service.key.namespace);
+        if let Some((known, _)) = self.slices_of.get_key_value(&service.key) {
+            service.key = known.clone();
+        }
+        let key = service.key.clone();
+        service.shrink();
         service.ports.iter_mut().for_each(|port| self.names.share(&mut port.name));
         let (refused, woken) = self.claims.replace(&key, had, wanted(&service));
         self.services.insert(key.clone(), Checked::new(service, errors, refused));
@@ -237,8 +241,16 @@ impl Model {
         let zones = slice.endpoints.iter_mut().flat_map(|endpoint| &mut endpoint.zones);
         zones.for_each(|zone| self.names.share(zone));
         slice.endpoints.shrink_to_fit();
-        let owner =
+        slice.ports.shrink_to_fit();
+        let mut owner =
             NamespacedName { namespace: slice.key.namespace.clone(), name: slice.service.clone() };
+        // One name for the Service, its slices and what is kept by it.
+        if let Some((known, _)) = self.services.get_key_value(&owner) {
+            owner = known.clone();
+        } else if let Some((known, _)) = self.slices_of.get_key_value(&owner) {
+            owner = known.clone();
+        }
+        slice.service = owner.name.clone();
         self.endpoints += slice.endpoints.len();
         let key = slice.key.clone();
         let triggered = slice.triggered.filter(|at| *at >= self.measured_since);
@@ -379,6 +391,7 @@ impl Model {
                 ports.push(plan_port(service, port, granted, &slices, &self.topology));
             }
         }
+        ports.shrink_to_fit();
         let plan = ServicePlan {
             ports,
             health_check_node_port: service.health_check_node_port,

@@ -139,6 +139,17 @@ pub struct Service {
     pub health_check_node_port: u16,
 }
 
+impl Service {
+    /// Gives back the room that lists have to spare; there are tens of thousands of Services.
+    pub(crate) fn shrink(&mut self) {
+        for ips in [&mut self.cluster_ips, &mut self.external_ips, &mut self.load_balancer_ips] {
+            ips.shrink_to_fit();
+        }
+        self.load_balancer_source_ranges.shrink_to_fit();
+        self.ports.shrink_to_fit();
+    }
+}
+
 /// One port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {

@@ -122,7 +122,8 @@ impl Ruleset {
                 .chain([(pool(Origin::NodePort), node_port)])
                 .find_map(|key| self.hints.get(&key).cloned())
         };
-        let ports = assign_slots(name, old, plan?, self.family(), &self.ids, new_ids, hint);
+        let mut ports = assign_slots(name, old, plan?, self.family(), &self.ids, new_ids, hint);
+        ports.shrink_to_fit();
         (!ports.is_empty()).then_some(ports)
     }
 
