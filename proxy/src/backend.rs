@@ -33,6 +33,8 @@ pub struct Outcome {
     pub written: usize,
     /// How long the kernel had each batch.
     pub batches: Vec<Duration>,
+    /// Chains and sets that nobody needs and that could not be deleted, by family (0 is IPv4).
+    pub cleanup_failures: [u64; 2],
     /// iptables rules there are and that were written, by family (0 is IPv4) and table.
     pub rules: Vec<(usize, &'static str, usize, usize)>,
 }

@@ -1,10 +1,10 @@
 //! What the proxy is told at start: the options of `KubeProxyConfiguration` that decide about
 //! packets, as plain data, so that the crate needs no YAML and no API client.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use crate::object::Cidr;
+use crate::object::{Cidr, NodeState};
 
 /// Which backend programs the kernel (`--proxy-mode`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -118,6 +118,8 @@ pub struct Config {
     pub mode: Mode,
     /// This node's name, for logs and reports.
     pub node_name: String,
+    /// The node's address of that family, whatever the Node object says (`bindAddress`).
+    pub bind_address: Option<IpAddr>,
     /// Masquerade all traffic to cluster IPs (`masqueradeAll`).
     pub masquerade_all: bool,
     /// CIDRs of the cluster's pods (`clusterCIDR`).
@@ -136,11 +138,22 @@ pub struct Config {
     pub healthz_bind: Option<SocketAddr>,
     /// Where `/metrics` and `/proxyMode` are served; `None` serves neither.
     pub metrics_bind: Option<SocketAddr>,
+    /// End if one of these two is taken, instead of trying again (`bindAddressHardFail`).
+    pub bind_hard_fail: bool,
+    /// `/debug/pprof` is asked for (`enableProfiling`).
+    pub profiling: bool,
+    /// `oom_score_adj` of this process, where it has nothing else to do.
+    pub oom_score_adj: Option<i32>,
     /// Connection tracking limits.
     pub conntrack: Conntrack,
     /// How often the kernel's rules are compared with the desired ones without a reason
     /// (`syncPeriod`): the slow safety net.
     pub sync_period: Duration,
+    /// Least time from the end of one change of the rules to the next (`minSyncPeriod`); zero lets
+    /// every change go at once. Repairs of what others changed do not wait.
+    pub min_sync_period: Duration,
+    /// A change may wait so long before the proxy is unhealthy.
+    pub health_timeout: Duration,
     /// Whether to set the sysctls that forwarding needs.
     pub set_sysctls: bool,
 }
@@ -150,6 +163,7 @@ impl Default for Config {
         Config {
             mode: Mode::Auto,
             node_name: String::new(),
+            bind_address: None,
             masquerade_all: false,
             cluster_cidrs: Vec::new(),
             detect_local: DetectLocal::default(),
@@ -159,8 +173,13 @@ impl Default for Config {
             masquerade_bit: 14,
             healthz_bind: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_bind: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
+            bind_hard_fail: false,
+            profiling: false,
+            oom_score_adj: None,
             conntrack: Conntrack::default(),
             sync_period: Duration::from_secs(300),
+            min_sync_period: Duration::ZERO,
+            health_timeout: Duration::from_secs(60),
             set_sysctls: true,
         }
     }
@@ -168,7 +187,7 @@ impl Default for Config {
 
 impl Config {
     /// How pods' traffic is told, given what is known of the node.
-    pub fn local_traffic(&self, node: &crate::object::NodeState) -> LocalTraffic {
+    pub fn local_traffic(&self, node: &NodeState) -> LocalTraffic {
         let cidrs = |cidrs: &[Cidr]| match cidrs {
             [] => LocalTraffic::Unknown,
             some => LocalTraffic::Cidrs(some.iter().map(|cidr| cidr.network()).collect()),
@@ -183,20 +202,96 @@ impl Config {
         }
     }
 
-    /// Where NodePorts are served: local addresses within these CIDRs; `None` is all of them.
-    pub fn node_port_cidrs(&self, node: &crate::object::NodeState) -> Option<Vec<Cidr>> {
+    /// The node as it is told, with the address that the configuration gives it.
+    pub fn own_node(&self, mut node: NodeState) -> NodeState {
+        if let Some(own) = self.bind_address {
+            node.addresses.retain(|address| address.is_ipv4() != own.is_ipv4());
+            node.addresses.insert(0, own);
+        }
+        node
+    }
+
+    /// Where NodePorts are served: local addresses within these CIDRs; `None` is all of them. As
+    /// with upstream, a family that no entry speaks of is served everywhere.
+    pub fn node_port_cidrs(&self, node: &NodeState) -> Option<Vec<Cidr>> {
         if self.node_port_addresses.is_empty() {
             return None;
         }
         let mut all = Vec::new();
+        let mut unknown = false;
         for entry in &self.node_port_addresses {
             match entry {
                 NodePortAddresses::Cidr(cidr) => all.push(cidr.network()),
-                NodePortAddresses::Primary => all.extend(node.addresses.iter().map(|address| {
-                    Cidr { address: *address, prefix_len: if address.is_ipv4() { 32 } else { 128 } }
-                })),
+                NodePortAddresses::Primary => {
+                    // Until the node's addresses are known there is nothing to serve at.
+                    unknown = node.addresses.is_empty();
+                    all.extend(node.primary_addresses().map(Cidr::whole));
+                }
+            }
+        }
+        for everything in [[0; 4].into(), [0; 16].into()] {
+            let everything = Cidr { address: everything, prefix_len: 0 };
+            if !unknown && !all.iter().any(|cidr| cidr.is_ipv4() == everything.is_ipv4()) {
+                all.push(everything);
             }
         }
         Some(all)
+    }
+
+    /// Whether NodePorts are served at 127.0.0.1, which needs a sysctl and a guard.
+    pub fn serves_loopback(&self) -> bool {
+        let loopback = Cidr { address: [127, 0, 0, 0].into(), prefix_len: 8 };
+        let mut ipv4 = self.node_port_addresses.iter().filter_map(|entry| match entry {
+            NodePortAddresses::Primary => Some(None),
+            NodePortAddresses::Cidr(cidr) => cidr.is_ipv4().then_some(Some(cidr)),
+        });
+        let Some(first) = ipv4.next() else { return self.localhost_node_ports };
+        let within =
+            |cidr: &Cidr| cidr.contains(loopback.address) || loopback.contains(cidr.address);
+        self.localhost_node_ports && std::iter::once(first).chain(ipv4).flatten().any(within)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn at(entries: &[&str], node: &[&str]) -> (Option<Vec<String>>, bool) {
+        let config = Config {
+            node_port_addresses: entries.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Config::default()
+        };
+        let addresses = node.iter().map(|text| text.parse().unwrap()).collect();
+        let node = NodeState { addresses, ..NodeState::default() };
+        let cidrs = config.node_port_cidrs(&node);
+        let cidrs = cidrs.map(|all| all.iter().map(ToString::to_string).collect());
+        (cidrs, config.serves_loopback())
+    }
+
+    #[test]
+    fn a_family_that_no_entry_speaks_of_has_node_ports_everywhere() {
+        let some = |cidrs: &[&str]| Some(cidrs.iter().map(|text| (*text).to_owned()).collect());
+        assert_eq!(at(&[], &[]), (None, true));
+        assert_eq!(at(&["10.0.0.0/8"], &[]), (some(&["10.0.0.0/8", "::/0"]), false));
+        assert_eq!(at(&["fd00::/8"], &[]), (some(&["fd00::/8", "0.0.0.0/0"]), true));
+        assert!(at(&["127.0.0.0/8"], &[]).1);
+        assert!(at(&["127.0.0.1/32", "10.0.0.0/8"], &[]).1);
+        assert!(at(&["0.0.0.0/0"], &[]).1);
+        assert_eq!(
+            at(&["primary"], &["10.0.0.1", "fd00::1", "10.0.0.2"]),
+            (some(&["10.0.0.1/32", "fd00::1/128"]), false)
+        );
+        assert_eq!(at(&["primary"], &["10.0.0.1"]).0, some(&["10.0.0.1/32", "::/0"]));
+        assert_eq!(at(&["primary"], &[]).0, Some(vec![]));
+    }
+
+    #[test]
+    fn the_configured_address_takes_the_place_of_the_nodes_own() {
+        let config = Config { bind_address: "10.9.9.9".parse().ok(), ..Config::default() };
+        let addresses = ["10.0.0.1", "fd00::1"].iter().map(|a| a.parse().unwrap()).collect();
+        let node = config.own_node(NodeState { addresses, ..NodeState::default() });
+        let told: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["10.9.9.9", "fd00::1"]);
     }
 }

@@ -83,13 +83,13 @@ impl Stale {
         }
     }
 
-    /// Deletes stale flows; tells how many. Blocks.
+    /// Deletes stale flows; tells how many of IPv4 and IPv6. Blocks.
     ///
     /// # Errors
     /// If connection tracking cannot be read, or a flow not be deleted.
-    pub fn delete(&self, node: &[IpAddr]) -> Result<usize, nft::Error> {
+    pub fn delete(&self, node: &[IpAddr]) -> Result<[usize; 2], nft::Error> {
         let mut client = Client::new()?;
-        let mut deleted = 0;
+        let mut deleted = [0; 2];
         for family in [Family::Ip, Family::Ip6] {
             let ipv4 = family == Family::Ip;
             let concerned = !self.node_ports.is_empty()
@@ -101,7 +101,7 @@ impl Stale {
             let is_stale = |flow: &&Flow| self.has(flow.destination, flow.answering, node);
             for flow in flows.iter().filter(is_stale) {
                 client.delete_flow(flow)?;
-                deleted += 1;
+                deleted[usize::from(!ipv4)] += 1;
             }
         }
         Ok(deleted)

@@ -4,12 +4,11 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-/// A change may wait so long before the proxy is unhealthy.
-pub const TIMEOUT: jiff::SignedDuration = jiff::SignedDuration::from_secs(60);
-
 /// What health is computed from.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Health {
+    /// A change may wait so long before the proxy is unhealthy.
+    pub timeout: jiff::SignedDuration,
     /// When the kernel was last as it should be.
     pub last_updated: Option<Timestamp>,
     /// Since when a change has been waiting.
@@ -49,11 +48,23 @@ pub struct Body {
     status: Option<Families>,
 }
 
+impl Default for Health {
+    fn default() -> Self {
+        Health {
+            timeout: jiff::SignedDuration::from_secs(60),
+            last_updated: None,
+            pending_since: None,
+            last_turn: None,
+            being_deleted: false,
+        }
+    }
+}
+
 impl Health {
     /// Whether changes reach the kernel and the loop turns.
     pub fn is_healthy(&self, now: Timestamp) -> bool {
         let late =
-            |since: Option<Timestamp>| since.is_some_and(|t| now.duration_since(t) >= TIMEOUT);
+            |since: Option<Timestamp>| since.is_some_and(|t| now.duration_since(t) >= self.timeout);
         !late(self.pending_since) && !late(self.last_turn)
     }
 

@@ -39,6 +39,16 @@ pub enum Error {
     /// A backend ended unexpectedly.
     #[error("the proxy's backend ended: {0}")]
     Backend(String),
+    /// A port of its own is taken, and the configuration says not to wait for it.
+    #[error(
+        "listen at {address}: {source}; free the port, or leave bindAddressHardFail out to try again"
+    )]
+    Bind {
+        /// Where.
+        address: std::net::SocketAddr,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// Something could not be removed.
     #[error("remove the proxy's rules: {0}")]
     Cleanup(String),

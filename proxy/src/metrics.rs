@@ -52,6 +52,10 @@ fn programming_buckets() -> impl Iterator<Item = f64> {
     fine.into_iter().chain(seconds).chain(slower)
 }
 
+fn programming_histogram() -> Histogram {
+    Histogram::new(programming_buckets())
+}
+
 /// Both families are programmed together.
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
@@ -66,12 +70,13 @@ pub struct Metrics {
     last_sync: Family<IpFamily, FloatGauge>,
     last_queued: Family<IpFamily, FloatGauge>,
     failures: Family<IpFamily, Counter>,
+    cleanup_failures: Family<IpFamily, Counter>,
     restore_failures: Family<IpFamily, Counter>,
     partial_restore_failures: Family<IpFamily, Counter>,
     rules: Family<TableLabels, Gauge>,
     rules_last: Family<TableLabels, Gauge>,
     batches: Histogram,
-    programming: Histogram,
+    programming: Histograms,
     flows: Family<IpFamily, Counter>,
     invalid_dropped: Counter,
     localhost_node_ports: Counter,
@@ -97,12 +102,13 @@ impl Metrics {
             last_sync: Family::default(),
             last_queued: Family::default(),
             failures: Family::default(),
+            cleanup_failures: Family::default(),
             restore_failures: Family::default(),
             partial_restore_failures: Family::default(),
             rules: Family::default(),
             rules_last: Family::default(),
             batches: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
-            programming: Histogram::new(programming_buckets()),
+            programming: Family::new_with_constructor(programming_histogram),
             flows: Family::default(),
             invalid_dropped: Counter::default(),
             localhost_node_ports: Counter::default(),
@@ -143,6 +149,11 @@ impl Metrics {
             "sync_proxy_rules_nftables_sync_failures",
             "Failed nftables syncs",
             m.failures.clone(),
+        );
+        r.register(
+            "sync_proxy_rules_nftables_cleanup_failures",
+            "Failed deletions of nftables chains that nobody needs any more",
+            m.cleanup_failures.clone(),
         );
         r.register(
             "sync_proxy_rules_iptables_restore_failures",
@@ -212,6 +223,18 @@ impl Metrics {
             "Service changes not synced yet",
             m.services_pending.clone(),
         );
+        // Counters that alerts are made of are there from the beginning.
+        Self::each(|f| {
+            for counter in [
+                &m.failures,
+                &m.cleanup_failures,
+                &m.restore_failures,
+                &m.partial_restore_failures,
+                &m.flows,
+            ] {
+                drop(counter.get_or_create(f));
+            }
+        });
         Arc::new(Metrics { registry, ..metrics })
     }
 
@@ -243,7 +266,14 @@ impl Metrics {
 
     /// An endpoint's change is in the kernel so long after it happened.
     pub fn programmed(&self, seconds: f64) {
-        self.programming.observe(seconds);
+        Self::each(|f| self.programming.get_or_create(f).observe(seconds));
+    }
+
+    /// Chains and sets that nobody needs could not be deleted, by family (0 is IPv4).
+    pub fn cleanups_failed(&self, counts: [u64; 2]) {
+        for (ip_family, count) in FAMILIES.into_iter().zip(counts) {
+            self.cleanup_failures.get_or_create(&IpFamily { ip_family }).inc_by(count);
+        }
     }
 
     /// Rules in the kernel and rules written last, by family (0 is IPv4) and table.
@@ -270,10 +300,12 @@ impl Metrics {
         });
     }
 
-    /// Stale flows were deleted.
-    pub fn flows_deleted(&self, count: usize, took: Duration) {
+    /// Stale flows were deleted, by family (0 is IPv4).
+    pub fn flows_deleted(&self, counts: [usize; 2], took: Duration) {
         Self::each(|f| self.conntrack.get_or_create(f).observe(took.as_secs_f64()));
-        self.flows.get_or_create(&IpFamily { ip_family: "IPv4" }).inc_by(count as u64);
+        for (ip_family, count) in FAMILIES.into_iter().zip(counts) {
+            self.flows.get_or_create(&IpFamily { ip_family }).inc_by(count as u64);
+        }
     }
 
     /// Changes seen since the last call, and those that wait.

@@ -85,6 +85,16 @@ impl std::str::FromStr for Cidr {
 }
 
 impl Cidr {
+    /// One address.
+    pub fn whole(address: IpAddr) -> Self {
+        Cidr { address, prefix_len: if address.is_ipv4() { 32 } else { 128 } }
+    }
+
+    /// Whether it is of IPv4.
+    pub fn is_ipv4(&self) -> bool {
+        self.address.is_ipv4()
+    }
+
     /// The same network with the host bits cleared.
     pub fn network(self) -> Self {
         let address = match self.address {
@@ -249,7 +259,7 @@ pub enum Change {
 /// What the proxy must know of its node.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct NodeState {
-    /// Addresses of type InternalIP.
+    /// Addresses of type InternalIP, or where it has none of type ExternalIP.
     pub addresses: Vec<IpAddr>,
     /// Pod CIDRs of this node, for telling local from off-cluster traffic.
     pub pod_cidrs: Vec<Cidr>,
@@ -257,4 +267,12 @@ pub struct NodeState {
     pub zone: Option<Arc<str>>,
     /// The node is being deleted (or carries ToBeDeletedByClusterAutoscaler): `/healthz` is 503.
     pub being_deleted: bool,
+}
+
+impl NodeState {
+    /// The first address of each family: what upstream takes for the node's own.
+    pub fn primary_addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let first = |ipv4: bool| self.addresses.iter().find(move |a| a.is_ipv4() == ipv4).copied();
+        [first(true), first(false)].into_iter().flatten()
+    }
 }

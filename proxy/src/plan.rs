@@ -81,8 +81,8 @@ pub struct ServicePlan {
     pub ports: Vec<PortPlan>,
     /// `healthCheckNodePort`, 0 for none.
     pub health_check_node_port: u16,
-    /// Ready endpoints on this node, for the health check: addresses, each once.
-    pub local_ready: usize,
+    /// Ready endpoints on this node, for the health check: addresses of IPv4 and IPv6, each once.
+    pub local_ready: [usize; 2],
 }
 
 /// What must be known of the node.
@@ -315,9 +315,9 @@ fn disjoint(mut ranges: Vec<Cidr>) -> Vec<Cidr> {
     kept
 }
 
-/// Ready endpoints of the Service on this node, for its health check port: a pod with an address in
-/// each family counts once.
-pub fn local_ready(slices: &[&EndpointSlice]) -> usize {
+/// Ready endpoints of the Service on this node, for its health check port, by family: load balancers
+/// of one family ask at an address of it.
+pub fn local_ready(slices: &[&EndpointSlice]) -> [usize; 2] {
     let of_family = |ipv4: bool| {
         let mut addresses: Vec<IpAddr> = slices
             .iter()
@@ -329,5 +329,5 @@ pub fn local_ready(slices: &[&EndpointSlice]) -> usize {
         addresses.dedup();
         addresses.len()
     };
-    of_family(true).max(of_family(false))
+    [of_family(true), of_family(false)]
 }

@@ -17,9 +17,10 @@ use crate::conntrack::Stale;
 use crate::job::{Done, Job, Worked, blocking, foreign, join, work};
 use crate::metrics::Metrics;
 use crate::model::{Model, PlanChange};
-use crate::object::{Change, NamespacedName};
+use crate::object::{Change, NamespacedName, NodeState};
+use crate::plan::ServicePlan;
 use crate::question::{Describe, Question, Rules};
-use crate::server::{HealthCheckPorts, Shared, serve_health, serve_metrics};
+use crate::server::{HealthCheck, HealthCheckPorts, Shared, serve_health, serve_metrics};
 use crate::status::{ProxyError, ProxyStatus};
 use crate::sysctl;
 
@@ -59,6 +60,8 @@ struct Loop {
     monitor: Option<(nft::Monitor, Concerns)>,
     /// No repair before this.
     not_before: Option<Instant>,
+    /// No change before this (`minSyncPeriod`).
+    paced: Option<Instant>,
     retry: Duration,
     /// When the kernel is asked again for what it refused; other changes do not wait for it.
     recheck: Option<Instant>,
@@ -100,10 +103,11 @@ pub async fn run(
     let shared = Shared::new(metrics.clone());
     let mut servers = tokio::task::JoinSet::new();
     if let Some(address) = config.healthz_bind {
-        servers.spawn(serve_health(shared.clone(), address));
+        servers.spawn(serve_health(shared.clone(), address, config.bind_hard_fail));
     }
     if let Some(address) = config.metrics_bind {
-        servers.spawn(serve_metrics(shared.clone(), address));
+        let (hard_fail, profiling) = (config.bind_hard_fail, config.profiling);
+        servers.spawn(serve_metrics(shared.clone(), address, hard_fail, profiling));
     }
     let mut this = Loop::start(config, status, shared.clone(), metrics);
     let mut open = true;
@@ -116,10 +120,10 @@ pub async fn run(
         tokio::select! {
             change = changes.recv(), if open => match change {
                 Some(change) => {
-                    this.model.apply(change);
+                    this.take_in(change);
                     for _ in 0..COLLECT {
                         let Ok(change) = changes.try_recv() else { break };
-                        this.model.apply(change);
+                        this.take_in(change);
                     }
                     this.told();
                 }
@@ -135,14 +139,16 @@ pub async fn run(
             }
             told = foreign(&mut this.monitor) => this.foreign_change(told),
             () = shared.errors_changed.notified() => {}
+            Some(Ok(Err(error))) = servers.join_next() => {
+                this.end().await;
+                return Err(error);
+            }
             () = tokio::time::sleep(retry.unwrap_or(TURN)), if retry.is_some() => {}
             _ = tick.tick() => this.periodic(),
             stopped = shutdown.changed() => if stopped.is_err() { break },
         }
     }
-    if let Some(busy) = this.busy.take() {
-        let _ = busy.await;
-    }
+    this.end().await;
     Ok(())
 }
 
@@ -162,14 +168,14 @@ impl Loop {
             tracing::warn!(object = error.object, "{}", error.message);
             errors.insert(error.object, error.message);
         }
-        let node = crate::object::NodeState::default();
+        let node = config.own_node(NodeState::default());
         let mut environment = Environment {
             masquerade_bit: 1 << (config.masquerade_bit & 31),
             masquerade_all: config.masquerade_all,
             local: config.local_traffic(&node),
             service_cidrs: config.service_cidrs.clone(),
             node_ports: config.node_port_cidrs(&node),
-            localhost: config.localhost_node_ports,
+            localhost: config.serves_loopback(),
             drop_invalid: !sysctl::tcp_is_liberal(),
             counters: config.mode != Mode::Nftables && crate::iptables::ensure_counters(),
         };
@@ -181,8 +187,16 @@ impl Loop {
         }
         let mut model = Model::new(&config.node_name);
         model.note_triggers_since(Timestamp::now().as_millisecond());
+        model.apply(Change::Node(node));
+        let timeout = jiff::SignedDuration::try_from(config.health_timeout);
+        shared.update_health(|health| {
+            health.timeout = timeout.unwrap_or(jiff::SignedDuration::MAX);
+        });
+        let mut health_ports = HealthCheckPorts::new(shared.clone());
+        health_ports.refresh(environment.node_ports.clone());
         Loop {
-            health_ports: HealthCheckPorts::new(shared.clone()),
+            health_ports,
+            paced: None,
             config,
             status,
             shared,
@@ -212,6 +226,20 @@ impl Loop {
             counted: (0, 0),
             no_local: BTreeMap::new(),
         }
+    }
+
+    /// Lets a job that runs come to its end.
+    async fn end(&mut self) {
+        if let Some(busy) = self.busy.take() {
+            let _ = busy.await;
+        }
+    }
+
+    fn take_in(&mut self, change: Change) {
+        self.model.apply(match change {
+            Change::Node(node) => Change::Node(self.config.own_node(node)),
+            other => other,
+        });
     }
 
     /// Chooses a backend, if there is none.
@@ -371,7 +399,8 @@ impl Loop {
     }
 
     fn retry_in(&self) -> Option<Duration> {
-        let at = [self.not_before, self.recheck].into_iter().flatten().min();
+        let paced = self.paced.filter(|_| self.state == State::Serving && self.model.is_dirty());
+        let at = [self.not_before, self.recheck, paced].into_iter().flatten().min();
         let at = at.filter(|_| self.busy.is_none() && self.state != State::Holding)?;
         Some(at.saturating_duration_since(Instant::now()))
     }
@@ -404,6 +433,11 @@ impl Loop {
             self.begin_choosing();
             return;
         }
+        if self.state == State::Serving && self.paced.is_some_and(|at| Instant::now() < at) {
+            self.begin_describing();
+            return;
+        }
+        self.paced = None;
         let environment = self.environment_wanted();
         let configure = (environment != self.environment).then(|| environment.clone());
         let changes = self.model.take_changes();
@@ -422,6 +456,9 @@ impl Loop {
         }
         self.trim |= self.state == State::Repairing || changes.len() > MANY;
         let Some(mut backend) = self.backend.take() else { return };
+        if self.environment.node_ports != environment.node_ports {
+            self.health_ports.refresh(environment.node_ports.clone());
+        }
         self.environment = environment;
         for change in &changes {
             self.note(change);
@@ -446,8 +483,13 @@ impl Loop {
     /// Keeps what hangs on a plan besides rules.
     fn note(&mut self, change: &PlanChange) {
         let plan = change.new.as_deref();
-        let (port, ready) = plan.map_or((0, 0), |p| (p.health_check_node_port, p.local_ready));
-        self.health_ports.set(&change.service, port, ready);
+        let of_family = |p: &ServicePlan, ipv4| p.ports.iter().any(|port| port.is_ipv4() == ipv4);
+        let wants = plan.map_or(HealthCheck::default(), |plan| HealthCheck {
+            port: plan.health_check_node_port,
+            families: [of_family(plan, true), of_family(plan, false)],
+            local_ready: plan.local_ready,
+        });
+        self.health_ports.set(&change.service, wants);
         let mut counts = [0; 4];
         for port in plan.iter().flat_map(|p| &p.ports).filter(|p| p.has_endpoints) {
             let family = if port.is_ipv4() { 0 } else { 2 };
@@ -495,6 +537,8 @@ impl Loop {
     async fn worked(&mut self, done: Worked) {
         let iptables = done.backend.mode() == Mode::Iptables;
         self.backend = Some(done.backend);
+        let pause = self.config.min_sync_period;
+        self.paced = (!pause.is_zero()).then(|| Instant::now() + pause);
         if iptables {
             self.told_meanwhile();
         }
@@ -517,6 +561,7 @@ impl Loop {
                 let again = outcome.repair;
                 self.metrics.batches(&outcome.batches);
                 self.metrics.iptables_rules(&outcome.rules);
+                self.metrics.cleanups_failed(outcome.cleanup_failures);
                 if iptables && again && !done.full {
                     self.metrics.partial_restore_failed();
                 }
@@ -635,6 +680,8 @@ impl Loop {
         if self.state == State::Serving && self.last_repair.elapsed() >= period {
             self.state = State::Repairing;
         }
+        // Addresses come and go without anybody telling.
+        self.health_ports.refresh(self.environment.node_ports.clone());
     }
 
     /// Makes the status known.

@@ -1,30 +1,31 @@
 //! The HTTP servers: health, metrics, and one for each healthCheckNodePort. A port that is taken
 //! does not stop the proxy: it is reported, and tried again.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{any, get};
 use jiff::Timestamp;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinHandle;
 
+use crate::Error;
 use crate::config::Mode;
 use crate::health::Health;
 use crate::metrics::Metrics;
-use crate::object::NamespacedName;
+use crate::object::{Cidr, NamespacedName};
 
 /// What the servers answer from.
 #[derive(Debug)]
 pub struct Shared {
     health: Mutex<Health>,
     mode: Mutex<Mode>,
-    local: Mutex<HashMap<NamespacedName, usize>>,
+    local: Mutex<HashMap<NamespacedName, [usize; 2]>>,
     errors: Mutex<BTreeMap<String, String>>,
     /// Woken when `errors` changes.
     pub errors_changed: tokio::sync::Notify,
@@ -95,12 +96,23 @@ fn json(code: u16, body: String, weight: Option<usize>) -> Response {
     response
 }
 
-/// Binds, trying for as long as it takes; the problem is reported meanwhile.
-async fn bind(shared: &Shared, addresses: &[SocketAddr]) -> TcpListener {
-    let what = addresses.first().map(|a| format!("listener {a}")).unwrap_or_default();
+/// Listens at an address, of IPv6 for IPv6 alone: IPv4 has a listener of its own.
+fn listen(address: SocketAddr, only_v6: bool) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if address.is_ipv6() && only_v6 {
+        nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Ipv6V6Only, &true)?;
+    }
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(128)
+}
+
+/// Listens, trying for as long as it takes; the problem is reported meanwhile.
+async fn bind(shared: &Shared, address: SocketAddr, only_v6: bool) -> TcpListener {
+    let what = format!("listener {address}");
     let mut wait = Duration::from_millis(250);
     loop {
-        match TcpListener::bind(addresses).await {
+        match listen(address, only_v6) {
             Ok(listener) => {
                 shared.report(&what, None);
                 return listener;
@@ -117,26 +129,68 @@ async fn bind(shared: &Shared, addresses: &[SocketAddr]) -> TcpListener {
     }
 }
 
-async fn serve(shared: Arc<Shared>, addresses: Vec<SocketAddr>, router: Router) {
-    let listener = bind(&shared, &addresses).await;
+/// Serves until the listener fails; with `hard_fail` a port that is taken is an error.
+async fn serve(
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    hard_fail: bool,
+    router: Router,
+) -> Result<(), Error> {
+    let listener = if hard_fail {
+        listen(address, false).map_err(|source| Error::Bind { address, source })?
+    } else {
+        bind(&shared, address, false).await
+    };
+    serve_at(listener, router).await;
+    Ok(())
+}
+
+async fn serve_at(listener: TcpListener, router: Router) {
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "a server of the proxy ended");
     }
 }
 
 /// Serves `/healthz` and `/livez`.
-pub async fn serve_health(shared: Arc<Shared>, address: SocketAddr) {
+pub async fn serve_health(
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    hard_fail: bool,
+) -> Result<(), Error> {
     let (one, other) = (shared.clone(), shared.clone());
     let router = Router::new()
-        .route("/healthz", get(move || async move { one.answer(true) }))
-        .route("/livez", get(move || async move { other.answer(false) }));
-    serve(shared, vec![address], router).await;
+        .route("/healthz", any(move || async move { one.answer(true) }))
+        .route("/livez", any(move || async move { other.answer(false) }));
+    serve(shared, address, hard_fail, router).await
 }
 
-/// Serves `/metrics`, `/proxyMode` and `/healthz`.
-pub async fn serve_metrics(shared: Arc<Shared>, address: SocketAddr) {
+const PLAIN: [(header::HeaderName, &str); 2] = [
+    (header::CONTENT_TYPE, "text/plain; charset=utf-8"),
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+];
+
+/// The answer at `/debug/pprof`.
+fn profile(asked_for: bool) -> Response {
+    let (code, why) = if asked_for {
+        let why = "profiles are not built here yet; take one with perf record -g -p PID\n";
+        (StatusCode::NOT_IMPLEMENTED, why)
+    } else {
+        let why = "profiling is off: enableProfiling (--profiling) switches it on\n";
+        (StatusCode::NOT_FOUND, why)
+    };
+    (code, PLAIN, why).into_response()
+}
+
+/// Serves `/metrics`, `/proxyMode` and `/healthz`, and answers `/debug/pprof`.
+pub async fn serve_metrics(
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    hard_fail: bool,
+    profiling: bool,
+) -> Result<(), Error> {
     let (one, other) = (shared.clone(), shared.clone());
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    let profile = any(move || async move { profile(profiling) });
     let router = Router::new()
         .route(
             "/metrics",
@@ -149,64 +203,160 @@ pub async fn serve_metrics(shared: Arc<Shared>, address: SocketAddr) {
                 ([(header::CONTENT_TYPE, kind)], one.metrics.encode())
             }),
         )
-        .route("/proxyMode", get(move || async move { lock(&other.mode).to_string() }))
-        .route("/healthz", get(|| async { "ok" }));
-    serve(shared, vec![address], router).await;
+        .route("/proxyMode", any(move || async move { (PLAIN, lock(&other.mode).to_string()) }))
+        .route("/healthz", any(move || async move { (PLAIN, "ok") }))
+        .route("/debug/pprof", profile.clone())
+        .route("/debug/pprof/", profile.clone())
+        .route("/debug/pprof/{*profile}", profile);
+    serve(shared, address, hard_fail, router).await
+}
+
+/// What a Service wants of its healthCheckNodePort.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The port, 0 for none.
+    pub port: u16,
+    /// Whether the Service is of IPv4 and of IPv6: it is asked at addresses of these.
+    pub families: [bool; 2],
+    /// Ready endpoints on this node, by family.
+    pub local_ready: [usize; 2],
+}
+
+#[derive(Debug)]
+struct Served {
+    wants: HealthCheck,
+    listeners: HashMap<SocketAddr, JoinHandle<()>>,
 }
 
 /// The servers at healthCheckNodePorts: load balancers ask there whether this node has endpoints.
+/// They listen where NodePorts are served.
 #[derive(Debug)]
 pub struct HealthCheckPorts {
     shared: Arc<Shared>,
-    running: HashMap<NamespacedName, (u16, JoinHandle<()>)>,
+    /// Where NodePorts are served; `None` is everywhere.
+    cidrs: Option<Vec<Cidr>>,
+    /// Addresses of this node within them, where they are not everywhere.
+    local: Vec<IpAddr>,
+    served: HashMap<NamespacedName, Served>,
+}
+
+/// Addresses of this node's interfaces.
+fn local_addresses() -> Vec<IpAddr> {
+    let interfaces = nix::ifaddrs::getifaddrs().inspect_err(|error| {
+        tracing::warn!(%error, "cannot tell this node's addresses for healthCheckNodePorts");
+    });
+    let address = |interface: nix::ifaddrs::InterfaceAddress| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::from(v4.ip()));
+        v4.or(address.as_sockaddr_in6().map(|v6| IpAddr::from(v6.ip())))
+    };
+    interfaces.into_iter().flatten().filter_map(address).collect()
+}
+
+/// Where a Service's health check port listens.
+fn plan_listeners(
+    wants: HealthCheck,
+    cidrs: Option<&[Cidr]>,
+    local: &[IpAddr],
+) -> BTreeSet<SocketAddr> {
+    let mut all = BTreeSet::new();
+    if wants.port == 0 {
+        return all;
+    }
+    for (everywhere, wanted) in
+        [IpAddr::from([0; 4]), IpAddr::from([0; 16])].into_iter().zip(wants.families)
+    {
+        let ipv4 = everywhere.is_ipv4();
+        let of_family = || cidrs.into_iter().flatten().filter(move |c| c.is_ipv4() == ipv4);
+        if !wanted {
+            continue;
+        }
+        if cidrs.is_none() || of_family().any(|cidr| cidr.prefix_len == 0) {
+            all.insert(SocketAddr::new(everywhere, wants.port));
+            continue;
+        }
+        let within = local.iter().filter(|ip| of_family().any(|cidr| cidr.contains(**ip)));
+        all.extend(within.map(|ip| SocketAddr::new(*ip, wants.port)));
+    }
+    all
 }
 
 impl HealthCheckPorts {
     /// None yet.
     pub fn new(shared: Arc<Shared>) -> Self {
-        HealthCheckPorts { shared, running: HashMap::new() }
+        HealthCheckPorts { shared, cidrs: None, local: Vec::new(), served: HashMap::new() }
     }
 
-    /// A Service's port (0 for none) and number of ready endpoints on this node.
-    pub fn set(&mut self, service: &NamespacedName, port: u16, local_ready: usize) {
-        if port != 0 {
-            lock(&self.shared.local).insert(service.clone(), local_ready);
-        }
-        if self.running.get(service).map_or(0, |(port, _)| *port) == port {
+    /// Where NodePorts are served now, and what this node's addresses are.
+    pub fn refresh(&mut self, cidrs: Option<Vec<Cidr>>) {
+        let local = match &cidrs {
+            Some(_) if !self.served.is_empty() => local_addresses(),
+            _ => Vec::new(),
+        };
+        if (&self.cidrs, &self.local) == (&cidrs, &local) {
             return;
         }
-        if let Some((old, task)) = self.running.remove(service) {
-            task.abort();
-            self.shared.report(&format!("listener [::]:{old}"), None);
-        }
-        if port == 0 {
+        (self.cidrs, self.local) = (cidrs, local);
+        let all: Vec<_> = self.served.iter().map(|(name, s)| (name.clone(), s.wants)).collect();
+        all.into_iter().for_each(|(name, wants)| self.set(&name, wants));
+    }
+
+    /// What a Service wants.
+    pub fn set(&mut self, service: &NamespacedName, wants: HealthCheck) {
+        if wants.port == 0 {
             lock(&self.shared.local).remove(service);
+            for (address, task) in self.served.remove(service).into_iter().flat_map(|s| s.listeners)
+            {
+                self.close(address, &task);
+            }
             return;
         }
-        let shared = self.shared.clone();
-        let name = service.clone();
-        let router = Router::new().fallback(move || {
-            let answer = check(&shared, &name);
-            async move { answer }
-        });
-        // IPv4 alone where IPv6 is switched off.
-        let addresses = vec![
-            SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
-            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
-        ];
-        let task = tokio::spawn(serve(self.shared.clone(), addresses, router));
-        self.running.insert(service.clone(), (port, task));
+        lock(&self.shared.local).insert(service.clone(), wants.local_ready);
+        if self.cidrs.is_some() && self.local.is_empty() {
+            self.local = local_addresses();
+        }
+        let planned = plan_listeners(wants, self.cidrs.as_deref(), &self.local);
+        let before = self.served.remove(service).map(|served| served.listeners);
+        let mut listeners = HashMap::new();
+        for (address, task) in before.into_iter().flatten() {
+            if planned.contains(&address) {
+                listeners.insert(address, task);
+            } else {
+                self.close(address, &task);
+            }
+        }
+        for address in planned {
+            listeners.entry(address).or_insert_with(|| {
+                let (shared, name) = (self.shared.clone(), service.clone());
+                let family = usize::from(address.is_ipv6());
+                let answers = shared.clone();
+                let router = Router::new().fallback(move || {
+                    let answer = check(&answers, &name, family);
+                    async move { answer }
+                });
+                tokio::spawn(async move {
+                    let listener = bind(&shared, address, true).await;
+                    serve_at(listener, router).await;
+                })
+            });
+        }
+        self.served.insert(service.clone(), Served { wants, listeners });
+    }
+
+    fn close(&self, address: SocketAddr, task: &JoinHandle<()>) {
+        task.abort();
+        self.shared.report(&format!("listener {address}"), None);
     }
 }
 
 impl Drop for HealthCheckPorts {
     fn drop(&mut self) {
-        self.running.values().for_each(|(_, task)| task.abort());
+        self.served.values().flat_map(|s| s.listeners.values()).for_each(JoinHandle::abort);
     }
 }
 
-fn check(shared: &Shared, service: &NamespacedName) -> Response {
-    let count = lock(&shared.local).get(service).copied().unwrap_or_default();
+fn check(shared: &Shared, service: &NamespacedName, family: usize) -> Response {
+    let count = lock(&shared.local).get(service).copied().unwrap_or_default()[family];
     let healthy = lock(&shared.health).is_healthy(Timestamp::now());
     let body = serde_json::json!({
         "service": { "namespace": &*service.namespace, "name": &*service.name },
@@ -215,4 +365,28 @@ fn check(shared: &Shared, service: &NamespacedName) -> Response {
     });
     let code = if count > 0 && healthy { 200 } else { 503 };
     json(code, body.to_string(), Some(count))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn health_checks_listen_where_node_ports_are_served() {
+        let local: Vec<IpAddr> = ["127.0.0.1", "10.0.0.1", "192.168.1.1", "::1", "fd00::1"]
+            .map(|a| a.parse().unwrap())
+            .into();
+        let at = |families, cidrs: Option<&[&str]>| {
+            let cidrs: Option<Vec<Cidr>> =
+                cidrs.map(|all| all.iter().map(|text| text.parse().unwrap()).collect());
+            let wants = HealthCheck { port: 99, families, local_ready: [0; 2] };
+            let all = plan_listeners(wants, cidrs.as_deref(), &local);
+            all.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        assert_eq!(at([true, true], None), ["0.0.0.0:99", "[::]:99"]);
+        assert_eq!(at([false, true], None), ["[::]:99"]);
+        assert_eq!(at([true, true], Some(&["10.0.0.0/8", "::/0"])), ["10.0.0.1:99", "[::]:99"]);
+        assert_eq!(at([true, true], Some(&["172.16.0.0/12"])), [] as [&str; 0]);
+    }
 }

@@ -30,12 +30,29 @@ fn writable(name: &str) -> bool {
     metadata.is_ok_and(|m| m.permissions().mode() & 0o200 != 0)
 }
 
+/// As upstream: a machine of many cores does not get a table of more than this by `maxPerCore`.
+const MAX_SCALED: u64 = 1 << 20;
+
+fn conntrack_max(scaled: u64, min: u64) -> u64 {
+    if scaled > MAX_SCALED { MAX_SCALED } else { scaled.max(min) }
+}
+
+/// Sets this process's `oom_score_adj`.
+pub fn oom_score_adj(score: i32) -> Result<(), ProxyError> {
+    let path = "/proc/self/oom_score_adj";
+    std::fs::write(path, score.to_string()).map_err(|error| ProxyError {
+        object: "oomScoreAdj".to_owned(),
+        message: format!("set {path} to {score}: {error}; give the process CAP_SYS_RESOURCE"),
+    })
+}
+
 /// Sets what the configuration asks for; tells what could not be set.
 pub fn apply(config: &Config) -> Vec<ProxyError> {
     if !config.set_sysctls {
         return Vec::new();
     }
     let mut errors = Vec::new();
+    errors.extend(config.oom_score_adj.and_then(|score| oom_score_adj(score).err()));
     let mut set = |name: &str, value: u64, at_least: bool| {
         errors.extend(ensure(name, value, at_least).err());
     };
@@ -45,7 +62,7 @@ pub fn apply(config: &Config) -> Vec<ProxyError> {
     let max = conntrack
         .max_per_core
         .filter(|n| *n > 0)
-        .map(|n| (u64::from(n) * cpus).max(u64::from(conntrack.min.unwrap_or_default())));
+        .map(|n| conntrack_max(u64::from(n) * cpus, conntrack.min.unwrap_or_default().into()));
     // In a network namespace of its own the limit is the host's to set.
     if let Some(max) = max.filter(|_| writable("net/netfilter/nf_conntrack_max")) {
         set("net/netfilter/nf_conntrack_max", max, true);
@@ -89,4 +106,17 @@ pub fn forward_ipv6() -> Result<(), ProxyError> {
 /// Lets connections from 127.0.0.1 to a NodePort leave the node.
 pub fn route_localnet() -> Result<(), ProxyError> {
     ensure("net/ipv4/conf/all/route_localnet", 1, false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_connections_grows_with_the_cores_up_to_a_million() {
+        assert_eq!(conntrack_max(2 * 32_768, 131_072), 131_072);
+        assert_eq!(conntrack_max(8 * 32_768, 131_072), 262_144);
+        assert_eq!(conntrack_max(64 * 32_768, 131_072), 1_048_576);
+        assert_eq!(conntrack_max(64 * 32_768, 4_000_000), 1_048_576);
+    }
 }

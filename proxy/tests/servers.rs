@@ -7,8 +7,8 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use common::{Net, Running, at, config, eventually, node_state, service, slice, slices};
-use proxy::Mode;
 use proxy::object::{Change, NodeState, TrafficPolicy};
+use proxy::{Config, Mode};
 
 /// Status code, head and body.
 fn get(to: SocketAddr, path: &str) -> (u16, String, String) {
@@ -40,7 +40,12 @@ fn health_metrics_and_health_check_ports_answer() {
     svc.external_traffic_policy = TrafficPolicy::Local;
     svc.health_check_node_port = 32000;
     running.send(Change::Service(svc.clone()));
-    slices(1, &[0]).into_iter().for_each(|c| running.send(c));
+    for v6 in [false, true] {
+        let mut slice = slice(1, v6, &[0]);
+        let now = jiff::Timestamp::now().as_millisecond();
+        slice.triggered = v6.then_some(now);
+        running.send(Change::Slice(slice));
+    }
     running.send(Change::Synced);
     running.settle();
 
@@ -67,10 +72,20 @@ fn health_metrics_and_health_check_ports_answer() {
         "kubeproxy_proxy_healthz_total{code=\"200\"}",
         "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
         "kubeproxy_iptables_ct_state_invalid_dropped_packets_total 0",
+        "kubeproxy_sync_proxy_rules_nftables_sync_failures_total{ip_family=\"IPv6\"} 0",
+        "kubeproxy_sync_proxy_rules_nftables_cleanup_failures_total{ip_family=\"IPv4\"} 0",
+        "kubeproxy_sync_proxy_rules_iptables_restore_failures_total{ip_family=\"IPv4\"} 0",
+        "kubeproxy_sync_proxy_rules_iptables_partial_restore_failures_total{ip_family=\"IPv4\"} 0",
+        "kubeproxy_conntrack_reconciler_deleted_entries_total{ip_family=\"IPv6\"} 0",
+        "kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv6\"} 1",
+        "kubeproxy_sync_full_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"}",
     ] {
         assert!(text.contains(metric), "{metric} is not in\n{text}");
     }
     assert_eq!(get(loopback(10249), "/proxyMode").2, "nftables");
+    let (code, _, text) = get(loopback(10249), "/debug/pprof/profile?seconds=1");
+    assert_eq!(code, 404);
+    assert!(text.contains("enableProfiling"), "{text}");
 
     // Load balancers ask whether this node has endpoints of the Service.
     let ask = || get(loopback(32000), "/");
@@ -82,8 +97,11 @@ fn health_metrics_and_health_check_ports_answer() {
     let mut none6 = slice(1, true, &[0]);
     none6.endpoints[0].local = false;
     running.send(Change::Slice(none));
-    running.send(Change::Slice(none6));
     eventually("no endpoint", || ask().0, |code| *code == 503);
+    // Each family has its own count.
+    assert_eq!(get(at("::1", 32000), "/").0, 200);
+    running.send(Change::Slice(none6));
+    eventually("no endpoint of IPv6", || get(at("::1", 32000), "/").0, |code| *code == 503);
     svc.health_check_node_port = 0;
     running.send(Change::Service(svc));
     eventually("closed", || TcpStream::connect(loopback(32000)).is_err(), |closed| *closed);
@@ -128,4 +146,65 @@ fn node_ports_at_loopback_are_counted_with_iptables() {
     }
     common::ask_tcp(common::at(common::NODE[0], 30080)).unwrap();
     assert_eq!(counted() - before, 3);
+}
+
+/// healthCheckNodePorts are where NodePorts are, and follow the node's addresses.
+#[test]
+fn health_check_ports_honour_node_port_addresses() {
+    let _net = Net::new(1);
+    let node_port_addresses = vec!["192.168.50.0/24".parse().unwrap()];
+    let config = Config { node_port_addresses, ..config(Mode::Nftables) };
+    let mut running = Running::start(config);
+    let mut svc = service(1);
+    svc.load_balancer_ips = vec![[198, 51, 100, 1].into()];
+    svc.external_traffic_policy = TrafficPolicy::Local;
+    svc.health_check_node_port = 32000;
+    running.send(Change::Service(svc));
+    slices(1, &[0]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    let ask = |address: &str| get(at(address, 32000), "/").0;
+    eventually("at the address", || ask(common::NODE[0]), |code| *code == 200);
+    assert!(TcpStream::connect(loopback(32000)).is_err());
+    // IPv6, which nothing is said of, is served everywhere.
+    assert_eq!(ask("::1"), 200);
+    common::sh("ip addr add 192.168.50.9/24 dev outside");
+    eventually("at a new address", || ask("192.168.50.9"), |code| *code == 200);
+}
+
+#[test]
+fn a_port_that_is_taken_ends_the_proxy_where_that_is_asked_for() {
+    let _net = Net::new(0);
+    let _other = TcpListener::bind("0.0.0.0:10256").unwrap();
+    let running = Running::start(Config { bind_hard_fail: true, ..config(Mode::Nftables) });
+    let error = running.end().unwrap_err().to_string();
+    assert!(error.contains("0.0.0.0:10256") && error.contains("in use"), "{error}");
+}
+
+/// Changes wait for `minSyncPeriod` and then go together.
+#[test]
+fn changes_wait_for_the_least_time_between_two() {
+    let _net = Net::new(1);
+    let min_sync_period = std::time::Duration::from_secs(3);
+    let mut running = Running::start(Config { min_sync_period, ..config(Mode::Nftables) });
+    running.send(Change::Service(service(1)));
+    running.send(Change::Synced);
+    running.settle();
+    let partial = || {
+        let text = get(loopback(10249), "/metrics").2;
+        let name = "kubeproxy_sync_partial_proxy_rules_duration_seconds_count{ip_family=\"IPv4\"} ";
+        let line = text.lines().find_map(|line| line.strip_prefix(name));
+        line.map_or(0, |number| number.parse::<u64>().unwrap())
+    };
+    let begin = std::time::Instant::now();
+    for round in 0..20 {
+        running.send(Change::Slice(slice(1, false, if round % 2 == 0 { &[0] } else { &[] })));
+        std::thread::park_timeout(std::time::Duration::from_millis(20));
+    }
+    running.send(Change::Slice(slice(1, false, &[0])));
+    running.settle();
+    // One batch for each period that has begun, however long all took.
+    let most = begin.elapsed().as_secs() / 3 + 1;
+    assert!((1..=most).contains(&partial()), "{} in {:?}", partial(), begin.elapsed());
+    assert!(common::sh("nft list map ip longshore-proxy endpoints").contains("10.88.0.2"));
 }

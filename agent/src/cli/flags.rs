@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
+use super::proxy_flags::ProxyFlags;
+
 /// Which parts run in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Part {
@@ -144,9 +146,9 @@ pub struct NodeFlags {
     /// Pods that may run here at once
     #[arg(long, value_name = "N")]
     pub max_pods: Option<u32>,
-    /// Address of the agent's /healthz
-    #[arg(long, value_name = "IP")]
-    pub healthz_bind_address: Option<IpAddr>,
+    /// Address of the agent's /healthz; with --only proxy, address and port of the proxy's
+    #[arg(long, value_name = "IP[:PORT]")]
+    pub healthz_bind_address: Option<String>,
     /// Port of the agent's /healthz, 0 for none [default: 10248]
     #[arg(long, value_name = "PORT")]
     pub healthz_port: Option<u16>,
@@ -160,7 +162,7 @@ pub struct NodeFlags {
     #[arg(long, value_name = "IP:PORT")]
     pub proxy_healthz_bind_address: Option<String>,
     /// Address and port of the proxy's metrics, empty for none [default: 127.0.0.1:10249]
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, alias = "metrics-bind-address", value_name = "IP:PORT")]
     pub proxy_metrics_bind_address: Option<String>,
     /// Folder of CNI network configurations [default: /etc/cni/net.d]
     #[arg(long, value_name = "DIR")]
@@ -192,6 +194,9 @@ pub struct NodeFlags {
     /// Shape of log lines
     #[arg(long, value_name = "text|json", value_parser = ["text", "json"])]
     pub logging_format: Option<String>,
+    /// Of kube-proxy.
+    #[command(flatten)]
+    pub kube_proxy: ProxyFlags,
 }
 
 /// Kubelet's flags that have no meaning here and ask for nothing that is missing: upstream's defaults,
@@ -224,7 +229,12 @@ struct Line {
 /// each that asks for something it has not.
 pub fn of_kubelet(arguments: &[String]) -> (Vec<String>, Vec<String>) {
     let command = Line::command();
-    let known = |name: &str| command.get_arguments().any(|a| a.get_long() == Some(name));
+    // A kubelet's flag is not the proxy's of the same name.
+    let of_proxy = ProxyFlags::augment_args(clap::Command::new("proxy"));
+    let has = |command: &clap::Command, name: &str| {
+        command.get_arguments().any(|a| a.get_long() == Some(name))
+    };
+    let known = |name: &str| has(&command, name) && !has(&of_proxy, name);
     let (mut taken, mut warnings) = (Vec::new(), Vec::new());
     for argument in arguments {
         let name = argument.trim_start_matches('-').split('=').next().unwrap_or_default();

@@ -17,6 +17,7 @@ mod flags;
 mod image;
 mod join;
 mod proxy;
+mod proxy_flags;
 mod pull_progress;
 mod reset;
 mod run;

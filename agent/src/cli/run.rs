@@ -31,6 +31,9 @@ pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
             Note::NotBuilt { field, value } => {
                 tracing::warn!(field, value, "configuration is not implemented and has no effect");
             }
+            Note::NoEffect { field, value, reason } => {
+                tracing::warn!(field, value, reason, "configuration has no effect here");
+            }
         }
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()

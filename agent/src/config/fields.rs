@@ -33,14 +33,29 @@ pub(super) fn detect_local(
         other => {
             return Err(ConfigError::invalid(
                 "KubeProxyConfiguration.detectLocalMode",
-                format!("{other:?} is unknown"),
+                format!(
+                    "{other:?} is unknown; use ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix"
+                ),
             ));
         }
     })
 }
 
 /// What is not given has kube-proxy's defaults; 0 leaves the kernel's value.
-pub(super) fn conntrack(given: super::kube_proxy::Conntrack) -> Conntrack {
+pub(super) fn conntrack(given: super::kube_proxy::Conntrack) -> Result<Conntrack, ConfigError> {
+    for (field, time) in [
+        ("tcpEstablishedTimeout", given.tcp_established_timeout),
+        ("tcpCloseWaitTimeout", given.tcp_close_wait_timeout),
+        ("udpTimeout", given.udp_timeout),
+        ("udpStreamTimeout", given.udp_stream_timeout),
+    ] {
+        if time.is_some_and(|time| time.is_negative()) {
+            return Err(ConfigError::invalid(
+                format!("KubeProxyConfiguration.conntrack.{field}"),
+                "must not be negative",
+            ));
+        }
+    }
     let time = |given: Option<kube::core::Duration>| {
         given.map(Duration::from).filter(|time| !time.is_zero())
     };
@@ -48,7 +63,7 @@ pub(super) fn conntrack(given: super::kube_proxy::Conntrack) -> Conntrack {
         None => Some(Duration::from_secs(hours * 3600)),
         given => time(given),
     };
-    Conntrack {
+    Ok(Conntrack {
         max_per_core: Some(given.max_per_core.unwrap_or(32 * 1024)),
         min: Some(given.min.unwrap_or(128 * 1024)),
         tcp_established_timeout: or(given.tcp_established_timeout, 24),
@@ -56,7 +71,7 @@ pub(super) fn conntrack(given: super::kube_proxy::Conntrack) -> Conntrack {
         tcp_be_liberal: given.tcp_be_liberal.unwrap_or(false),
         udp_timeout: time(given.udp_timeout),
         udp_stream_timeout: time(given.udp_stream_timeout),
-    }
+    })
 }
 
 pub(super) fn nonempty(text: &Option<String>) -> Option<&str> {

@@ -1,31 +1,60 @@
-//! `KubeProxyConfiguration` (kubeproxy.config.k8s.io/v1alpha1): every field of 1.36 by name.
+//! `KubeProxyConfiguration` (kubeproxy.config.k8s.io/v1alpha1): every field of 1.36 by name. What
+//! each comes to is decided in `super::proxy`.
+
+use std::collections::BTreeMap;
 
 use kube::core::Duration;
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::documents::{Fields, Treatment};
 
-/// The fields that this node reads.
+/// All fields.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct KubeProxyConfiguration {
-    pub hostname_override: Option<String>,
+    pub feature_gates: Option<BTreeMap<String, bool>>,
     pub client_connection: Option<ClientConnection>,
+    pub logging: Option<Logging>,
+    pub hostname_override: Option<String>,
+    pub bind_address: Option<String>,
     pub healthz_bind_address: Option<String>,
     pub metrics_bind_address: Option<String>,
+    pub bind_address_hard_fail: Option<bool>,
+    pub enable_profiling: Option<bool>,
+    pub show_hidden_metrics_for_version: Option<String>,
     pub mode: Option<String>,
     pub iptables: Option<IpTables>,
     pub nftables: Option<NfTables>,
+    pub ipvs: Option<Ipvs>,
+    pub winkernel: Option<Winkernel>,
+    pub detect_local_mode: Option<String>,
+    pub detect_local: Option<DetectLocal>,
     #[serde(rename = "clusterCIDR")]
     pub cluster_cidr: Option<String>,
     pub node_port_addresses: Option<Vec<String>>,
+    pub oom_score_adj: Option<i32>,
     pub conntrack: Option<Conntrack>,
-    pub detect_local_mode: Option<String>,
-    pub detect_local: Option<DetectLocal>,
+    pub config_sync_period: Option<Duration>,
+    pub port_range: Option<String>,
+    pub windows_run_as_service: Option<bool>,
 }
 
-/// Only the kubeconfig of it matters.
+/// How log lines look, and how many there are.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Logging {
+    pub format: Option<String>,
+    pub verbosity: Option<u8>,
+    /// Seconds or a duration; lines are written at once here.
+    pub flush_frequency: Option<Value>,
+    pub vmodule: Option<Vec<Value>>,
+    pub options: Option<Value>,
+}
+
+/// How the API server is spoken to.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
@@ -60,6 +89,36 @@ pub struct NfTables {
     pub min_sync_period: Option<Duration>,
 }
 
+/// Fields of the ipvs mode, which is not provided.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Ipvs {
+    pub sync_period: Option<Duration>,
+    pub min_sync_period: Option<Duration>,
+    pub scheduler: Option<String>,
+    #[serde(rename = "excludeCIDRs")]
+    pub exclude_cidrs: Option<Vec<String>>,
+    #[serde(rename = "strictARP")]
+    pub strict_arp: Option<bool>,
+    pub tcp_timeout: Option<Duration>,
+    pub tcp_fin_timeout: Option<Duration>,
+    pub udp_timeout: Option<Duration>,
+}
+
+/// Fields of Windows.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Winkernel {
+    pub network_name: Option<String>,
+    pub source_vip: Option<String>,
+    #[serde(rename = "enableDSR")]
+    pub enable_dsr: Option<bool>,
+    pub root_hns_endpoint_name: Option<String>,
+    pub forward_health_check_vip: Option<bool>,
+}
+
 /// How the traffic of pods is told from other traffic.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -83,32 +142,30 @@ pub struct Conntrack {
     pub udp_stream_timeout: Option<Duration>,
 }
 
-use Treatment::{Inert, NotBuilt, Used};
-
 /// All fields of the kind.
 pub(super) const FIELDS: Fields = &[
-    ("featureGates", NotBuilt(&[])),
-    ("clientConnection", Used),
-    ("logging", Inert),
-    ("hostnameOverride", Used),
-    ("bindAddress", Inert), // decides only which family is named primary upstream
-    ("healthzBindAddress", Used),
-    ("metricsBindAddress", Used),
-    ("bindAddressHardFail", Inert),
-    ("enableProfiling", Inert),
-    ("showHiddenMetricsForVersion", Inert),
-    ("mode", Used),
-    ("iptables", Used),
-    ("ipvs", Inert), // `mode: ipvs` itself is refused
-    ("nftables", Used),
-    ("winkernel", Inert),
-    ("detectLocalMode", Used),
-    ("detectLocal", Used),
-    ("clusterCIDR", Used),
-    ("nodePortAddresses", Used),
-    ("oomScoreAdj", Inert),
-    ("conntrack", Used),
-    ("configSyncPeriod", Inert),
-    ("portRange", Inert),
-    ("windowsRunAsService", Inert),
+    ("featureGates", Treatment::Used),
+    ("clientConnection", Treatment::Used),
+    ("logging", Treatment::Used),
+    ("hostnameOverride", Treatment::Used),
+    ("bindAddress", Treatment::Used),
+    ("healthzBindAddress", Treatment::Used),
+    ("metricsBindAddress", Treatment::Used),
+    ("bindAddressHardFail", Treatment::Used),
+    ("enableProfiling", Treatment::Used),
+    ("showHiddenMetricsForVersion", Treatment::Used),
+    ("mode", Treatment::Used),
+    ("iptables", Treatment::Used),
+    ("ipvs", Treatment::Used),
+    ("nftables", Treatment::Used),
+    ("winkernel", Treatment::Used),
+    ("detectLocalMode", Treatment::Used),
+    ("detectLocal", Treatment::Used),
+    ("clusterCIDR", Treatment::Used),
+    ("nodePortAddresses", Treatment::Used),
+    ("oomScoreAdj", Treatment::Used),
+    ("conntrack", Treatment::Used),
+    ("configSyncPeriod", Treatment::Used),
+    ("portRange", Treatment::Used),
+    ("windowsRunAsService", Treatment::Used),
 ];

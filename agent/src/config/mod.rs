@@ -10,6 +10,7 @@ mod kubelet;
 mod longshore;
 mod node;
 pub mod node_api;
+mod proxy;
 mod quantity;
 
 pub use documents::{Documents, parse};
@@ -35,6 +36,15 @@ pub enum Note {
         field: String,
         /// The value asked for.
         value: String,
+    },
+    /// A field that asks for something that cannot be had here, or that nothing depends on.
+    NoEffect {
+        /// Kind of the document and path of the field.
+        field: String,
+        /// The value asked for.
+        value: String,
+        /// Why.
+        reason: &'static str,
     },
 }
 

@@ -6,15 +6,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
-use proxy::{Mode, NodePortAddresses};
 
-use super::fields::{
-    address, cidrs, conntrack, detect_local, ip_or, is_dns1123_subdomain, nonempty,
-    parse_port_range, parse_taint, period,
-};
+use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
 use super::quantity::{Threshold, parse_bytes};
-use super::{ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api};
-use crate::cli::{CgroupDriverFlag, NodeFlags, Part, ProxyModeFlag};
+use super::{
+    ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
+};
+use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 
 /// Where kubeadm and `longshore join` put the node's credentials.
 const KUBECONFIG: &str = "/etc/kubernetes/kubelet.conf";
@@ -84,12 +82,12 @@ pub struct NodeConfig {
     pub cluster_dns: Vec<IpAddr>,
     pub cluster_domain: String,
     pub resolv_conf: PathBuf,
-    pub pod_cidrs: Vec<proxy::object::Cidr>,
-    pub service_cluster_ip_ranges: Vec<proxy::object::Cidr>,
+    pub pod_cidrs: Vec<::proxy::object::Cidr>,
+    pub service_cluster_ip_ranges: Vec<::proxy::object::Cidr>,
     /// Inclusive.
     pub service_node_port_range: (u16, u16),
     /// Everything that the proxy is told.
-    pub proxy: proxy::Config,
+    pub proxy: ::proxy::Config,
     pub healthz: Option<SocketAddr>,
     pub node_api: NodeApiConfig,
     pub cgroup_root: String,
@@ -147,7 +145,17 @@ pub fn resolve(
     documents: Documents,
     host: &Host,
 ) -> Result<NodeConfig, ConfigError> {
-    let Documents { kubelet, kubelet_written, kube_proxy, longshore, notes } = documents;
+    let Documents { kubelet, kubelet_written, mut kube_proxy, longshore, mut notes } = documents;
+    flags.kube_proxy.over(&mut kube_proxy);
+    let parts = Parts {
+        agent: flags.only.is_empty() || flags.only.contains(&Part::Agent),
+        proxy: flags.only.is_empty() || flags.only.contains(&Part::Proxy),
+        cri: flags.only.contains(&Part::Cri)
+            || (flags.only.is_empty()
+                && flags.container_runtime_endpoint.is_none()
+                && kubelet.container_runtime_endpoint.as_deref().unwrap_or_default().is_empty()),
+    };
+    let (verbosity, log_json) = proxy::logging(&kube_proxy)?;
     let path = |flag: &Option<PathBuf>, file: Option<String>, default: &str| -> PathBuf {
         let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
         flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
@@ -180,7 +188,7 @@ pub fn resolve(
     let node_name = flags
         .hostname_override
         .clone()
-        .or(kube_proxy.hostname_override.filter(|name| !name.is_empty()))
+        .or(kube_proxy.hostname_override.clone().filter(|name| !name.is_empty()))
         .unwrap_or_else(|| host.hostname.clone())
         .trim()
         .to_lowercase();
@@ -206,7 +214,10 @@ pub fn resolve(
         .clone()
         .or(kube_proxy
             .client_connection
-            .and_then(|client| client.kubeconfig)
+            .as_ref()
+            // kube-proxy's account may not do what the agent does.
+            .filter(|_| !parts.agent)
+            .and_then(|client| client.kubeconfig.clone())
             .filter(|path| !path.is_empty())
             .map(PathBuf::from))
         .unwrap_or_else(|| KUBECONFIG.into());
@@ -226,97 +237,23 @@ pub fn resolve(
         .or(longshore.service_node_port_range)
         .unwrap_or_else(|| "30000-32767".into());
 
-    let proxy_mode = match flags.proxy_mode {
-        Some(ProxyModeFlag::Auto) => Mode::Auto,
-        Some(ProxyModeFlag::Nftables) => Mode::Nftables,
-        Some(ProxyModeFlag::Iptables) => Mode::Iptables,
-        None => match kube_proxy.mode.as_deref().unwrap_or_default() {
-            "" | "auto" => Mode::Auto,
-            "nftables" => Mode::Nftables,
-            "iptables" => Mode::Iptables,
-            other => {
-                return Err(ConfigError::invalid(
-                    "KubeProxyConfiguration.mode",
-                    format!("{other:?} is not provided; use nftables, iptables or leave it empty"),
-                ));
-            }
+    let proxy_config = proxy::resolve(
+        kube_proxy,
+        proxy::Around {
+            flags,
+            with_agent: parts.agent,
+            node_name: &node_name,
+            // Standalone, this node's pods are all there are.
+            cluster_cidrs: if standalone && cluster_cidrs.is_empty() {
+                pod_cidrs.clone()
+            } else {
+                cluster_cidrs
+            },
+            // In a cluster the range is the API server's to know.
+            service_cidrs: if standalone { service_ranges.clone() } else { Vec::new() },
         },
-    };
-    let iptables = kube_proxy.iptables.unwrap_or_default();
-    let nftables = kube_proxy.nftables.unwrap_or_default();
-    let sync_period = match proxy_mode {
-        Mode::Iptables => iptables.sync_period,
-        Mode::Nftables => nftables.sync_period,
-        Mode::Auto => nftables.sync_period.or(iptables.sync_period),
-    };
-    // Where the mode is left open, upstream's is iptables, so that a file may say it in either section.
-    let (own, other) = match proxy_mode {
-        Mode::Iptables => ((iptables.masquerade_bit, iptables.masquerade_all), (None, None)),
-        Mode::Nftables => ((nftables.masquerade_bit, nftables.masquerade_all), (None, None)),
-        Mode::Auto => (
-            (nftables.masquerade_bit, nftables.masquerade_all),
-            (iptables.masquerade_bit, iptables.masquerade_all),
-        ),
-    };
-    let masquerade_bit = own.0.or(other.0).unwrap_or(14);
-    let masquerade_all = own.1.unwrap_or(false) || other.1.unwrap_or(false);
-    if masquerade_bit > 31 {
-        return Err(ConfigError::invalid(
-            "KubeProxyConfiguration.masqueradeBit",
-            format!("{masquerade_bit} is not between 0 and 31"),
-        ));
-    }
-
-    let node_port_addresses = if flags.nodeport_addresses.is_empty() {
-        kube_proxy.node_port_addresses.unwrap_or_default()
-    } else {
-        flags.nodeport_addresses.clone()
-    };
-    let proxy_config = proxy::Config {
-        mode: proxy_mode,
-        node_name: node_name.clone(),
-        masquerade_all: flags.masquerade_all || masquerade_all,
-        // Standalone, this node's pods are all there are.
-        cluster_cidrs: if standalone && cluster_cidrs.is_empty() {
-            pod_cidrs.clone()
-        } else {
-            cluster_cidrs
-        },
-        detect_local: detect_local(
-            kube_proxy.detect_local_mode.as_deref().unwrap_or_default(),
-            kube_proxy.detect_local.unwrap_or_default(),
-        )?,
-        // In a cluster the range is the API server's to know.
-        service_cidrs: if standalone { service_ranges.clone() } else { Vec::new() },
-        node_port_addresses: node_port_addresses
-            .iter()
-            .map(|text| text.parse::<NodePortAddresses>())
-            .collect::<Result<_, _>>()
-            .map_err(|cause| ConfigError::invalid("--nodeport-addresses", cause))?,
-        localhost_node_ports: iptables.localhost_node_ports.unwrap_or(true),
-        masquerade_bit,
-        healthz_bind: address(
-            "--proxy-healthz-bind-address",
-            flags
-                .proxy_healthz_bind_address
-                .as_deref()
-                .or(nonempty(&kube_proxy.healthz_bind_address)),
-            "0.0.0.0:10256",
-            10256,
-        )?,
-        metrics_bind: address(
-            "--proxy-metrics-bind-address",
-            flags
-                .proxy_metrics_bind_address
-                .as_deref()
-                .or(nonempty(&kube_proxy.metrics_bind_address)),
-            "127.0.0.1:10249",
-            10249,
-        )?,
-        conntrack: conntrack(kube_proxy.conntrack.unwrap_or_default()),
-        sync_period: period(sync_period, proxy::Config::default().sync_period.as_secs()),
-        ..proxy::Config::default()
-    };
+        &mut notes,
+    )?;
 
     let high = kubelet.image_gc_high_threshold_percent.unwrap_or(85);
     let low = kubelet.image_gc_low_threshold_percent.unwrap_or(80);
@@ -385,18 +322,7 @@ pub fn resolve(
         ));
     }
     Ok(NodeConfig {
-        parts: Parts {
-            agent: flags.only.is_empty() || flags.only.contains(&Part::Agent),
-            proxy: flags.only.is_empty() || flags.only.contains(&Part::Proxy),
-            cri: flags.only.contains(&Part::Cri)
-                || (flags.only.is_empty()
-                    && flags.container_runtime_endpoint.is_none()
-                    && kubelet
-                        .container_runtime_endpoint
-                        .as_deref()
-                        .unwrap_or_default()
-                        .is_empty()),
-        },
+        parts,
         standalone,
         node_name: node_name.clone(),
         hostname: flags.hostname_override.as_ref().map_or(&host.hostname, |_| &node_name).clone(),
@@ -450,8 +376,8 @@ pub fn resolve(
         service_node_port_range: parse_port_range(&port_range)?,
         proxy: proxy_config,
         healthz: {
-            let ip = match flags.healthz_bind_address {
-                Some(ip) => ip,
+            let ip = match &flags.healthz_bind_address {
+                Some(text) => proxy::agents_healthz(text)?,
                 None => ip_or(
                     "KubeletConfiguration.healthzBindAddress",
                     kubelet.healthz_bind_address.as_deref(),
@@ -544,7 +470,7 @@ pub fn resolve(
             ..Default::default()
         },
         log_filter: flags.log_level.clone().unwrap_or_else(|| {
-            match flags.verbosity.unwrap_or(2) {
+            match flags.verbosity.or(verbosity).unwrap_or(2) {
                 0 => "warn",
                 1..=3 => "info",
                 4..=5 => "info,agent=debug,proxy=debug,cri_shim=debug",
@@ -553,7 +479,10 @@ pub fn resolve(
             }
             .into()
         }),
-        log_json: flags.logging_format.as_deref() == Some("json"),
+        log_json: match flags.logging_format.as_deref() {
+            Some(format) => format == "json",
+            None => log_json,
+        },
         notes,
     })
 }

@@ -167,7 +167,7 @@ pub(super) async fn of(watched: &Watched) -> Status {
         Note::NotBuilt { field, value } => {
             Some(format!("configuration: {field}: {value} is not implemented and has no effect"))
         }
-        Note::Inert { .. } => None,
+        Note::Inert { .. } | Note::NoEffect { .. } => None,
     }));
     let mut pods: Vec<PodLine> = Vec::new();
     if let Some(sync) = &watched.sync {

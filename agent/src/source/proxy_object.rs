@@ -185,13 +185,10 @@ pub fn node_state(node: &Node) -> NodeState {
     let single: Vec<String> = spec.and_then(|s| s.pod_cidr.clone()).into_iter().collect();
     let pod_cidrs = spec.and_then(|s| s.pod_cidrs.as_ref()).filter(|c| !c.is_empty());
     NodeState {
-        addresses: node
-            .status
-            .iter()
-            .flat_map(|s| s.addresses.iter().flatten())
-            .filter(|a| a.type_ == "InternalIP")
-            .filter_map(|a| a.address.parse().ok())
-            .collect(),
+        addresses: match node_addresses(node, "InternalIP") {
+            none if none.is_empty() => node_addresses(node, "ExternalIP"),
+            some => some,
+        },
         pod_cidrs: cidrs(pod_cidrs.unwrap_or(&single)),
         zone: node
             .metadata
@@ -205,6 +202,11 @@ pub fn node_state(node: &Node) -> NodeState {
                 .flat_map(|s| s.taints.iter().flatten())
                 .any(|taint| taint.key == TO_BE_DELETED_TAINT),
     }
+}
+
+fn node_addresses(node: &Node, kind: &str) -> Vec<IpAddr> {
+    let all = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    all.filter(|a| a.type_ == kind).filter_map(|a| a.address.parse().ok()).collect()
 }
 
 fn has_label(metadata: &ObjectMeta, label: &str) -> bool {

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use crate::backend::Environment;
 use crate::config::LocalTraffic;
-use crate::object::{NamespacedName, Protocol};
+use crate::object::{Cidr, NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
 /// Names of own chains, upstream's where it has one for the purpose: so that whoever comes after us
@@ -180,15 +180,18 @@ pub fn fixed(environment: &Environment, ipv4: bool) -> BTreeMap<ChainKey, Vec<St
     let mut services = vec!["-j KUBE-VIPS".to_owned()];
     let loopback = if ipv4 { "127.0.0.0/8" } else { "::1/128" };
     let local = "-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS";
-    match &environment.node_ports {
+    let of_family = |cidr: &&Cidr| cidr.is_ipv4() == ipv4;
+    let everywhere = |cidrs: &Vec<Cidr>| cidrs.iter().filter(of_family).any(|c| c.prefix_len == 0);
+    match environment.node_ports.as_ref().filter(|cidrs| !everywhere(cidrs)) {
         None if ipv4 && environment.localhost => services.push(local.to_owned()),
         None => services.push(format!("! -d {loopback} {local}")),
-        Some(cidrs) => services.extend(
-            cidrs
-                .iter()
-                .filter(|cidr| cidr.address.is_ipv4() == ipv4)
-                .map(|cidr| format!("-d {cidr} {local}")),
-        ),
+        Some(cidrs) => {
+            if !(ipv4 && environment.localhost) {
+                services.push(format!("-d {loopback} -j RETURN"));
+            }
+            services
+                .extend(cidrs.iter().filter(of_family).map(|cidr| format!("-d {cidr} {local}")));
+        }
     }
     put(Table::Nat, "KUBE-SERVICES", services);
     put(Table::Nat, "KUBE-MARK-MASQ", vec![format!("-j MARK --set-xmark {bit:#x}/{bit:#x}")]);

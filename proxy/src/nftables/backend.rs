@@ -172,8 +172,12 @@ fn repair_family(
                 if let Some(state) = state {
                     // Old kernels learn late that a chain is not referred to any more; then it
                     // is swept the next time.
+                    let family = usize::from(table.family != Family::Ip);
                     for tx in ruleset.plan_sweep(&state) {
-                        let _ = client.apply(&tx);
+                        if let Err(error) = client.apply(&tx) {
+                            tracing::debug!(%table, %error, "an unused chain stays for now");
+                            outcome.cleanup_failures[family] += 1;
+                        }
                     }
                 }
                 if last {

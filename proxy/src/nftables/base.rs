@@ -97,7 +97,8 @@ impl Structure {
             Expr::in_network(Address::Destination, address, len, true)
         };
         let loopback_served = self.environment.localhost && self.family == Family::Ip;
-        match &self.environment.node_ports {
+        let everywhere = |cidrs: &Vec<Cidr>| self.of_family(cidrs).any(|c| c.prefix_len == 0);
+        match self.environment.node_ports.as_ref().filter(|cidrs| !everywhere(cidrs)) {
             None if loopback_served => vec![local()],
             None => vec![[local(), not_loopback()].concat()],
             Some(cidrs) => self

@@ -272,6 +272,11 @@ impl Running {
         eventually("a mode", || status.borrow().mode, |mode| *mode != Mode::Auto);
     }
 
+    /// Waits for its own end.
+    pub fn end(mut self) -> Result<(), proxy::Error> {
+        self.thread.take().expect("it runs").join().expect("proxy thread")
+    }
+
     pub fn stop(mut self) {
         let _ = self.shutdown.send(true);
         if let Some(thread) = self.thread.take() {

@@ -120,3 +120,135 @@ fn a_mode_takes_its_own_section_and_an_open_mode_either() {
         assert_eq!(got, expected, "{file}");
     }
 }
+
+const PROXY: &str = "kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1alpha1\n";
+
+/// Every field of `KubeProxyConfiguration` takes effect, is refused, or is noted with a reason.
+#[test]
+fn fields_of_kube_proxys_configuration_are_refused_or_noted_where_they_cannot_hold() {
+    for (text, why) in [
+        ("featureGates: {X: 1}", "featureGates"),
+        ("bindAddress: here", "bindAddress: \"here\" is no IP address"),
+        ("healthzBindAddress: nowhere", "healthzBindAddress"),
+        ("metricsBindAddress: 1.2.3.4:x", "metricsBindAddress"),
+        ("showHiddenMetricsForVersion: '1.2'", "showHiddenMetricsForVersion"),
+        ("mode: ipvs", "deprecated"),
+        ("mode: kernelspace", "Windows"),
+        ("mode: ebpf", "unknown"),
+        ("iptables: {masqueradeBit: 32}", "iptables.masqueradeBit"),
+        ("nftables: {masqueradeBit: 32}", "nftables.masqueradeBit"),
+        ("nftables: {syncPeriod: -1s}", "nftables.syncPeriod"),
+        ("nftables: {syncPeriod: 1s, minSyncPeriod: 2s}", "minSyncPeriod"),
+        ("detectLocalMode: Guess", "detectLocalMode"),
+        ("detectLocalMode: BridgeInterface", "detectLocal.bridgeInterface"),
+        ("detectLocalMode: InterfaceNamePrefix", "detectLocal.interfaceNamePrefix"),
+        ("clusterCIDR: 10.0.0.0/8,11.0.0.0/8", "one range of each family"),
+        ("nodePortAddresses: [primary, 10.0.0.0/8]", "primary alone"),
+        ("nodePortAddresses: [10.0.0.1]", "nodePortAddresses"),
+        ("oomScoreAdj: -1001", "oomScoreAdj"),
+        ("conntrack: {tcpEstablishedTimeout: -1s}", "conntrack.tcpEstablishedTimeout"),
+        ("conntrack: {maxPerCore: -1}", "conntrack"),
+        ("configSyncPeriod: -1s", "configSyncPeriod"),
+        ("clientConnection: {burst: -1}", "clientConnection"),
+        ("logging: {format: xml}", "logging.format"),
+        ("winkernel: {sourceVip: 7}", "winkernel"),
+        ("ipvs: {scheduler: 7}", "ipvs"),
+    ] {
+        let error = resolved("", &format!("{PROXY}{text}\n")).unwrap_err().to_string();
+        assert!(error.contains(why), "{text}: {error}");
+    }
+    for (line, text, noted) in [
+        ("", "featureGates: {NFTablesProxyMode: true}", ""),
+        ("", "featureGates: {NFTablesProxyMode: false}", "featureGates.NFTablesProxyMode"),
+        ("--only proxy --feature-gates A=true,B=false", "", "featureGates.A"),
+        ("", "clientConnection: {qps: 7}", "clientConnection.qps"),
+        ("--only proxy --kube-api-burst 7", "", "clientConnection.burst"),
+        ("", "clientConnection: {contentType: application/json}", ""),
+        ("", "clientConnection: {contentType: x}", "clientConnection.contentType"),
+        ("", "clientConnection: {kubeconfig: /k}", "clientConnection.kubeconfig"),
+        ("--only proxy", "clientConnection: {kubeconfig: /k}", ""),
+        ("", "logging: {vmodule: [{filePattern: a, verbosity: 1}]}", "logging.vmodule"),
+        ("", "windowsRunAsService: true", "windowsRunAsService"),
+        ("", "portRange: 1-2", "portRange"),
+        ("", "configSyncPeriod: 1m", "configSyncPeriod"),
+        ("", "oomScoreAdj: -5", "oomScoreAdj"),
+        ("--only proxy", "oomScoreAdj: -5", ""),
+    ] {
+        let notes = resolved(line, &format!("{PROXY}{text}\n")).unwrap().notes;
+        let names: Vec<String> = notes
+            .into_iter()
+            .filter_map(|note| match note {
+                Note::NoEffect { field, .. } => Some(field),
+                _ => None,
+            })
+            .collect();
+        match noted {
+            "" => assert_eq!(names, [] as [&str; 0], "{line} {text}"),
+            noted => assert!(names.iter().any(|n| n.ends_with(noted)), "{line} {text}: {names:?}"),
+        }
+    }
+}
+
+#[test]
+fn fields_and_flags_of_kube_proxy_reach_the_proxy() {
+    let proxy = |line: &str, text: &str| resolved(line, &format!("{PROXY}{text}\n")).unwrap().proxy;
+    let is = |address: Option<SocketAddr>, text: &str| {
+        assert_eq!(address.map(|a| a.to_string()).as_deref(), Some(text));
+    };
+    let plain = proxy("", "");
+    is(plain.healthz_bind, "0.0.0.0:10256");
+    is(plain.metrics_bind, "127.0.0.1:10249");
+    assert_eq!((plain.min_sync_period, plain.oom_score_adj), (Duration::ZERO, None));
+    // Addresses are of the family of bindAddress.
+    let bound = proxy("", "bindAddress: fd00::1");
+    is(bound.healthz_bind, "[::]:10256");
+    is(bound.metrics_bind, "[::1]:10249");
+    assert_eq!(bound.bind_address.map(|a| a.to_string()).as_deref(), Some("fd00::1"));
+    assert_eq!(proxy("", "bindAddress: '::'").bind_address, None);
+    // kube-proxy's flags, where it runs alone; kubelet's of the same name, where it does not.
+    let alone = "--only proxy --healthz-bind-address 1.2.3.4:5 --metrics-bind-address 6.7.8.9";
+    is(proxy(alone, "healthzBindAddress: 9.9.9.9").healthz_bind, "1.2.3.4:5");
+    is(proxy(alone, "").metrics_bind, "6.7.8.9:10249");
+    let whole = resolved("--healthz-bind-address 1.2.3.4", PROXY).unwrap();
+    is(whole.proxy.healthz_bind, "0.0.0.0:10256");
+    is(whole.healthz, "1.2.3.4:10248");
+    assert_eq!(proxy("--only proxy --healthz-port 0", "").healthz_bind, None);
+    assert_eq!(proxy("--metrics-port 0", "").metrics_bind, None);
+    let flags = proxy(
+        "--only proxy --bind-address-hard-fail --profiling --iptables-masquerade-bit 7 \
+         --iptables-localhost-nodeports=false --iptables-sync-period 10s \
+         --iptables-min-sync-period 2s --detect-local-mode InterfaceNamePrefix \
+         --pod-interface-name-prefix veth --oom-score-adj -5 --conntrack-max-per-core 0 \
+         --conntrack-min 5 --conntrack-tcp-timeout-established 0 \
+         --conntrack-tcp-timeout-close-wait 1m --conntrack-tcp-be-liberal \
+         --conntrack-udp-timeout 3s --conntrack-udp-timeout-stream 4s --proxy-mode iptables \
+         --masquerade-all --nodeport-addresses primary --cluster-cidr 10.0.0.0/8",
+        "iptables: {masqueradeBit: 8, minSyncPeriod: 9s}\nnftables: {minSyncPeriod: 9s}",
+    );
+    assert!(flags.bind_hard_fail && flags.profiling && flags.masquerade_all);
+    assert!(!flags.localhost_node_ports);
+    assert_eq!((flags.masquerade_bit, flags.sync_period.as_secs()), (7, 10));
+    assert_eq!((flags.min_sync_period.as_secs(), flags.health_timeout.as_secs()), (2, 20));
+    assert_eq!(flags.detect_local, ::proxy::DetectLocal::InterfaceNamePrefix("veth".to_owned()));
+    assert_eq!(flags.oom_score_adj, Some(-5));
+    let conntrack = flags.conntrack;
+    assert_eq!((conntrack.max_per_core, conntrack.min), (Some(0), Some(5)));
+    assert_eq!(conntrack.tcp_established_timeout, None);
+    assert_eq!(conntrack.tcp_close_wait_timeout, Some(Duration::from_secs(60)));
+    assert_eq!(conntrack.udp_timeout, Some(Duration::from_secs(3)));
+    assert_eq!(conntrack.udp_stream_timeout, Some(Duration::from_secs(4)));
+    assert!(conntrack.tcp_be_liberal);
+    let logging = |line: &str| {
+        let text = format!("{PROXY}logging: {{format: json, verbosity: 6}}\n");
+        let config = resolved(line, &text).unwrap();
+        (config.log_filter, config.log_json)
+    };
+    assert_eq!(logging(""), ("debug".to_owned(), true));
+    assert_eq!(logging("-v 0 --logging-format text"), ("warn".to_owned(), false));
+    let path = |line: &str| {
+        let config = resolved(line, &format!("{PROXY}clientConnection: {{kubeconfig: /k}}"));
+        config.unwrap().kubeconfig.unwrap()
+    };
+    assert_eq!(path("--only proxy"), PathBuf::from("/k"));
+    assert_eq!(path(""), PathBuf::from(KUBECONFIG));
+}
