@@ -224,7 +224,7 @@ impl Config {
                 NodePortAddresses::Cidr(cidr) => all.push(cidr.network()),
                 NodePortAddresses::Primary => {
                     // Until the node's addresses are known there is nothing to serve at.
-                    unknown = node.addresses.is_empty();
+                    unknown = node.addresses.is_empty() && !node.known;
                     all.extend(node.primary_addresses().map(Cidr::whole));
                 }
             }
@@ -284,6 +284,12 @@ mod tests {
         );
         assert_eq!(at(&["primary"], &["10.0.0.1"]).0, some(&["10.0.0.1/32", "::/0"]));
         assert_eq!(at(&["primary"], &[]).0, Some(vec![]));
+        assert_eq!(at(&["primary", "127.0.0.0/8"], &[]), (some(&["127.0.0.0/8"]), true));
+        // A node without addresses is served everywhere.
+        let config =
+            Config { node_port_addresses: vec![NodePortAddresses::Primary], ..Config::default() };
+        let cidrs = config.node_port_cidrs(&NodeState { known: true, ..NodeState::default() });
+        assert_eq!(cidrs.unwrap().len(), 2);
     }
 
     #[test]

@@ -207,7 +207,7 @@ pub struct Endpoint {
     pub address: IpAddr,
     /// `conditions.ready`, unset means true.
     pub ready: bool,
-    /// `conditions.serving`, unset means ready.
+    /// `conditions.serving`, unset means true.
     pub serving: bool,
     /// `conditions.terminating`.
     pub terminating: bool,
@@ -259,6 +259,8 @@ pub enum Change {
 /// What the proxy must know of its node.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct NodeState {
+    /// The node's object has been read: what it has no addresses of it will not have soon.
+    pub known: bool,
     /// Addresses of type InternalIP, or where it has none of type ExternalIP.
     pub addresses: Vec<IpAddr>,
     /// Pod CIDRs of this node, for telling local from off-cluster traffic.

@@ -119,11 +119,13 @@ pub fn unusable(address: IpAddr) -> Option<&'static str> {
     }
 }
 
-fn rank(endpoint: &Endpoint) -> u8 {
-    u8::from(endpoint.ready) * 2 + u8::from(endpoint.serving)
+/// Of two that have one address the higher counts: the pod that has taken over the address of one
+/// that ends, whatever its state.
+fn rank(endpoint: &Endpoint) -> (bool, bool, bool) {
+    (!endpoint.terminating, endpoint.ready, endpoint.serving)
 }
 
-/// The endpoints of a port by address; of several slices that hold one, the readiest wins.
+/// The endpoints of a port by address; of several slices that hold one, the best wins.
 pub(crate) fn candidates<'a>(
     port: &ServicePort,
     ipv4: bool,
@@ -222,18 +224,16 @@ pub fn plan_port(
         .filter(|range| range.prefix_len <= if ipv4 { 32 } else { 128 })
         .map(|range| range.network())
         .collect();
-    let restricted = !service.load_balancer_source_ranges.is_empty();
+    // As upstream: ranges of one family say nothing of the other, and one that is everything is none.
+    let restricted =
+        service.load_balancer_source_ranges.iter().any(|range| range.is_ipv4() == ipv4)
+            && !source_ranges.iter().any(|range| range.prefix_len == 0);
     let mut firewalled_ips = Vec::new();
     if restricted && !granted.load_balancer_ips.is_empty() {
         // A load balancer's address is often the node's too: its own traffic then comes from it.
-        if topology.addresses.iter().any(|a| source_ranges.iter().any(|r| r.contains(*a))) {
-            let whole = if ipv4 { 32 } else { 128 };
-            source_ranges.extend(
-                granted
-                    .load_balancer_ips
-                    .iter()
-                    .map(|address| Cidr { address: *address, prefix_len: whole }),
-            );
+        let own = topology.addresses.iter().find(|address| address.is_ipv4() == ipv4);
+        if own.is_some_and(|own| source_ranges.iter().any(|range| range.contains(*own))) {
+            source_ranges.extend(granted.load_balancer_ips.iter().copied().map(Cidr::whole));
         }
         firewalled_ips = granted.load_balancer_ips;
         firewalled_ips.sort_unstable();

@@ -31,6 +31,8 @@ const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Work on more Services than this uses much memory for a moment.
 const MANY: usize = 2000;
+/// After this a node that is not told is taken for one without addresses, as upstream takes it.
+const NODE_AWAITED: Duration = Duration::from_secs(30);
 /// At most so many waiting changes are taken in before a batch is made of them.
 const COLLECT: usize = 100_000;
 
@@ -60,6 +62,7 @@ struct Loop {
     monitor: Option<(nft::Monitor, Concerns)>,
     /// No repair before this.
     not_before: Option<Instant>,
+    started: Instant,
     /// No change before this (`minSyncPeriod`).
     paced: Option<Instant>,
     retry: Duration,
@@ -196,6 +199,7 @@ impl Loop {
         health_ports.refresh(environment.node_ports.clone());
         Loop {
             health_ports,
+            started: Instant::now(),
             paced: None,
             config,
             status,
@@ -406,7 +410,9 @@ impl Loop {
     }
 
     fn environment_wanted(&self) -> Environment {
-        let node = self.model.node();
+        let mut node = self.model.node().clone();
+        node.known |= self.started.elapsed() >= NODE_AWAITED;
+        let node = &node;
         Environment {
             local: self.config.local_traffic(node),
             node_ports: self.config.node_port_cidrs(node),

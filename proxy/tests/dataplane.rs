@@ -736,3 +736,42 @@ fn stale_udp_flows_are_deleted_iptables() {
 fn a_bad_service_is_reported_and_stops_nobody_iptables() {
     bad_services(Mode::Iptables);
 }
+
+/// Every endpoint is as likely as another: Pearson's chi-square over many connections stays under
+/// what chance exceeds once in a million times (2 degrees of freedom).
+fn spread(mode: Mode) {
+    const CONNECTIONS: usize = 2000;
+    const LIMIT: f64 = 27.6;
+    let net = with_pods(3);
+    let mut running = start(mode);
+    let mut svc = service(1);
+    svc.ports[0].node_port = 30080;
+    running.send(Change::Service(svc.clone()));
+    slices(1, &[0, 1, 2]).into_iter().for_each(|c| running.send(c));
+    running.send(Change::Synced);
+    running.settle();
+    for to in [vip(&svc, false, 80), vip(&svc, true, 80), at(NODE[0], 30080)] {
+        let mut counts = std::collections::BTreeMap::<String, usize>::new();
+        net.client.run(|| {
+            for _ in 0..CONNECTIONS {
+                let answer = ask_tcp(to).unwrap();
+                let (pod, _) = answer.split_once(' ').unwrap();
+                *counts.entry(pod.to_owned()).or_default() += 1;
+            }
+        });
+        let expected = CONNECTIONS as f64 / 3.0;
+        let chi_square: f64 =
+            counts.values().map(|n| (*n as f64 - expected).powi(2) / expected).sum();
+        assert!(counts.len() == 3 && chi_square < LIMIT, "{to}: {chi_square} of {counts:?}");
+    }
+}
+
+#[test]
+fn connections_are_spread_evenly() {
+    spread(Mode::Nftables);
+}
+
+#[test]
+fn connections_are_spread_evenly_iptables() {
+    spread(Mode::Iptables);
+}

@@ -42,8 +42,9 @@ fn health_metrics_and_health_check_ports_answer() {
     running.send(Change::Service(svc.clone()));
     for v6 in [false, true] {
         let mut slice = slice(1, v6, &[0]);
-        let now = jiff::Timestamp::now().as_millisecond();
-        slice.triggered = v6.then_some(now);
+        // After the proxy's start, whenever that is.
+        let soon = jiff::Timestamp::now().as_millisecond() + 60_000;
+        slice.triggered = v6.then_some(soon);
         running.send(Change::Slice(slice));
     }
     running.send(Change::Synced);

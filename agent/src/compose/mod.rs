@@ -269,6 +269,7 @@ impl Parts {
         let store = Store::new(services.served(), tell);
         self.watched.store = Some(store.clone());
         let state = NodeState {
+            known: true,
             addresses: node.node_ips.clone(),
             pod_cidrs: config.pod_cidrs.clone(),
             zone: None,

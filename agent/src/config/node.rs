@@ -242,6 +242,7 @@ pub fn resolve(
         proxy::Around {
             flags,
             with_agent: parts.agent,
+            standalone,
             node_name: &node_name,
             // Standalone, this node's pods are all there are.
             cluster_cidrs: if standalone && cluster_cidrs.is_empty() {

@@ -4,6 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use proxy::object::Cidr;
 use proxy::{Mode, NodePortAddresses};
 
 use super::fields::{address, conntrack, detect_local, nonempty};
@@ -31,12 +32,14 @@ pub(super) struct Around<'a> {
     pub flags: &'a NodeFlags,
     /// The agent runs in the same process.
     pub with_agent: bool,
+    /// Nobody but this node makes Services.
+    pub standalone: bool,
     /// Name of the node.
     pub node_name: &'a str,
     /// Ranges of the cluster's pods.
-    pub cluster_cidrs: Vec<proxy::object::Cidr>,
+    pub cluster_cidrs: Vec<Cidr>,
     /// Ranges of cluster IPs, where they are known.
-    pub service_cidrs: Vec<proxy::object::Cidr>,
+    pub service_cidrs: Vec<Cidr>,
 }
 
 fn refused(field: &str, reason: impl ToString) -> ConfigError {
@@ -54,7 +57,7 @@ pub(super) fn resolve(
     around: Around<'_>,
     notes: &mut Vec<Note>,
 ) -> Result<proxy::Config, ConfigError> {
-    let Around { flags, with_agent, node_name, cluster_cidrs, service_cidrs } = around;
+    let Around { flags, with_agent, standalone, node_name, cluster_cidrs, service_cidrs } = around;
     let mode = mode(flags.proxy_mode, document.mode.as_deref().unwrap_or_default())?;
     let iptables = document.iptables.clone().unwrap_or_default();
     let nftables = document.nftables.clone().unwrap_or_default();
@@ -158,7 +161,14 @@ pub(super) fn resolve(
             document.detect_local.unwrap_or_default(),
         )?,
         service_cidrs,
-        node_port_addresses: node_port_addresses(flags, document.node_port_addresses)?,
+        node_port_addresses: match node_port_addresses(flags, document.node_port_addresses)? {
+            // Upstream's default of this mode; it has no NodePorts at 127.0.0.1.
+            none if none.is_empty() && mode == Mode::Nftables && !standalone => {
+                let loopback = Cidr { address: [127, 0, 0, 0].into(), prefix_len: 8 };
+                vec![NodePortAddresses::Primary, NodePortAddresses::Cidr(loopback)]
+            }
+            given => given,
+        },
         localhost_node_ports: iptables.localhost_node_ports.unwrap_or(true),
         masquerade_bit,
         healthz_bind,

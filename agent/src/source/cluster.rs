@@ -344,7 +344,7 @@ impl ServiceLoops {
 
     /// Runs for ever: EndpointSlices.
     pub async fn run_slices(self, client: Client, store: Store) {
-        let selector = format!("!{HEADLESS},!{SERVICE_PROXY_NAME}");
+        let selector = format!("!{HEADLESS}");
         let mut watch = Watch::<EndpointSlice>::new(kube::Api::all(client), "").labels(&selector);
         let mut list = List::default();
         let mut refused = false;

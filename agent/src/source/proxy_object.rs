@@ -14,9 +14,9 @@ use proxy::object::{
     ServicePort, TrafficPolicy,
 };
 
-/// A Service or slice with this label is served by another proxy.
+/// A Service with this label is served by another proxy; upstream does not look for it on slices.
 pub const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
-/// A Service or slice with this label has no virtual IP.
+/// A slice with this label is of a Service without virtual IP.
 pub const HEADLESS: &str = "service.kubernetes.io/headless";
 /// When what made a slice change happened, in RFC 3339.
 pub const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
@@ -104,7 +104,7 @@ fn serviced(service: &Service, key: &NamespacedName) -> Option<proxy::object::Se
 }
 
 /// What a new or changed slice means for the proxy on `node_name`: `SliceGone` for one of a
-/// headless Service, of another proxy, of no Service, or without IP addresses.
+/// headless Service, of no Service, or without IP addresses.
 pub fn slice_change(slice: &EndpointSlice, node_name: &str) -> Change {
     let key = key(&slice.metadata);
     match sliced(slice, node_name, &key) {
@@ -119,7 +119,7 @@ fn sliced(
     key: &NamespacedName,
 ) -> Option<proxy::object::EndpointSlice> {
     let metadata = &slice.metadata;
-    if has_label(metadata, SERVICE_PROXY_NAME) || has_label(metadata, HEADLESS) {
+    if has_label(metadata, HEADLESS) {
         return None;
     }
     let service = metadata.labels.as_ref()?.get(SERVICE_NAME).filter(|name| !name.is_empty())?;
@@ -145,7 +145,8 @@ fn sliced(
         Some(Endpoint {
             address,
             ready,
-            serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
+            // Upstream takes what is not said for true, also of one that is not ready.
+            serving: conditions.and_then(|c| c.serving).unwrap_or(true),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
             local: endpoint.node_name.as_deref() == Some(node_name),
             zones: endpoint
@@ -185,6 +186,7 @@ pub fn node_state(node: &Node) -> NodeState {
     let single: Vec<String> = spec.and_then(|s| s.pod_cidr.clone()).into_iter().collect();
     let pod_cidrs = spec.and_then(|s| s.pod_cidrs.as_ref()).filter(|c| !c.is_empty());
     NodeState {
+        known: true,
         addresses: match node_addresses(node, "InternalIP") {
             none if none.is_empty() => node_addresses(node, "ExternalIP"),
             some => some,
@@ -358,7 +360,7 @@ mod tests {
             [
                 (true, true, false, true, 0),
                 (false, true, true, false, 1),
-                (false, false, false, false, 0)
+                (false, true, false, false, 0)
             ]
         );
     }
@@ -367,7 +369,6 @@ mod tests {
     fn slices_that_are_not_ours_are_gone() {
         for (labels, family) in [
             (json!({SERVICE_NAME: "s", HEADLESS: ""}), "IPv4"),
-            (json!({SERVICE_NAME: "s", SERVICE_PROXY_NAME: "x"}), "IPv4"),
             (json!({}), "IPv4"),
             (json!({SERVICE_NAME: "s"}), "FQDN"),
         ] {

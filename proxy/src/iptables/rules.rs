@@ -322,15 +322,14 @@ impl Builder<'_> {
                 let to = if firewalled { chain("FW", &id) } else { ext.clone() };
                 self.shared(Table::Nat, "KUBE-VIPS", format!("{} -j {to}", at(*ip)));
             }
-            if firewalled {
+            if firewalled && usable {
                 // What the firewall chain lets through is translated, and so does not match.
                 self.shared(Table::Filter, "KUBE-PROXY-FIREWALL", format!("{} -j DROP", at(*ip)));
             }
             if !plan.has_external_endpoints() {
-                // Seen by what this node sends, and by what it receives for an address of its own.
-                for chain in ["KUBE-SERVICES", "KUBE-EXTERNAL-SERVICES"] {
-                    self.shared(Table::Filter, chain, format!("{} {verdict}", at(*ip)));
-                }
+                // As upstream, what this node itself sends there goes its way.
+                let rule = format!("{} {verdict}", at(*ip));
+                self.shared(Table::Filter, "KUBE-EXTERNAL-SERVICES", rule);
             }
         }
         if usable && !plan.firewalled_ips.is_empty() {

@@ -227,6 +227,35 @@ impl ControlPlane {
         .to_string()
     }
 
+    /// Stores an object as it is, whatever an API server would make of it.
+    ///
+    /// # Errors
+    /// None that a caller can mend.
+    pub fn store(&self, plural: &str, mut object: Value) -> Result<()> {
+        let (namespace, name) = store::key_of(&object);
+        let write = |old: Option<&Arc<Value>>| {
+            for field in ["uid", "creationTimestamp"] {
+                object["metadata"][field] = match old {
+                    Some(old) => old["metadata"][field].clone(),
+                    None if field == "uid" => format!("{plural}-{namespace}-{name}").into(),
+                    None => "2026-01-02T03:04:05Z".into(),
+                };
+            }
+            Ok(store::Write::Put(object))
+        };
+        let stored = self.api.store.write(known(plural), &namespace, &name, write);
+        stored.map(drop).map_err(|e| anyhow::anyhow!("store {plural}: {}", e.message))
+    }
+
+    /// Removes a stored object, if it is there.
+    pub fn remove(&self, plural: &str, namespace: &str, name: &str) {
+        let write = |old: Option<&Arc<Value>>| match old {
+            Some(old) => Ok(store::Write::Remove((**old).clone())),
+            None => Ok(store::Write::Keep),
+        };
+        let _ = self.api.store.write(known(plural), namespace, name, write);
+    }
+
     /// Serves on a loopback port of this machine, for administrators.
     ///
     /// # Errors

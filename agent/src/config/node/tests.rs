@@ -199,6 +199,10 @@ fn fields_and_flags_of_kube_proxy_reach_the_proxy() {
     is(plain.healthz_bind, "0.0.0.0:10256");
     is(plain.metrics_bind, "127.0.0.1:10249");
     assert_eq!((plain.min_sync_period, plain.oom_score_adj), (Duration::ZERO, None));
+    // In nftables mode NodePorts are at the node's own address by default, and at 127.0.0.1.
+    assert_eq!(plain.node_port_addresses, []);
+    assert_eq!(proxy("", "mode: nftables").node_port_addresses.len(), 2);
+    assert_eq!(proxy("--standalone", "mode: nftables").node_port_addresses, []);
     // Addresses are of the family of bindAddress.
     let bound = proxy("", "bindAddress: fd00::1");
     is(bound.healthz_bind, "[::]:10256");
