@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::Serialize;
 
 use crate::config::LocalTraffic;
-use crate::object::{Endpoint, EndpointSlice, NamespacedName, NodeHint, Service};
+use crate::object::{Cidr, Endpoint, EndpointSlice, NamespacedName, NodeHint, Service};
 use crate::plan::{PortPlan, Prefer, ServicePlan, Topology, candidates, prefer, unusable};
 
 /// Where a packet comes from.
@@ -96,6 +96,10 @@ pub struct Known<'a> {
     pub local: &'a LocalTraffic,
     /// Whether all traffic to cluster IPs is masqueraded.
     pub masquerade_all: bool,
+    /// Where NodePorts are served; `None` is everywhere.
+    pub node_ports: Option<&'a [Cidr]>,
+    /// NodePorts at 127.0.0.1 too.
+    pub localhost: bool,
     /// What is wrong with the Service.
     pub problems: Vec<String>,
 }
@@ -140,22 +144,15 @@ impl Known<'_> {
         };
         let protocol = plan.protocol;
         let mut ways = Vec::new();
-        let asked = |ip: Option<IpAddr>, port: u16| {
-            question.to.is_none_or(|to| {
-                to.port() == port
-                    && match ip {
-                        Some(ip) => ip == to.ip(),
-                        None => to.ip().is_loopback() || self.topology.addresses.contains(&to.ip()),
-                    }
-            })
-        };
-        if asked(Some(plan.cluster_ip), plan.port) {
+        let asked =
+            |ip: IpAddr, port: u16| question.to.is_none_or(|to| to.port() == port && ip == to.ip());
+        if asked(plan.cluster_ip, plan.port) {
             let to =
                 format!("cluster IP {}/{protocol}", SocketAddr::new(plan.cluster_ip, plan.port));
             ways.extend(self.internal(plan, &to, &kinds));
         }
         for ip in &plan.external_ips {
-            if !asked(Some(*ip), plan.port) || *ip == plan.cluster_ip {
+            if !asked(*ip, plan.port) || *ip == plan.cluster_ip {
                 continue;
             }
             let to = format!("external IP {}/{protocol}", SocketAddr::new(*ip, plan.port));
@@ -181,8 +178,11 @@ impl Known<'_> {
             }
             ways.extend(of_ip);
         }
-        if plan.node_port != 0 && asked(None, plan.node_port) {
-            let to = format!("NodePort {}/{protocol}", plan.node_port);
+        let asked_of_node =
+            question.to.is_none_or(|to| to.port() == plan.node_port && self.serves(to.ip()));
+        if plan.node_port != 0 && asked_of_node {
+            let at = self.node_port_places(plan.is_ipv4(), question.to.map(|to| to.ip()));
+            let to = format!("NodePort {}/{protocol}{at}", plan.node_port);
             ways.extend(self.external(plan, &to, &kinds));
         }
         let name = if plan.name.is_empty() { String::new() } else { format!("{} ", plan.name) };
@@ -192,6 +192,28 @@ impl Known<'_> {
             ways,
             endpoints: self.endpoints(plan),
         }
+    }
+
+    /// Whether NodePorts are served at an address, if it is the node's.
+    fn serves(&self, ip: IpAddr) -> bool {
+        let loopback = !ip.is_loopback() || (ip.is_ipv4() && self.localhost);
+        let mut within = self.node_ports.into_iter().flatten();
+        loopback && (self.node_ports.is_none() || within.any(|cidr| cidr.contains(ip)))
+    }
+
+    /// Where NodePorts of a family are served, in words.
+    fn node_port_places(&self, ipv4: bool, asked: Option<IpAddr>) -> String {
+        if let Some(ip) = asked {
+            let known = ip.is_loopback() || self.topology.addresses.contains(&ip);
+            return if known { String::new() } else { format!(" (if {ip} is this node's)") };
+        }
+        let cidrs = self.node_ports.into_iter().flatten().filter(|cidr| cidr.is_ipv4() == ipv4);
+        let cidrs: Vec<&Cidr> = cidrs.collect();
+        if self.node_ports.is_none() || cidrs.iter().any(|cidr| cidr.prefix_len == 0) {
+            return String::new();
+        }
+        let places: Vec<String> = cidrs.iter().map(ToString::to_string).collect();
+        format!(" at {}", if places.is_empty() { "no address".into() } else { places.join(", ") })
     }
 
     fn picked(&self, plan: &PortPlan, endpoints: &[SocketAddr]) -> String {
@@ -358,7 +380,10 @@ pub fn render(explanation: &Explanation) -> String {
         let _ = writeln!(out, "  problem: {problem}");
     }
     if explanation.ports.is_empty() {
-        out.push_str("  no port of it is at that address\n");
+        out.push_str(
+            "  no port of it is at that address; a load balancer's address with ipMode Proxy is not this node's \
+             to serve, and NodePorts are where nodePortAddresses says\n",
+        );
     }
     for port in &explanation.ports {
         let _ = writeln!(out, "\nport {}", port.port);
@@ -380,7 +405,11 @@ pub fn render(explanation: &Explanation) -> String {
         }
         for line in &port.endpoints {
             let mark = if line.used { "used" } else { "not used" };
-            let _ = writeln!(out, "  endpoint {}: {mark}: {}", line.address, line.why);
+            let address = match line.address.port() {
+                0 => line.address.ip().to_string(),
+                _ => line.address.to_string(),
+            };
+            let _ = writeln!(out, "  endpoint {address}: {mark}: {}", line.why);
         }
         if port.endpoints.is_empty() {
             out.push_str("  no EndpointSlice has an endpoint for it\n");

@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::backend::Environment;
 use crate::claims::{Claim, Claims};
-use crate::config::LocalTraffic;
 use crate::explain::{Explanation, Known, Question};
-use crate::object::{Change, EndpointSlice, NamespacedName, NodeState, Service};
+use crate::object::{Change, Cidr, EndpointSlice, NamespacedName, NodeState, Service};
 use crate::plan::{Granted, ServicePlan, Topology, local_ready, plan_port, unusable};
 
 /// A Service whose plan changed.
@@ -85,6 +85,8 @@ pub struct Model {
     dirty: BTreeSet<NamespacedName>,
     topology: Topology,
     node: NodeState,
+    /// Ranges of cluster IPs, where they have been told.
+    pub service_cidrs: Option<Vec<Cidr>>,
     endpoints: usize,
     /// Changes that happened before this are not measured: they waited for a restart, not for us.
     measured_since: i64,
@@ -181,6 +183,11 @@ impl Model {
                 let gone: Vec<_> =
                     self.slices.keys().filter(|k| !there.contains(*k)).cloned().collect();
                 gone.iter().for_each(|key| self.remove_slice(key));
+            }
+            Change::ServiceCidrs(mut cidrs) => {
+                cidrs.sort_unstable();
+                cidrs.dedup();
+                self.service_cidrs = Some(cidrs);
             }
             Change::Node(node) => self.put_node(node),
             Change::SourceError(error) => self.source_error = error,
@@ -295,8 +302,7 @@ impl Model {
         &self,
         key: &NamespacedName,
         question: &Question,
-        local: &LocalTraffic,
-        masquerade_all: bool,
+        environment: &Environment,
     ) -> Option<Explanation> {
         let service = &self.services.get(key)?.service;
         let slices = self.slices(key);
@@ -305,8 +311,10 @@ impl Model {
             slices: &slices,
             plan: self.plans.get(key)?,
             topology: &self.topology,
-            local,
-            masquerade_all,
+            local: &environment.local,
+            masquerade_all: environment.masquerade_all,
+            node_ports: environment.node_ports.as_deref(),
+            localhost: environment.localhost,
             problems: self.errors.get(key).cloned().unwrap_or_default(),
         };
         Some(known.explain(question))

@@ -249,6 +249,9 @@ pub enum Change {
     ServicesRelisted(Vec<NamespacedName>),
     /// Likewise for slices.
     SlicesRelisted(Vec<NamespacedName>),
+    /// Ranges of cluster IPs (ServiceCIDR objects): in nftables mode what goes to one that no Service
+    /// has is dropped.
+    ServiceCidrs(Vec<Cidr>),
     /// The node's own object: addresses for NodePorts, zone, whether it is being deleted.
     Node(NodeState),
     /// Why Services or slices cannot be had ("forbidden: ... run longshore cluster-setup"); shown

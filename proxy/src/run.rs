@@ -373,9 +373,8 @@ impl Loop {
     fn asked(&mut self, question: Question) {
         match question {
             Question::Explain(service, question, answer) => {
-                let (local, all) = (&self.environment.local, self.environment.masquerade_all);
                 // Who asked may be gone.
-                let _ = answer.send(self.model.explain(&service, &question, local, all));
+                let _ = answer.send(self.model.explain(&service, &question, &self.environment));
             }
             Question::Rules(rules, answer) => self.waiting.push((rules, answer)),
         }
@@ -416,6 +415,11 @@ impl Loop {
         Environment {
             local: self.config.local_traffic(node),
             node_ports: self.config.node_port_cidrs(node),
+            service_cidrs: match &self.model.service_cidrs {
+                // iptables has no rule for them.
+                Some(told) if !self.programs => told.clone(),
+                _ => self.config.service_cidrs.clone(),
+            },
             ..self.environment.clone()
         }
     }

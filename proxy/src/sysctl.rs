@@ -37,13 +37,12 @@ fn conntrack_max(scaled: u64, min: u64) -> u64 {
     if scaled > MAX_SCALED { MAX_SCALED } else { scaled.max(min) }
 }
 
-/// Sets this process's `oom_score_adj`.
-pub fn oom_score_adj(score: i32) -> Result<(), ProxyError> {
+/// Sets this process's `oom_score_adj`; without the right to, it stays as it is.
+fn oom_score_adj(score: i32) {
     let path = "/proc/self/oom_score_adj";
-    std::fs::write(path, score.to_string()).map_err(|error| ProxyError {
-        object: "oomScoreAdj".to_owned(),
-        message: format!("set {path} to {score}: {error}; give the process CAP_SYS_RESOURCE"),
-    })
+    if let Err(error) = std::fs::write(path, score.to_string()) {
+        tracing::info!(score, %error, "oomScoreAdj is not set; it needs CAP_SYS_RESOURCE");
+    }
 }
 
 /// Sets what the configuration asks for; tells what could not be set.
@@ -52,7 +51,7 @@ pub fn apply(config: &Config) -> Vec<ProxyError> {
         return Vec::new();
     }
     let mut errors = Vec::new();
-    errors.extend(config.oom_score_adj.and_then(|score| oom_score_adj(score).err()));
+    config.oom_score_adj.into_iter().for_each(oom_score_adj);
     let mut set = |name: &str, value: u64, at_least: bool| {
         errors.extend(ensure(name, value, at_least).err());
     };

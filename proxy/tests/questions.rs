@@ -63,6 +63,11 @@ fn a_service_is_explained_from_what_is_programmed() {
     // A client that is in no source range.
     let refused = ask("203.0.113.5", "198.51.100.1:80");
     assert!(refused.ports[0].ways[0].verdict.starts_with("dropped: 203.0.113.5"), "{refused:#?}");
+    // Where NodePorts are not served there is nothing to explain.
+    assert_eq!(ask("192.168.50.2", "[::1]:30080").ports.len(), 0);
+    assert_eq!(ask("", "127.0.0.1:30080").ports.len(), 1);
+    let elsewhere = ask("", "10.9.9.9:30080");
+    assert!(elsewhere.ports[0].ways[0].to.contains("if 10.9.9.9 is"), "{elsewhere:#?}");
     let unknown = Question::default();
     assert_eq!(block(running.asker.explain(name("svc9"), unknown)), Ok(None));
     let text = proxy::explain::render(&all);
@@ -86,6 +91,9 @@ fn rules_differences_and_dry_runs_are_told_and_change_nothing() {
         "add rule ip longshore-proxy services ip daddr . meta l4proto . th dport vmap @services",
         "add rule ip longshore-proxy masquerading meta mark & 0x4000 != 0x0 meta mark set meta mark & 0xffffbfff masquerade fully-random",
         "add rule ip6 longshore-proxy filter-forward ct state new jump no-endpoints",
+        "ip saddr 10.88.0.0/16 ip daddr . meta l4proto . th dport vmap @inside-services",
+        "add element ip longshore-proxy firewall-sources { 198.51.100.1 . tcp . 80 . 192.168.50.0/24 }",
+        "add rule ip longshore-proxy rejecting reject",
         "update @affinity-0 { ip saddr . numgen random mod 1 offset ",
     ] {
         assert!(desired.contains(line), "{line}\n{desired}");

@@ -32,7 +32,7 @@ pub(super) fn run(_args: ClusterSetupArgs, output: Output) -> anyhow::Result<()>
 
 fn yaml() -> anyhow::Result<String> {
     let mut text = "# What longshore nodes need beyond what a kubeadm cluster grants: reading \
-                    EndpointSlices,\n# to serve Services. Apply once, as an administrator:\n#   \
+                    EndpointSlices\n# and ServiceCIDRs, to serve Services. Apply once, as an administrator:\n#   \
                     longshore cluster-setup | kubectl apply -f -\n"
         .to_owned();
     for object in objects() {
@@ -52,6 +52,10 @@ fn objects() -> [Value; 2] {
             "rules": [{
                 "apiGroups": ["discovery.k8s.io"],
                 "resources": ["endpointslices"],
+                "verbs": ["get", "list", "watch"],
+            }, {
+                "apiGroups": ["networking.k8s.io"],
+                "resources": ["servicecidrs"],
                 "verbs": ["get", "list", "watch"],
             }],
         }),
@@ -81,13 +85,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_manifest_grants_nodes_endpointslices_to_read_and_nothing_else() {
+    fn the_manifest_grants_nodes_what_services_need_to_read_and_nothing_else() {
         let text = yaml().unwrap();
         let documents: Vec<&str> = text.split("---\n").skip(1).collect();
         let role: ClusterRole = serde_saphyr::from_str(documents[0]).unwrap();
         let binding: ClusterRoleBinding = serde_saphyr::from_str(documents[1]).unwrap();
         let rules = role.rules.unwrap();
-        assert_eq!(rules.len(), 1);
+        assert_eq!(rules.len(), 2);
+        assert_eq!(rules[1].resources.as_ref().unwrap(), &["servicecidrs"]);
+        assert_eq!(rules[1].verbs, ["get", "list", "watch"]);
         assert_eq!(rules[0].resources.as_ref().unwrap(), &["endpointslices"]);
         assert_eq!(rules[0].verbs, ["get", "list", "watch"]);
         assert_eq!(binding.role_ref.name, role.metadata.name.unwrap());

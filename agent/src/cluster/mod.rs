@@ -36,7 +36,9 @@ use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
 use crate::source::PodChange;
-use crate::source::cluster::{Deleting, Errors, PodLoop, ServiceLoops, run_node};
+use crate::source::cluster::{
+    Deleting, Errors, PodLoop, ServiceLoops, run_node, run_service_cidrs,
+};
 
 /// What a node must know to take part in a cluster.
 #[derive(Clone, Debug)]
@@ -257,9 +259,11 @@ pub async fn start(
         synced: Arc::default(),
     };
     tasks.spawn(loops.clone().run_services(api.main.clone(), service_store));
+    let service_cidrs = proxy_tx.clone();
     let proxy_node = config.proxy.then_some(proxy_tx);
     if config.proxy {
         tasks.spawn(loops.run_slices(api.main.clone(), slice_store));
+        tasks.spawn(run_service_cidrs(api.main.clone(), service_cidrs));
     }
     tasks.spawn(run_node(
         api.main.clone(),

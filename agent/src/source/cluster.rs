@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::{Client, Resource};
 use proxy::object::{Change, NamespacedName as ProxyKey, NodeState};
 use tokio::sync::{mpsc, watch};
 
 use super::proxy_object::{
-    HEADLESS, SERVICE_PROXY_NAME, TRIGGER_TIME, key, node_state, service_change, slice_change,
+    HEADLESS, SERVICE_PROXY_NAME, TRIGGER_TIME, cidrs, key, node_state, service_change,
+    slice_change,
 };
 use super::{PodChange, PodSource};
 use crate::api::watch::{Failure, Seen, Watch};
@@ -504,6 +506,40 @@ fn trim_service(service: &mut Service) {
     }
     if let Some(spec) = &mut service.spec {
         spec.selector = None;
+    }
+}
+
+/// Runs for ever: ranges of cluster IPs, for the proxy. Nothing depends on them but that packets to
+/// addresses that no Service has end here: who may not read them goes without.
+pub async fn run_service_cidrs(client: Client, proxy: mpsc::Sender<Change>) {
+    let mut watch = Watch::<ServiceCIDR>::new(kube::Api::all(client), "");
+    let mut known: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut listed = BTreeMap::new();
+    loop {
+        let of = |object: ServiceCIDR| {
+            let cidrs = object.spec.and_then(|spec| spec.cidrs).unwrap_or_default();
+            (object.metadata.name.unwrap_or_default(), cidrs)
+        };
+        match watch.next().await {
+            Seen::Restarted => {
+                listed = BTreeMap::new();
+                continue;
+            }
+            Seen::Listed(object) => {
+                listed.extend([of(object)]);
+                continue;
+            }
+            Seen::Complete => known = std::mem::take(&mut listed),
+            Seen::Applied(object) => known.extend([of(object)]),
+            Seen::Deleted(object) => drop(known.remove(&of(object).0)),
+            Seen::Failed(failure) => {
+                tracing::debug!(message = failure.message, "ServiceCIDRs are not known");
+                continue;
+            }
+        }
+        let all: Vec<String> = known.values().flatten().cloned().collect();
+        let cidrs = cidrs(&all).into_iter().map(|cidr| cidr.network()).collect();
+        let _ = proxy.send(Change::ServiceCidrs(cidrs)).await;
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use crate::expr::{Address, CmpOp, DynsetOp, Expr, FibResult, MetaKey, NatKind, RejectKind};
-use crate::object::{DataType, Set};
+use crate::object::{DataType, Set, SetData};
 use crate::text;
 use crate::transaction::{Op, Transaction};
 
@@ -100,7 +100,10 @@ fn first(register: u32) -> u32 {
 
 impl Registers {
     fn load(&mut self, register: u32, what: impl Into<String>, bytes: u32) {
-        self.0.insert(first(register), (what.into(), bytes.div_ceil(4)));
+        let (at, words) = (first(register), bytes.div_ceil(4));
+        // What was there before is gone.
+        (at + 1..at + words).for_each(|covered| drop(self.0.remove(&covered)));
+        self.0.insert(at, (what.into(), words));
     }
 
     fn one(&self, register: u32) -> String {
@@ -185,8 +188,13 @@ fn words(exprs: &[Expr], sets: &HashMap<&str, &Set>) -> String {
                     CmpOp::Gte => ">= ",
                 };
                 // `ct state & new != 0` is written without the comparison.
-                let text = match what.strip_prefix("bits ") {
-                    Some(bits) if op == "!= " && data.iter().all(|b| *b == 0) => bits.to_owned(),
+                let text = match (what.strip_prefix("bits "), what.split_once(" & /")) {
+                    (Some(bits), _) if op == "!= " && data.iter().all(|b| *b == 0) => {
+                        bits.to_owned()
+                    }
+                    (_, Some((what, ones))) => {
+                        format!("{what} {op}{}/{ones}", constant(what, data))
+                    }
                     _ => format!("{what} {op}{}", constant(&what, data)),
                 };
                 out.push(text);
@@ -227,7 +235,11 @@ fn words(exprs: &[Expr], sets: &HashMap<&str, &Set>) -> String {
             }
             Expr::LookupMap { set, sreg, dreg } => {
                 let key = registers.concat(*sreg, key_words(sets.get(set.as_str())));
-                registers.load(*dreg, format!("{key} map @{set}"), 4);
+                let value = match sets.get(set.as_str()).and_then(|set| set.data.as_ref()) {
+                    Some(SetData::Value(types)) => types.iter().map(|t| t.padded_len()).sum(),
+                    _ => 4,
+                };
+                registers.load(*dreg, format!("{key} map @{set}"), value as u32);
             }
             Expr::LookupVerdict { set, sreg } => {
                 let key = registers.concat(*sreg, key_words(sets.get(set.as_str())));

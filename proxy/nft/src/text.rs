@@ -13,7 +13,30 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// A key's or value's fields by their types.
-pub(crate) fn fields(types: &[DataType], mut bytes: &[u8]) -> String {
+pub(crate) fn fields(types: &[DataType], bytes: &[u8]) -> String {
+    parts(types, bytes).join(" . ")
+}
+
+/// From one key to another, field by field: a network as such, other ranges by their ends.
+fn ranges(types: &[DataType], from: &[u8], to: &[u8]) -> String {
+    let network = |from: &str, to: &str| -> Option<String> {
+        let bits = |text: &str| match text.parse::<std::net::IpAddr>().ok()? {
+            std::net::IpAddr::V4(a) => Some((u128::from(a.to_bits()) << 96, 32)),
+            std::net::IpAddr::V6(a) => Some((a.to_bits(), 128)),
+        };
+        let ((first, len), (last, _)) = (bits(from)?, bits(to)?);
+        let prefix = (first ^ last).leading_zeros().min(len);
+        let host =
+            u128::MAX.checked_shr(prefix).unwrap_or(0) & !u128::MAX.checked_shr(len).unwrap_or(0);
+        (first & host == 0 && last & host == host).then(|| format!("{from}/{prefix}"))
+    };
+    let all = parts(types, from).into_iter().zip(parts(types, to)).map(|(from, to)| {
+        if from == to { from } else { network(&from, &to).unwrap_or(format!("{from}-{to}")) }
+    });
+    all.collect::<Vec<_>>().join(" . ")
+}
+
+fn parts(types: &[DataType], mut bytes: &[u8]) -> Vec<String> {
     let mut parts = Vec::new();
     for t in types {
         let (field, rest) = bytes.split_at(t.padded_len().min(bytes.len()));
@@ -35,7 +58,7 @@ pub(crate) fn fields(types: &[DataType], mut bytes: &[u8]) -> String {
             (_, f) => hex(f),
         });
     }
-    parts.join(" . ")
+    parts
 }
 
 pub(crate) fn set(set: &Set) -> String {
@@ -65,12 +88,10 @@ pub(crate) fn set(set: &Set) -> String {
 }
 
 pub(crate) fn element(set: &Set, element: &Element) -> String {
-    let mut text = fields(&set.key, element.key.bytes());
-    if let Some(end) = &element.key_end
-        && *end != element.key
-    {
-        let _ = write!(text, " - {}", fields(&set.key, end.bytes()));
-    }
+    let mut text = match &element.key_end {
+        Some(end) => ranges(&set.key, element.key.bytes(), end.bytes()),
+        None => fields(&set.key, element.key.bytes()),
+    };
     match (&element.data, &set.data) {
         (Some(Data::Verdict(v)), _) => {
             let _ = write!(text, " : {}", verdict(v));

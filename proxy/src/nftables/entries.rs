@@ -10,8 +10,8 @@ use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool};
 use crate::object::{Cidr, NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
-/// Name of the chain that rejects.
-pub const REJECT: &str = "reject";
+/// Name of the chain that rejects; `reject` alone is a word of `nft`.
+pub const REJECT: &str = "rejecting";
 
 /// An element of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]

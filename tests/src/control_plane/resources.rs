@@ -97,6 +97,7 @@ pub static RESOURCES: &[Resource] = &[
         generation: true,
         ..res("discovery.k8s.io", "endpointslices", "EndpointSlice", &[], true)
     },
+    with_status(res("networking.k8s.io", "servicecidrs", "ServiceCIDR", &[], false), false),
     res("node.k8s.io", "runtimeclasses", "RuntimeClass", &[], false),
     res(RBAC, "clusterroles", "ClusterRole", &[], false),
     res(RBAC, "clusterrolebindings", "ClusterRoleBinding", &[], false),

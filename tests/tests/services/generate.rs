@@ -85,6 +85,12 @@ pub fn node() -> Value {
         "status": {"addresses": addresses}})
 }
 
+/// The ranges of cluster IPs, of which the markers have some.
+pub fn service_cidrs() -> Value {
+    json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": ["10.96.0.0/16", "fd96::/112"]}, "status": {}})
+}
+
 /// A port of a Service: name, protocol, number.
 type Port = (&'static str, &'static str, u16);
 
@@ -377,6 +383,11 @@ pub fn targets(service: &Value) -> Vec<Target> {
                 add(Place::Node, tcp, SocketAddr::new(ip, number("nodePort")));
             }
         }
+    }
+    // An address that no Service has.
+    for ip in ["10.96.200.200", "fd96::c8c8"] {
+        let to = SocketAddr::new(ip.parse().expect("address"), UNKNOWN_PORT);
+        Place::ALL.into_iter().for_each(|place| add(15, place, true, to));
     }
     // A port that the Service does not have.
     for ip in ips_of(&spec["clusterIPs"]) {

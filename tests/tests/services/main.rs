@@ -77,6 +77,9 @@ impl Run {
         let config = generate::configuration(&mut dice);
         let plane = ControlPlane::new().unwrap();
         plane.store("nodes", generate::node()).unwrap();
+        if !seed.is_multiple_of(4) {
+            plane.store("servicecidrs", generate::service_cidrs()).unwrap();
+        }
         if seed.is_multiple_of(3) {
             for (plural, object) in generate::hostile() {
                 plane.store(plural, object).unwrap();

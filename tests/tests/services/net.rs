@@ -147,6 +147,8 @@ impl Net {
         client.run(|| {
             sh("ip link set eth0 up
                 ip addr add 192.168.50.2/24 dev eth0; ip -6 addr add fd50::2/64 dev eth0 nodad
+                # Who gets through to a cluster IP that no Service has is refused here.
+                ip addr add 10.96.200.200/32 dev lo; ip -6 addr add fd96::c8c8/128 dev lo nodad
                 ip addr add 10.88.1.9/32 dev lo; ip -6 addr add fd88:0:0:1::9/128 dev lo nodad
                 ip route add default via 192.168.50.1; ip -6 route add default via fd50::1");
         });
