@@ -34,6 +34,9 @@ const ROWS: &[(&str, &str, [f64; 3])] = &[
     (measure::FLUSHED, "ms", [100.0; 3]),
     (measure::PSS, "MB", [30.0, 30.0, 150.0]),
     (measure::FLIPS, "% of a core", [30.0; 3]),
+    (measure::CONNECT, "us", [f64::NAN; 3]),
+    (measure::DIRECT, "us", [f64::NAN; 3]),
+    (measure::THROUGHPUT, "%", [98.0; 3]),
     (measure::FAILED, "connections", [0.0; 3]),
     (measure::MADE, "connections", [f64::NAN; 3]),
 ];

@@ -1,6 +1,7 @@
 //! One proxy at one size, measured from outside: by connections, and by what the kernel tells of
 //! changes to its rules.
 
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
@@ -33,10 +34,18 @@ pub const FLIPS: &str = "1,000 endpoint changes a second, CPU";
 pub const FAILED: &str = "connections that failed over a restart";
 /// Likewise.
 pub const MADE: &str = "connections made over it";
+/// A connection from nothing, by way of the rules.
+pub const CONNECT: &str = "new connection through a VIP, p50";
+/// The same without; the rules are asked nevertheless.
+pub const DIRECT: &str = "new connection to an endpoint, p50";
+/// The best of several runs through a VIP, over the best to an endpoint.
+pub const THROUGHPUT: &str = "throughput through a VIP, of direct";
 
 /// A proxy that has not done it by then is given up.
 const PATIENCE: Duration = Duration::from_secs(300);
 const SERVER: u16 = 8080;
+/// So many through VIPs, and as many without.
+const CONNECTIONS: u32 = 5000;
 
 fn sh(script: &str) -> Result<()> {
     let status = Command::new("sh").args(["-ec", script]).status()?;
@@ -69,11 +78,19 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
     unshare(CloneFlags::CLONE_NEWNET).context("a network namespace: run as root")?;
     // Every endpoint is this namespace's own; VIPs have a route, so that packets get as far as NAT.
     sh("ip link set lo up; ip route add local 10.128.0.0/9 dev lo
-        ip link add out type veth peer name away; ip link set away up
+        ip link add out mtu 65535 type veth peer name away mtu 65535; ip link set away up
         ip addr add 192.168.99.1/24 dev out; ip link set out up
         ip route add default dev out")?;
     let server = TcpListener::bind(("0.0.0.0", SERVER))?;
-    std::thread::spawn(move || server.incoming().for_each(drop));
+    let bulk = Arc::new(AtomicBool::new(false));
+    let drains = bulk.clone();
+    std::thread::spawn(move || {
+        for mut stream in server.incoming().flatten() {
+            if drains.load(Ordering::Relaxed) {
+                std::thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
+            }
+        }
+    });
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
     let feed = Feed::new(services);
@@ -89,6 +106,9 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
     }
     figures.insert(COLD.into(), begin.elapsed().as_secs_f64() * 1e3);
     std::thread::sleep(Duration::from_secs(3));
+
+    eprintln!("  connections and bytes");
+    data_plane(services, &bulk, &mut figures)?;
 
     eprintln!("  changes");
     let ours = matches!(program, Program::Longshore(_));
@@ -167,6 +187,42 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
     figures.insert(FAILED.into(), failed.load(Ordering::Relaxed) as f64);
     figures.insert(MADE.into(), made.load(Ordering::Relaxed) as f64);
     Ok(figures)
+}
+
+/// Connections and bytes through VIPs and straight to an endpoint, by turns: whatever else the machine
+/// does meets both.
+fn data_plane(services: u32, bulk: &AtomicBool, figures: &mut Figures) -> Result<()> {
+    let endpoint = SocketAddr::from(([10, 128, 0, 1], SERVER));
+    let (mut through, mut direct) = (Vec::new(), Vec::new());
+    for number in 0..CONNECTIONS {
+        for (to, times) in [(vip(number * 7919 % services), &mut through), (endpoint, &mut direct)]
+        {
+            let begin = Instant::now();
+            TcpStream::connect_timeout(&to, Duration::from_secs(5))
+                .with_context(|| format!("{to}"))?;
+            times.push(begin.elapsed());
+        }
+    }
+    figures.insert(CONNECT.into(), percentile(&mut through, 50) * 1e3);
+    figures.insert(DIRECT.into(), percentile(&mut direct, 50) * 1e3);
+    bulk.store(true, Ordering::Relaxed);
+    let (mut best_through, mut best_direct) = (0.0_f64, 0.0_f64);
+    for _ in 0..5 {
+        for (to, best) in [(vip(services / 2), &mut best_through), (endpoint, &mut best_direct)] {
+            let mut stream = TcpStream::connect(to)?;
+            let block = vec![0; 1 << 20];
+            let (begin, mut sent) = (Instant::now(), 0.0);
+            while begin.elapsed() < Duration::from_secs(1) {
+                stream.write_all(&block)?;
+                sent += block.len() as f64;
+            }
+            *best = best.max(sent / begin.elapsed().as_secs_f64());
+        }
+    }
+    bulk.store(false, Ordering::Relaxed);
+    eprintln!("  {:.1} GB/s through a VIP", best_through / 1e9);
+    figures.insert(THROUGHPUT.into(), best_through / best_direct * 100.0);
+    Ok(())
 }
 
 /// From the event to the commit of it, one after the other.
