@@ -281,7 +281,8 @@ fn without_effect(
                 notes.push(no_effect(&format!("clientConnection.{field}"), kind, reason));
             }
         }
-        let reason = "the proxy's lists and watches are not limited; there are three of each";
+        let reason =
+            "the proxy's lists and watches are not limited: it has one of each kind of object";
         if let Some(qps) = qps.filter(|qps| *qps != 0.0) {
             notes.push(no_effect("clientConnection.qps", qps, reason));
         }
@@ -299,7 +300,7 @@ fn without_effect(
         notes.push(no_effect("windowsRunAsService", true, "this is Linux"));
     }
     if let Some(range) = nonempty(&document.port_range) {
-        notes.push(no_effect("portRange", range, "no kube-proxy since 1.25 uses it"));
+        notes.push(no_effect("portRange", range, "no kube-proxy since 1.26 uses it"));
     }
     if let Some(score) = document.oom_score_adj.filter(|_| with_agent) {
         let reason = "the agent runs in the same process; the unit's OOMScoreAdjust holds";
