@@ -172,18 +172,6 @@ impl Model {
                 self.remove_slice(&key);
             }
             Change::Synced => self.synced = true,
-            Change::ServicesRelisted(keys) => {
-                let there: HashSet<NamespacedName> = keys.into_iter().collect();
-                let gone: Vec<_> =
-                    self.services.keys().filter(|k| !there.contains(*k)).cloned().collect();
-                gone.iter().for_each(|key| self.remove_service(key));
-            }
-            Change::SlicesRelisted(keys) => {
-                let there: HashSet<NamespacedName> = keys.into_iter().collect();
-                let gone: Vec<_> =
-                    self.slices.keys().filter(|k| !there.contains(*k)).cloned().collect();
-                gone.iter().for_each(|key| self.remove_slice(key));
-            }
             Change::ServiceCidrs(mut cidrs) => {
                 cidrs.sort_unstable();
                 cidrs.dedup();

@@ -245,10 +245,6 @@ pub enum Change {
     /// Services and slices have both been told completely once. Nothing of an earlier process's
     /// rules is taken away before this.
     Synced,
-    /// A list was told anew after a gap: all Services that it held. Others are gone.
-    ServicesRelisted(Vec<NamespacedName>),
-    /// Likewise for slices.
-    SlicesRelisted(Vec<NamespacedName>),
     /// Ranges of cluster IPs (ServiceCIDR objects): in nftables mode what goes to one that no Service
     /// has is dropped.
     ServiceCidrs(Vec<Cidr>),

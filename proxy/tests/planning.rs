@@ -154,22 +154,6 @@ fn bad_endpoints_are_left_out_and_told() {
 }
 
 #[test]
-fn a_relist_forgets_what_it_does_not_hold() {
-    let mut model = Model::new("node");
-    for number in 1..=3 {
-        model.apply(Change::Service(service(number)));
-        model.apply(Change::Slice(slice(number, false, &[0])));
-    }
-    assert_eq!(model.take_changes().len(), 3);
-    model.apply(Change::ServicesRelisted(vec![service(1).key]));
-    model.apply(Change::SlicesRelisted(vec![slice(2, false, &[]).key]));
-    let changes = model.take_changes();
-    assert_eq!(changes.len(), 3);
-    assert_eq!((model.services(), model.endpoints()), (1, 1));
-    assert!(!plan(&mut model).has_endpoints);
-}
-
-#[test]
 fn source_ranges_that_cannot_be_used_open_nothing() {
     let mut model = Model::new("node");
     let mut svc = service(1);

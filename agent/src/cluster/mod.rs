@@ -252,7 +252,7 @@ pub async fn start(
     let name = config.node_name.clone();
     let loops = ServiceLoops {
         proxy: proxy_tx.clone(),
-        services,
+        services: config.agent.then_some(services),
         node_name: name.clone(),
         serve: config.proxy,
         errors: errors.clone(),

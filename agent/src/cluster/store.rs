@@ -197,19 +197,20 @@ impl Store {
         }
     }
 
-    /// Forgets all but `keys`.
-    pub fn keep(&self, keep: impl Fn(&str) -> bool) {
+    /// Forgets all but what `keep` wants, and tells what that is.
+    pub fn keep(&self, keep: impl Fn(&str) -> bool) -> Vec<Box<str>> {
         let mut state = self.state();
         state.complete |= !state.recalled;
         let gone: Vec<Box<str>> = state.held.keys().filter(|key| !keep(key)).cloned().collect();
         if gone.is_empty() {
-            return;
+            return gone;
         }
-        for key in gone {
-            state.forget(&key);
-            state.pend(&key, None);
+        for key in &gone {
+            state.forget(key);
+            state.pend(key, None);
         }
         self.tell(state);
+        gone
     }
 
     fn tell(&self, state: MutexGuard<'_, State>) {

@@ -4,6 +4,7 @@
 //! answer soon, and the difference to the truth once it does.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::hash::{BuildHasher as _, RandomState};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -229,8 +230,8 @@ impl PodLoop {
 pub struct ServiceLoops {
     /// To the proxy.
     pub proxy: mpsc::Sender<Change>,
-    /// For the service environment variables.
-    pub services: Arc<Services>,
+    /// For the service environment variables of pods, if this process runs any.
+    pub services: Option<Arc<Services>>,
     /// This node.
     pub node_name: String,
     /// Whether the proxy is served by this process.
@@ -295,11 +296,9 @@ impl ServiceLoops {
                 }
                 Seen::Complete => {
                     self.errors.clear("services");
-                    for gone in list.complete() {
-                        self.services.remove(&ours(&gone));
+                    for gone in list.complete(&store) {
+                        self.service_gone(gone).await;
                     }
-                    store.keep(|k| list.holds(k));
-                    self.send(Change::ServicesRelisted(list.keys())).await;
                     self.complete(false).await;
                     tokio::task::spawn_blocking(crate::sys::release_memory);
                 }
@@ -310,10 +309,9 @@ impl ServiceLoops {
                 }
                 Seen::Deleted(service) => {
                     let gone = key(&service.metadata);
-                    list.forget(&gone);
+                    list.forget(&text(&gone));
                     store.remove(&text(&gone));
-                    self.services.remove(&ours(&gone));
-                    self.send(Change::ServiceGone(gone)).await;
+                    self.service_gone(gone).await;
                 }
                 Seen::Failed(failure) => {
                     if !list.told {
@@ -330,7 +328,16 @@ impl ServiceLoops {
         let key = key(&service.metadata);
         store.put(&text(&key), &service);
         self.send(service_change(&service)).await;
-        self.services.put(&ours(&key), &service);
+        if let Some(services) = &self.services {
+            services.put(&ours(&key), &service);
+        }
+    }
+
+    async fn service_gone(&self, gone: ProxyKey) {
+        if let Some(services) = &self.services {
+            services.remove(&ours(&gone));
+        }
+        self.send(Change::ServiceGone(gone)).await;
     }
 
     async fn last_known_services(&self, list: &mut List, store: &Store) {
@@ -370,9 +377,9 @@ impl ServiceLoops {
                 Seen::Complete => {
                     self.errors.clear("endpointslices");
                     self.send(Change::SourceError(None)).await;
-                    list.complete();
-                    store.keep(|k| list.holds(k));
-                    self.send(Change::SlicesRelisted(list.keys())).await;
+                    for gone in list.complete(&store) {
+                        self.send(Change::SliceGone(gone)).await;
+                    }
                     self.complete(true).await;
                     tokio::task::spawn_blocking(crate::sys::release_memory);
                 }
@@ -383,7 +390,7 @@ impl ServiceLoops {
                 }
                 Seen::Deleted(slice) => {
                     let gone = key(&slice.metadata);
-                    list.forget(&gone);
+                    list.forget(&text(&gone));
                     store.remove(&text(&gone));
                     self.send(Change::SliceGone(gone)).await;
                 }
@@ -435,11 +442,13 @@ impl ServiceLoops {
     }
 }
 
-/// What a list-and-watch has told: keys and versions.
+/// What a list-and-watch has told, as keyed hashes of keys and of versions: there are tens of
+/// thousands, each kept in full elsewhere. That two of 100,000 keys meet has odds of 1 to 3 billion.
 #[derive(Default)]
 struct List {
-    held: HashMap<ProxyKey, Option<String>>,
-    listed: HashSet<ProxyKey>,
+    hasher: RandomState,
+    held: HashMap<u64, Option<u64>>,
+    listed: HashSet<u64>,
     told: bool,
 }
 
@@ -448,41 +457,39 @@ impl List {
         self.listed.clear();
     }
 
+    fn hash(&self, text: &str) -> u64 {
+        self.hasher.hash_one(text)
+    }
+
     /// Notes `object`; whether it is news.
     fn note<K: Resource>(&mut self, object: &K) -> bool {
-        let (key, version) = (key(object.meta()), object.meta().resource_version.clone());
-        self.listed.insert(key.clone());
-        self.held.insert(key, version.clone()) != Some(version)
+        let hash = self.hash(&text(&key(object.meta())));
+        let version = object.meta().resource_version.as_deref().map(|version| self.hash(version));
+        self.listed.insert(hash);
+        let before = self.held.insert(hash, version);
+        version.is_none() || before != Some(version)
     }
 
     /// Notes an object from disk: the next time it is seen it is news.
     fn recall<K: Resource>(&mut self, object: &K) {
-        self.held.insert(key(object.meta()), None);
+        self.held.insert(self.hash(&text(&key(object.meta()))), None);
     }
 
-    fn forget(&mut self, key: &ProxyKey) {
-        self.held.remove(key);
+    fn forget(&mut self, text: &str) {
+        self.held.remove(&self.hash(text));
     }
 
-    /// Ends a list; what it did not name is forgotten and returned.
-    fn complete(&mut self) -> Vec<ProxyKey> {
+    /// Ends a list: what it did not name is forgotten, also by the `store`, and returned.
+    fn complete(&mut self, store: &Store) -> Vec<ProxyKey> {
         self.told = true;
         let listed = std::mem::take(&mut self.listed);
-        let gone: Vec<_> = self.held.keys().filter(|k| !listed.contains(*k)).cloned().collect();
-        for key in &gone {
-            self.held.remove(key);
-        }
-        gone
-    }
-
-    fn keys(&self) -> Vec<ProxyKey> {
-        self.held.keys().cloned().collect()
-    }
-
-    fn holds(&self, text: &str) -> bool {
-        text.split_once('/').is_some_and(|(namespace, name)| {
-            self.held.contains_key(&ProxyKey { namespace: namespace.into(), name: name.into() })
-        })
+        self.held.retain(|hash, _| listed.contains(hash));
+        self.held.shrink_to_fit();
+        let gone = store.keep(|text| self.held.contains_key(&self.hash(text)));
+        gone.iter()
+            .filter_map(|text| text.split_once('/'))
+            .map(|(namespace, name)| ProxyKey { namespace: namespace.into(), name: name.into() })
+            .collect()
     }
 }
 
@@ -606,5 +613,40 @@ pub async fn run_node(
             }
         }
         node.send_replace(seen);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn service(name: &str, version: &str) -> Service {
+        let mut service = Service::default();
+        service.metadata.namespace = Some("n".into());
+        service.metadata.name = Some(name.into());
+        service.metadata.resource_version = Some(version.into());
+        service
+    }
+
+    #[test]
+    fn a_list_tells_what_is_news_and_what_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path(), "services");
+        let mut list = List::default();
+        for name in ["a", "b", "c"] {
+            store.put(&format!("n/{name}"), &service(name, "1"));
+            assert!(list.note(&service(name, "1")));
+        }
+        assert!(list.complete(&store).is_empty());
+        list.restart();
+        assert!(!list.note(&service("a", "1")) && list.note(&service("b", "2")));
+        let gone = list.complete(&store);
+        assert_eq!(gone.iter().map(text).collect::<Vec<_>>(), ["n/c"]);
+        // What was gone is news when it is back; so is all that only the disk told of.
+        assert!(list.note(&service("c", "1")));
+        list.recall(&service("a", "1"));
+        assert!(list.note(&service("a", "1")));
+        list.forget("n/b");
+        assert!(list.note(&service("b", "2")));
     }
 }
