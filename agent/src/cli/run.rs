@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
-use tracing_subscriber::EnvFilter;
 
 use super::NodeFlags;
 use crate::compose;
 use crate::config::{self, ConfigError, NodeConfig, Note};
 use crate::join::files::{NodeFile, Paths};
+use crate::logging::{self, LogError};
 
 /// Arguments of `longshore run`.
 #[derive(Debug, Args)]
@@ -114,12 +114,8 @@ fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
 }
 
 fn trace(config: &NodeConfig) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&config.log_filter)
-        .map_err(|error| super::UsageError(format!("--log-level: {error}")))?;
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    let started = if config.log_json { log.json().try_init() } else { log.try_init() };
-    started.map_err(|error| anyhow::anyhow!("start logging: {error}"))
+    logging::start(&config.log_filter, config.log_json).map_err(|error| match error {
+        LogError::Filter(_) => super::UsageError(error.to_string()).into(),
+        other => other.into(),
+    })
 }

@@ -471,14 +471,7 @@ pub fn resolve(
             ..Default::default()
         },
         log_filter: flags.log_level.clone().unwrap_or_else(|| {
-            match flags.verbosity.or(verbosity).unwrap_or(2) {
-                0 => "warn",
-                1..=3 => "info",
-                4..=5 => "info,agent=debug,proxy=debug,cri_shim=debug",
-                6..=7 => "debug",
-                _ => "trace",
-            }
-            .into()
+            crate::logging::filter_of(flags.verbosity.or(verbosity).unwrap_or(2)).into()
         }),
         log_json: match flags.logging_format.as_deref() {
             Some(format) => format == "json",

@@ -14,6 +14,7 @@ mod logs;
 mod metrics;
 mod node_logs;
 mod pods;
+mod profiles;
 mod reload;
 mod reviews;
 mod routes;

@@ -13,7 +13,8 @@ use axum::routing::{any, get, post};
 use super::guard::{Guard, Refusal};
 use super::listen::Peer;
 use super::{
-    Failure, Shared, checkpoint, health, logs, metrics, node_logs, pods, stats, stream, zpages,
+    Failure, Shared, checkpoint, health, logs, metrics, node_logs, pods, profiles, stats, stream,
+    zpages,
 };
 
 /// Everything, behind the guard.
@@ -41,8 +42,9 @@ pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
             .route("/statusz", get(zpages::statusz))
             .route("/flagz", get(zpages::flagz))
             .route("/debug/flags/v", any(zpages::flags))
-            .route("/debug/pprof/", any(zpages::pprof))
-            .route("/debug/pprof/{*rest}", any(zpages::pprof));
+            .route("/debug/pprof", any(profiles::moved))
+            .route("/debug/pprof/", any(profiles::index))
+            .route("/debug/pprof/{name}", any(profiles::profile));
     } else {
         let disabled = || async {
             Failure(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.\n".into())

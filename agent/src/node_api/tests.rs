@@ -43,7 +43,15 @@ const ENDPOINTS: &[(&str, &str, &[&str])] = &[
     ("GET", "/logs/", &["log"]),
     ("GET", "/statusz", &["statusz"]),
     ("GET", "/flagz", &["configz"]),
-    ("GET", "/debug/pprof/profile", &["proxy"]),
+    ("GET", "/debug/pprof", &["proxy"]),
+    ("GET", "/debug/pprof/", &["proxy"]),
+    ("GET", "/debug/pprof/profile?seconds=1", &["proxy"]),
+    ("GET", "/debug/pprof/cmdline", &["proxy"]),
+    ("GET", "/debug/pprof/symbol", &["proxy"]),
+    ("POST", "/debug/pprof/symbol", &["proxy"]),
+    ("GET", "/debug/pprof/goroutine?debug=1", &["proxy"]),
+    ("GET", "/debug/pprof/heap", &["proxy"]),
+    ("GET", "/debug/pprof/trace", &["proxy"]),
     ("PUT", "/debug/flags/v", &["proxy"]),
     ("GET", "/containerLogs/ns/p/c", &["proxy"]),
     ("POST", "/exec/ns/p/c?command=x&output=1", &["proxy"]),
@@ -315,10 +323,61 @@ async fn switches_close_what_they_name() {
     })
     .await;
     let me = || Some(rig.authority.issue(API_SERVER, "g", false));
-    for path in ["/exec/ns/p/c", "/containerLogs/ns/p/c", "/runningpods/", "/debug/pprof/"] {
+    for path in [
+        "/exec/ns/p/c",
+        "/containerLogs/ns/p/c",
+        "/runningpods/",
+        "/debug/pprof/",
+        "/debug/pprof/profile",
+    ] {
         assert_eq!(rig.ask("GET", path, me(), None).await.0, 405, "{path}");
     }
+    assert_eq!(rig.ask("PUT", "/debug/flags/v", me(), None).await.0, 404);
     assert_eq!(rig.ask("GET", "/pods", me(), None).await.0, 200);
+}
+
+#[tokio::test]
+async fn profiles_and_the_log_s_verbosity_are_served_where_they_are_switched_on() {
+    let rig = rig(|_| {}).await;
+    let me = || Some(rig.authority.issue(API_SERVER, "g", false));
+    let (status, index) = rig.ask("GET", "/debug/pprof/", me(), None).await;
+    assert_eq!(status, 200);
+    // Each profile of the list is there, if only to say that it is not taken.
+    let names: Vec<_> =
+        index.split("<a href='").skip(1).map(|a| a.split('\'').next().unwrap()).collect();
+    assert!(names.contains(&"profile") && names.contains(&"heap"), "{index}");
+    for name in names {
+        let name = if name == "profile" { "profile?seconds=1" } else { name };
+        let (status, body) = rig.ask("GET", &format!("/debug/pprof/{name}"), me(), None).await;
+        let expected = match name {
+            "allocs" | "block" | "heap" | "mutex" | "trace" => 501,
+            _ => 200,
+        };
+        assert_eq!(status, expected, "{name}: {body}");
+        assert!(status == 200 || body.starts_with("unimplemented: "), "{body}");
+    }
+    assert_eq!(rig.ask("GET", "/debug/pprof/nonsense", me(), None).await.0, 404);
+    assert_eq!(rig.ask("GET", "/debug/pprof/profile?seconds=99999", me(), None).await.0, 400);
+    let (_, threads) = rig.ask("GET", "/debug/pprof/goroutine?debug=2", me(), None).await;
+    assert!(threads.contains("tasks: ") && threads.contains("thread "), "{threads}");
+    let (status, body) = rig.ask("GET", "/debug/flags/v", me(), None).await;
+    assert_eq!((status, body.as_str()), (406, "unsupported http method\n"));
+    let (status, body) = rig.ask("PUT", "/debug/flags/v", me(), None).await;
+    assert_eq!(status, 400, "an empty verbosity: {body}");
+    let off = self::rig(|config| {
+        config.profiling_handler = false;
+        config.debug_flags_handler = false;
+    })
+    .await;
+    for (method, path, says) in [
+        ("GET", "/debug/pprof/", "profiling endpoint is disabled.\n"),
+        ("GET", "/debug/pprof/profile", "profiling endpoint is disabled.\n"),
+        ("GET", "/debug/pprof/heap", "profiling endpoint is disabled.\n"),
+        ("PUT", "/debug/flags/v", "flags endpoint is disabled.\n"),
+    ] {
+        let me = Some(off.authority.issue(API_SERVER, "g", false));
+        assert_eq!(off.ask(method, path, me, None).await, (405, says.to_owned()), "{path}");
+    }
 }
 
 #[tokio::test]

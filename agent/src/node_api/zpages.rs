@@ -1,14 +1,18 @@
-//! `/statusz`, `/flagz`, `/debug/flags/v` and `/debug/pprof/`.
+//! `/statusz`, `/flagz` and `/debug/flags/v`.
 
 use std::sync::Arc;
 
+use axum::body::{Body, to_bytes};
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::{Failure, Shared};
 
-fn plain(body: String) -> Response {
+/// Longest verbosity, in bytes.
+const VERBOSITY: usize = 64;
+
+pub(super) fn plain(body: String) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response()
 }
 
@@ -47,27 +51,26 @@ pub(super) async fn flagz() -> Response {
     plain(format!("\nkubelet flagz\n{WARNING}\n{lines}"))
 }
 
-/// `/debug/pprof/`: profiles of a Go program, which this is not.
-pub(super) async fn pprof(State(shared): State<Arc<Shared>>) -> Failure {
-    if !shared.config.profiling_handler {
-        return disabled("profiling endpoint is disabled.\n");
-    }
-    Failure(
-        StatusCode::NOT_IMPLEMENTED,
-        "unimplemented: profiles are not taken over the node API; use perf record -p <pid>\n"
-            .into(),
-    )
-}
-
-/// `/debug/flags/v`: sets the verbosity of a Go program's log.
-pub(super) async fn flags(State(shared): State<Arc<Shared>>) -> Failure {
+/// `/debug/flags/v`: sets the log's verbosity while the node runs.
+pub(super) async fn flags(
+    State(shared): State<Arc<Shared>>,
+    method: Method,
+    body: Body,
+) -> Result<Response, Failure> {
     if !shared.config.debug_flags_handler {
-        return disabled("flags endpoint is disabled.\n");
+        return Err(disabled("flags endpoint is disabled.\n"));
     }
-    Failure(
-        StatusCode::NOT_IMPLEMENTED,
-        "unimplemented: the log's verbosity is set when the node starts (-v, --log-level)\n".into(),
-    )
+    if method != Method::PUT {
+        return Err(Failure(StatusCode::NOT_ACCEPTABLE, "unsupported http method\n".into()));
+    }
+    let wrong =
+        |error: String| Failure::bad_request(format!("error reading request body: {error}\n"));
+    let body = to_bytes(body, VERBOSITY).await.map_err(|error| wrong(error.to_string()))?;
+    let text = std::str::from_utf8(&body).map_err(|error| wrong(error.to_string()))?;
+    match crate::logging::set_verbosity(text) {
+        Ok(_) => Ok(plain(format!("successfully set klog.logging.verbosity to {text}\n"))),
+        Err(error) => Err(Failure::bad_request(format!("{error}\n"))),
+    }
 }
 
 pub(super) fn disabled(message: &str) -> Failure {
