@@ -29,5 +29,6 @@ mod shutdown;
 pub mod source;
 pub mod standalone;
 mod sys;
+mod traces;
 pub mod user_ids;
 pub mod volume;

@@ -22,6 +22,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// What a reboot ends: monitor sockets, pinned namespaces, mounts.
     pub run_dir: PathBuf,
+    /// Whether spans are made of calls; they go where this process's OpenTelemetry sends them.
+    pub traces: bool,
     /// The program re-executed as `longshore monitor`; its `main` must call
     /// [`crate::monitor::main`] before it starts any thread.
     pub monitor_exe: PathBuf,
@@ -105,6 +107,7 @@ impl Config {
             },
             state_dir,
             run_dir,
+            traces: false,
             monitor_exe: PathBuf::from("/proc/self/exe"),
             cgroup_driver: CgroupDriver::default(),
             default_cgroup_parent: "/longshore".to_owned(),

@@ -29,6 +29,7 @@ pub mod spec;
 pub mod state;
 pub mod streaming;
 pub mod systemd;
+mod traces;
 pub mod zygote;
 
 pub use config::Config;

@@ -28,6 +28,7 @@ use crate::state::durability::Durability;
 use crate::state::{Layout, boot_id};
 use crate::streaming::{StreamError, Streaming, Urls};
 use crate::systemd::Systemd;
+use crate::traces::Traces;
 use crate::zygote::Zygote;
 
 /// The longest request or answer, in bytes: 16 MiB of each stream of an ExecSync, and room.
@@ -79,7 +80,7 @@ pub async fn serve(
     config: Config,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), ServeError> {
-    let listener = bind(&config.socket)?;
+    let (listener, traces) = (bind(&config.socket)?, config.traces);
     let streaming = Streaming::bind(config.streaming.clone()).await?;
     let shim = Arc::new(open(config, streaming.urls()).await?);
     shim.recover().await;
@@ -100,6 +101,7 @@ pub async fn serve(
         let _ = stopped.wait_for(|stopped| *stopped).await;
     };
     let server = tonic::transport::Server::builder()
+        .layer(Traces { on: traces })
         .add_service(runtime)
         .add_service(images)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), told(stopped.clone()));

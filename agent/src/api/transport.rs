@@ -19,6 +19,7 @@ use super::connect::Connector;
 use super::kubeconfig::{Endpoint, Identity};
 use super::tls::{self, TlsError};
 use crate::metrics::{ClientLabels, METRICS};
+use crate::traces;
 
 /// A silent HTTP/2 connection is asked whether it lives after this time (client-go: 30 s) ...
 const PING_AFTER: Duration = Duration::from_secs(30);
@@ -136,11 +137,27 @@ impl tower::Service<Request<Body>> for Requests {
         Box::pin(async move {
             current.address(&mut request)?;
             let (method, began) = (request.method().to_string(), std::time::Instant::now());
+            let span = traces::span(traces::Kind::Client, || {
+                let path = request.uri().path().to_owned();
+                let attributes = vec![
+                    traces::attribute("http.request.method", method.clone()),
+                    traces::attribute("server.address", current.authority.to_string()),
+                    traces::attribute("url.path", path),
+                ];
+                (format!("HTTP {method}").into(), attributes)
+            });
+            if let Some(span) = &span {
+                traces::in_headers(span, request.headers_mut());
+            }
             let answer = current.http.request(request).await;
             let code = match &answer {
                 Ok(response) => response.status().as_str().to_owned(),
                 Err(_) => "<error>".to_owned(),
             };
+            if let Some(span) = &span {
+                let status = traces::attribute("http.response.status_code", code.clone());
+                traces::ended(span, vec![status], answer.as_ref().err().map(ToString::to_string));
+            }
             let labels = ClientLabels { code, host: current.authority.to_string(), method };
             METRICS.client_request(&labels, began.elapsed());
             Ok(answer?)

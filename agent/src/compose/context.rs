@@ -139,6 +139,7 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
             CgroupDriver::Cgroupfs => cri_shim::config::CgroupDriver::Cgroupfs,
             CgroupDriver::Systemd => cri_shim::config::CgroupDriver::Systemd,
         },
+        traces: config.tracing.is_some(),
         seccomp_profile_root: config.root_dir.join("seccomp"),
         pod_cidrs: config
             .pod_cidrs

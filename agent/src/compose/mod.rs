@@ -32,6 +32,7 @@ use crate::source::{PodChange, PodSource};
 use crate::standalone::folder::Scope;
 use crate::standalone::services::ServiceLoop;
 use crate::standalone::store::Store;
+use crate::traces::Traces;
 use crate::volume::{self, NodeVolumes};
 
 mod context;
@@ -76,6 +77,10 @@ struct Parts {
 /// Runs the node until a signal ends it or a part cannot go on.
 pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
     let _lock = lock(&config)?;
+    let traces = match &config.tracing {
+        Some(tracing) => Some(Traces::start(tracing, &config.hostname)?),
+        None => None,
+    };
     let (stop, shutdown) = watch::channel(false);
     let mut parts = Parts {
         watched: Watched::new(&config),
@@ -109,6 +114,10 @@ pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
     let drain = async { while parts.tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(DRAIN, drain).await.is_err() {
         tracing::warn!("not every part ended in time");
+    }
+    if let Some(traces) = traces {
+        // It waits for the collector, which is spoken to on this runtime.
+        let _ = tokio::task::spawn_blocking(move || traces.end()).await;
     }
     outcome
 }

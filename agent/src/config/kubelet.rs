@@ -8,6 +8,7 @@ use kube::core::Duration;
 use serde::Deserialize;
 
 use super::documents::{Fields, Treatment};
+use super::tracing::TracingConfiguration;
 
 /// The fields that this node reads. What is not given is `None`; defaults are applied by `resolve`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -94,6 +95,7 @@ pub struct KubeletConfiguration {
     pub container_runtime_endpoint: Option<String>,
     pub image_service_endpoint: Option<String>,
     pub user_namespaces: Option<UserNamespaces>,
+    pub tracing: Option<TracingConfiguration>,
 }
 
 /// Who may talk to the node API.
@@ -288,7 +290,7 @@ pub(super) const FIELDS: Fields = &[
     ("memoryReservationPolicy", NotBuilt(&["\"None\""])),
     ("registerWithTaints", Used),
     ("registerNode", Used),
-    ("tracing", NotBuilt(&[])),
+    ("tracing", Used),
     ("localStorageCapacityIsolation", NotBuilt(&["true"])),
     ("containerRuntimeEndpoint", Used),
     ("imageServiceEndpoint", Used),

@@ -12,6 +12,7 @@ mod node;
 pub mod node_api;
 mod proxy;
 mod quantity;
+pub mod tracing;
 
 pub use documents::{Documents, parse};
 pub(crate) use fields::{is_dns1123_label, is_dns1123_subdomain};

@@ -134,6 +134,8 @@ pub struct NodeConfig {
     pub streaming: cri_shim::streaming::StreamConfig,
     /// Images that garbage collection leaves alone.
     pub pinned_images: Vec<String>,
+    /// Where traces go, if anywhere.
+    pub tracing: Option<super::tracing::Tracing>,
     pub log_filter: String,
     pub log_json: bool,
     pub notes: Vec<Note>,
@@ -470,6 +472,7 @@ pub fn resolve(
                 ),
             ..Default::default()
         },
+        tracing: kubelet.tracing.as_ref().map(super::tracing::resolve).transpose()?,
         log_filter: flags.log_level.clone().unwrap_or_else(|| {
             crate::logging::filter_of(flags.verbosity.or(verbosity).unwrap_or(2)).into()
         }),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -16,6 +16,7 @@ use super::{
     Failure, Shared, checkpoint, health, logs, metrics, node_logs, pods, profiles, stats, stream,
     zpages,
 };
+use crate::traces::{self, FutureExt};
 
 /// Everything, behind the guard.
 pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
@@ -66,6 +67,7 @@ pub(super) fn guarded(shared: Arc<Shared>, guard: Arc<Guard>) -> Router {
     }
     finish(routes, shared)
         .layer(middleware::from_fn_with_state(guard, judge))
+        .layer(middleware::from_fn(traced))
         .layer(middleware::from_fn(metrics::count))
 }
 
@@ -103,6 +105,29 @@ async fn only_get(request: Request, next: Next) -> Response {
         return StatusCode::METHOD_NOT_ALLOWED.into_response();
     }
     next.run(request).await
+}
+
+/// A span of its own for each request, where traces are taken.
+async fn traced(request: Request, next: Next) -> Response {
+    let route = || {
+        let route = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+        let method = request.method().as_str();
+        let attributes = vec![
+            traces::attribute("http.request.method", method.to_owned()),
+            traces::attribute("http.route", route.unwrap_or_default().to_owned()),
+            traces::attribute("url.path", request.uri().path().to_owned()),
+        ];
+        (route.map_or(method.to_owned(), |route| format!("{method} {route}")).into(), attributes)
+    };
+    let Some(span) = traces::request(request.headers(), route) else {
+        return next.run(request).await;
+    };
+    let response = next.run(request).with_context(span.clone()).await;
+    let status = response.status();
+    let error = status.is_server_error().then(|| status.to_string());
+    let code = traces::attribute("http.response.status_code", i64::from(status.as_u16()));
+    traces::ended(&span, vec![code], error);
+    response
 }
 
 /// Lets nobody by who is not known or may not.

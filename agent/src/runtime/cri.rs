@@ -15,11 +15,13 @@ use cri_shim::api::runtime_service_client::RuntimeServiceClient;
 use futures::StreamExt;
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{EventStream, ExecOutput, Result, Runtime, RuntimeError, RuntimeErrorKind};
 use crate::metrics::METRICS;
+use crate::traces;
 
 /// Largest answer taken from a runtime: lists of everything on a crowded node fit well.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -38,11 +40,15 @@ pub enum EndpointError {
     Scheme(String),
 }
 
+/// The channel, with the span that a call is of.
+type Traced =
+    InterceptedService<Channel, fn(Request<()>) -> std::result::Result<Request<()>, Status>>;
+
 /// A container runtime behind a unix socket.
 #[derive(Clone)]
 pub struct CriRuntime {
-    runtime: RuntimeServiceClient<Channel>,
-    image: ImageServiceClient<Channel>,
+    runtime: RuntimeServiceClient<Traced>,
+    image: ImageServiceClient<Traced>,
     timeout: Duration,
     socket: PathBuf,
 }
@@ -61,6 +67,7 @@ impl CriRuntime {
         let channel = Endpoint::from_static("http://localhost")
             .connect_timeout(Duration::from_secs(10))
             .connect_with_connector_lazy(connector);
+        let channel: Traced = InterceptedService::new(channel, traces::in_metadata);
         Ok(Self {
             runtime: RuntimeServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE),
@@ -82,8 +89,17 @@ impl CriRuntime {
         request: impl Future<Output = std::result::Result<Response<T>, Status>> + Send,
     ) -> Result<T> {
         let began = std::time::Instant::now();
+        let span = traces::runtime_call(verb);
+        let request = traces::within(span.as_ref(), request);
         let answer = tokio::time::timeout(timeout, request).await;
         METRICS.runtime_operation(verb, began.elapsed(), !matches!(answer, Ok(Ok(_))));
+        if let Some(span) = &span {
+            let error = match &answer {
+                Ok(answer) => answer.as_ref().err().map(|status| status.message().to_owned()),
+                Err(_) => Some("no answer in time".to_owned()),
+            };
+            traces::ended(span, Vec::new(), error);
+        }
         match answer {
             Ok(Ok(response)) => Ok(response.into_inner()),
             Ok(Err(status)) => Err(runtime_error(verb, &status)),

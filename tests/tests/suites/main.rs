@@ -23,4 +23,5 @@ mod proxy;
 mod restart;
 mod standalone;
 mod support;
+mod traces;
 mod volumes;

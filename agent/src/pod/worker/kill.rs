@@ -40,7 +40,7 @@ impl Worker {
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
         let kind = whom.0;
         let name = name.to_owned();
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             let begun = Instant::now();
             if let Some(hook) = hook
                 && !grace.is_zero()
@@ -57,7 +57,7 @@ impl Worker {
     pub(super) fn hasten(&mut self, id: ContainerId) {
         let left = self.left().max(LEAST_GRACE);
         let deps = self.deps.clone();
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             if let Err(error) = deps.runtime.stop_container(id.as_str(), left).await {
                 tracing::warn!(container = %id, %error, "cannot hasten the end of a container");
             }

@@ -27,6 +27,7 @@ use crate::metrics::METRICS;
 use crate::objects::ObjectRef;
 use crate::report::EventType;
 use crate::source::PodSource;
+use crate::traces::{self, FutureExt};
 
 mod done;
 mod kill;
@@ -127,6 +128,8 @@ pub(crate) struct Worker {
     told: bool,
     start_time: Timestamp,
     tasks: JoinSet<Done>,
+    /// The span of this turn, once it has begun something; it ends with the last of what it began.
+    turn: Option<traces::Context>,
     /// Image pulls, which an end of the pod does not wait for.
     pulls: HashMap<String, AbortHandle>,
     ending: watch::Sender<bool>,
@@ -180,6 +183,7 @@ impl Worker {
             told: false,
             start_time,
             tasks: JoinSet::new(),
+            turn: None,
             pulls: HashMap::new(),
             ending: watch::Sender::new(false),
             making: None,
@@ -209,6 +213,7 @@ impl Worker {
             }
             let began = std::time::Instant::now();
             let wake_at = if looked { self.reconcile() } else { self.stale.retry_at };
+            self.turn = None;
             METRICS.worker_turned(began.elapsed());
             if self.state == State::Gone {
                 return;
@@ -414,6 +419,22 @@ impl Worker {
         }
     }
 
+    /// Runs an effect beside the worker, in the span of this turn.
+    fn begin_task(&mut self, task: impl Future<Output = Done> + Send + 'static) -> AbortHandle {
+        if self.turn.is_none() {
+            let name = match self.state {
+                State::Running => "syncPod",
+                State::Terminating => "syncTerminatingPod",
+                State::TearingDown { .. } | State::Finished | State::Gone => "syncTerminatedPod",
+            };
+            self.turn = traces::pod_span(name, &self.pod);
+        }
+        match &self.turn {
+            Some(turn) => self.tasks.spawn(task.with_context(turn.clone())),
+            None => self.tasks.spawn(task),
+        }
+    }
+
     fn mount_volumes(&mut self) {
         let failed = match &self.facts.volumes {
             Step::Failed(failure) => failure.count,
@@ -421,7 +442,7 @@ impl Worker {
         };
         self.facts.volumes = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        self.tasks.spawn(async move { Done::Volumes(failed, deps.volumes.mount(&pod).await) });
+        self.begin_task(async move { Done::Volumes(failed, deps.volumes.mount(&pod).await) });
     }
 
     fn ensure_image(&mut self, name: &str) {
@@ -437,7 +458,8 @@ impl Worker {
             let result = deps.images.ensure(&pod, &container, &regarding).await;
             Done::Image(container.name, count, result)
         };
-        self.pulls.insert(name.to_owned(), self.tasks.spawn(task));
+        let pull = self.begin_task(task);
+        self.pulls.insert(name.to_owned(), pull);
     }
 
     /// Turns to ending the pod.

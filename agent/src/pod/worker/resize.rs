@@ -66,7 +66,7 @@ impl Worker {
 
     fn resize(&mut self, id: ContainerId, wanted: LinuxContainerResources) {
         let (deps, pod, uid) = (self.deps.clone(), self.pod.clone(), self.uid.clone());
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             let limits = pod_limits(&pod, &deps.node);
             // Room in the pod's cgroup first; what shrinks below the containers' shrinks after them.
             let before = deps.cgroups.ensure(&uid, qos_class(&pod), limits).await;

@@ -34,7 +34,7 @@ impl Worker {
         }
         self.facts.sandbox = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        let task = self.tasks.spawn(async move {
+        let task = self.begin_task(async move {
             let made = make(&deps, &pod, attempt, &stop).await.map(Box::new);
             if spec_of(&pod).host_users == Some(false) {
                 METRICS.user_namespaced_pod_started(made.is_err());

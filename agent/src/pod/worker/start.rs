@@ -85,7 +85,7 @@ impl Worker {
             start: start.clone(),
         };
         self.facts.starting.insert(start.name.clone());
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             let (status, result) = job.run().await;
             Done::Started(start, status.map(Box::new), result)
         });

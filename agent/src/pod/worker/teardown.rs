@@ -22,7 +22,7 @@ impl Worker {
         let (deps, pod, uid) = (self.deps.clone(), self.pod.clone(), self.uid.clone());
         let sandboxes: Vec<_> = self.observed.sandboxes.iter().map(|s| s.id.clone()).collect();
         let containers: Vec<_> = self.observed.containers.iter().map(|c| c.id.clone()).collect();
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             let result = take_away(&deps, &pod, &uid, &sandboxes, &containers, everything).await;
             Done::TornDown { everything, result }
         });
@@ -81,7 +81,7 @@ impl Worker {
             return;
         }
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        self.tasks.spawn(async move {
+        self.begin_task(async move {
             let (mut containers, mut sandboxes) = (Vec::new(), Vec::new());
             for instance in dead {
                 match deps.runtime.remove_container(instance.id.as_str()).await {
