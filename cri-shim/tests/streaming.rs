@@ -412,6 +412,10 @@ async fn hundreds_of_sessions_at_once_are_whole() -> anyhow::Result<()> {
 
 #[tokio::test]
 async fn hostile_bytes_end_their_own_connection_only() -> anyhow::Result<()> {
+    // Thousands of connections, in the server as here.
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, most) = nix::sys::resource::getrlimit(limit)?;
+    nix::sys::resource::setrlimit(limit, most, most)?;
     let (mut node, _, id) = sleeping().await?;
     let zeros = miniz_oxide::deflate::compress_to_vec_zlib(&vec![0u8; 8 << 20], 9);
     let bomb = [
@@ -441,9 +445,46 @@ async fn hostile_bytes_end_their_own_connection_only() -> anyhow::Result<()> {
     let mut answer = Vec::new();
     let _ = tokio::time::timeout(Duration::from_secs(20), long.read_to_end(&mut answer)).await?;
     assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"));
+    // A request within another: the chunks count, and nothing after them is read.
+    let hidden = format!("GET /exec/x HTTP/1.1\r\nHost: {address}\r\n\r\n");
+    for lengths in [
+        format!("Content-Length: {}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", hidden.len()),
+        "Content-Length: 0\r\nContent-Length: 7\r\n\r\n".to_owned(),
+        "Transfer-Encoding: xchunked\r\n\r\n".to_owned(),
+    ] {
+        let mut stream = TcpStream::connect(&address).await?;
+        let text = format!("POST /x HTTP/1.1\r\nHost: {address}\r\n{lengths}{hidden}");
+        stream.write_all(text.as_bytes()).await?;
+        let mut answer = Vec::new();
+        let _ =
+            tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut answer)).await?;
+        let answer = String::from_utf8_lossy(&answer);
+        assert_eq!(answer.matches("HTTP/1.1 4").count(), 1, "{lengths:?}: {answer}");
+    }
+    // One that says a little now and then.
+    let (mut from, mut to) = TcpStream::connect(&address).await?.into_split();
+    let dribble = async {
+        while to.write_all(b"GET / HTTP/1.1\r\nA: b\r\n").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let mut answer = Vec::new();
+    tokio::select! {
+        () = dribble => {}
+        ended = tokio::time::timeout(Duration::from_secs(60), from.read_to_end(&mut answer)) => {
+            let _ = ended?;
+        }
+    }
+    // More that say nothing than may wait: the oldest are let go, and who speaks is served.
     let mut silent = Vec::new();
-    for _ in 0..300 {
+    for _ in 0..5000 {
         silent.push(TcpStream::connect(&address).await?);
+    }
+    for stream in &mut silent[..2900] {
+        let closed =
+            tokio::time::timeout(Duration::from_secs(60), stream.read(&mut [0; 1])).await?;
+        assert!(!matches!(closed, Ok(1..)));
     }
     let mut session = start(&node, SPDY, &id, &["sh", "-c", "exit 5"]).await?;
     session.finish().await?;

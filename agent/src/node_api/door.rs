@@ -1,7 +1,7 @@
 //! Who stands at the door: connections that have not shown yet that they are somebody.
 //!
 //! Anybody can open connections. Until the first request on one passes the guard it is a stranger,
-//! and strangers are few (`STRANGERS`) and in a hurry (`HANDSHAKE`, `FIRST_REQUEST`): ten thousand
+//! and strangers are few (`STRANGERS`) and in a hurry (`Hurry`): ten thousand
 //! half-open connections push one another out, the oldest first, and nobody who is known.
 
 use std::collections::BTreeMap;
@@ -14,10 +14,21 @@ use tokio::sync::oneshot;
 const STRANGERS: usize = 512;
 /// Connections at once.
 const CONNECTIONS: usize = 16_384;
-/// Longest TLS handshake.
-pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long after it a first request must have passed the guard.
-pub(super) const FIRST_REQUEST: Duration = Duration::from_secs(30);
+
+/// How long strangers have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Hurry {
+    /// Longest TLS handshake.
+    pub(super) handshake: Duration,
+    /// How long after it a first request must have passed the guard.
+    pub(super) first_request: Duration,
+}
+
+impl Default for Hurry {
+    fn default() -> Self {
+        Self { handshake: Duration::from_secs(10), first_request: Duration::from_secs(30) }
+    }
+}
 
 #[derive(Default)]
 struct Inner {

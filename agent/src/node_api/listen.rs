@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt;
 
-use super::door::{Door, FIRST_REQUEST, HANDSHAKE, Visitor, sent_away};
+use super::door::{Door, Hurry, Visitor, sent_away};
 
 /// Longest head of a request: a command line of `kubectl exec` travels in it.
 const MAX_HEAD: usize = 512 << 10;
@@ -51,6 +51,7 @@ pub(super) async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
     routes: Router,
+    hurry: Hurry,
     mut shutdown: watch::Receiver<bool>,
 ) {
     let door = Door::default();
@@ -76,7 +77,7 @@ pub(super) async fn serve(
         let (tls, routes, visitor) = (tls.clone(), routes.clone(), Arc::new(visitor));
         connections.spawn(async move {
             tokio::select! {
-                () = one(stream, address, tls, routes, visitor) => {}
+                () = one(stream, address, tls, routes, visitor, hurry) => {}
                 () = sent_away(told) => {}
             }
         });
@@ -89,19 +90,20 @@ async fn one(
     tls: Option<TlsAcceptor>,
     routes: Router,
     visitor: Arc<Visitor>,
+    hurry: Hurry,
 ) {
     let _ = stream.set_nodelay(true);
     let _ = setsockopt(&stream, sockopt::KeepAlive, &true);
     let _ = setsockopt(&stream, sockopt::TcpKeepIdle, &KEEPALIVE);
     let _ = setsockopt(&stream, sockopt::TcpKeepInterval, &KEEPALIVE);
-    let late = overdue(visitor.clone());
+    let late = overdue(visitor.clone(), hurry);
     let Some(tls) = tls else {
         let peer = Peer { certificates: Arc::new([]), address, visitor };
         let http = http(stream, false, routes, peer);
         tokio::select! { () = http => {}, () = late => {} }
         return;
     };
-    let stream = match tokio::time::timeout(HANDSHAKE, tls.accept(stream)).await {
+    let stream = match tokio::time::timeout(hurry.handshake, tls.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             tracing::debug!(%address, %error, "no TLS with a client of the node API");
@@ -119,8 +121,8 @@ async fn one(
 }
 
 /// Returns when a first request is overdue.
-async fn overdue(visitor: Arc<Visitor>) {
-    tokio::time::sleep(HANDSHAKE + FIRST_REQUEST).await;
+async fn overdue(visitor: Arc<Visitor>, hurry: Hurry) {
+    tokio::time::sleep(hurry.handshake + hurry.first_request).await;
     if !visitor.is_stranger() {
         drop(visitor);
         std::future::pending::<()>().await;

@@ -35,6 +35,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
+use self::door::Hurry;
 use self::guard::Guard;
 use self::logs::follow::Followers;
 use self::stats::gather::Gatherer;
@@ -140,6 +141,7 @@ pub struct Listening {
     tls: TlsAcceptor,
     routes: axum::Router,
     read_only_routes: axum::Router,
+    hurry: Hurry,
 }
 
 impl NodeApi {
@@ -180,6 +182,7 @@ impl NodeApi {
             tls: TlsAcceptor::from(Arc::new(tls)),
             routes: routes::guarded(shared.clone(), Arc::new(guard)),
             read_only_routes: routes::read_only(shared),
+            hurry: Hurry::default(),
         })
     }
 }
@@ -187,10 +190,11 @@ impl NodeApi {
 impl Listening {
     /// Serves until `shutdown`.
     pub async fn serve(self, shutdown: watch::Receiver<bool>) {
-        let main = listen::serve(self.listener, Some(self.tls), self.routes, shutdown.clone());
+        let (tls, hurry) = (Some(self.tls), self.hurry);
+        let main = listen::serve(self.listener, tls, self.routes, hurry, shutdown.clone());
         let read_only = async {
             if let Some(listener) = self.read_only {
-                listen::serve(listener, None, self.read_only_routes, shutdown).await;
+                listen::serve(listener, None, self.read_only_routes, hurry, shutdown).await;
             }
         };
         tokio::join!(main, read_only);

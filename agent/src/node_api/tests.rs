@@ -143,6 +143,10 @@ struct Rig {
 }
 
 async fn rig(change: impl FnOnce(&mut NodeApiConfig)) -> Rig {
+    hurried(change, Hurry::default()).await
+}
+
+async fn hurried(change: impl FnOnce(&mut NodeApiConfig), hurry: Hurry) -> Rig {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::new();
     let ca = dir.path().join("ca.crt");
@@ -191,7 +195,8 @@ async fn rig(change: impl FnOnce(&mut NodeApiConfig)) -> Rig {
         watched: Arc::new(watched),
     };
     let reviews: Box<dyn Reviews> = Box::new(rules.clone());
-    let listening = api.listen(Some(reviews)).await.unwrap();
+    let mut listening = api.listen(Some(reviews)).await.unwrap();
+    listening.hurry = hurry;
     let address = listening.listener.local_addr().unwrap();
     let (stop, stopped) = watch::channel(false);
     tokio::spawn(listening.serve(stopped));
@@ -384,14 +389,125 @@ async fn profiles_and_the_log_s_verbosity_are_served_where_they_are_switched_on(
 async fn strangers_in_numbers_do_not_keep_anybody_out() {
     let rig = rig(|_| {}).await;
     let mut idle = Vec::new();
-    for _ in 0..700 {
+    let limit = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, most) = nix::sys::resource::getrlimit(limit).unwrap();
+    nix::sys::resource::setrlimit(limit, most, most).unwrap();
+    for count in 1..=10_000 {
         idle.push(TcpStream::connect(rig.address).await.unwrap());
+        if count % 1000 == 0 {
+            let me = rig.authority.issue(API_SERVER, "g", false);
+            let (status, _) = rig.ask("GET", "/healthz/ping", Some(me), None).await;
+            assert_eq!(status, 200, "among {count}");
+        }
+    }
+    // All but the few that are let wait are closed, the oldest first.
+    for stream in &mut idle[..9_400] {
+        let closed = tokio::time::timeout(Duration::from_secs(60), stream.read(&mut [0; 1])).await;
+        assert!(matches!(closed, Ok(Ok(0) | Err(_))), "the oldest of too many are closed");
+    }
+}
+
+#[tokio::test]
+async fn who_takes_too_long_to_say_something_is_sent_away() {
+    let short = Duration::from_millis(300);
+    let rig = hurried(|_| {}, Hurry { handshake: short, first_request: short }).await;
+    let ended = async |mut from: Box<dyn tokio::io::AsyncRead + Unpin>| {
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_secs(60), from.read_to_end(&mut answer))
+            .await
+            .expect("it is sent away");
+        assert_eq!(String::from_utf8_lossy(&answer), "");
+    };
+    // A byte at a time, of a handshake and of a head, for ever.
+    let dribble = async |mut to: Box<dyn tokio::io::AsyncWrite + Unpin>, text: &'static [u8]| {
+        for byte in text.iter().cycle() {
+            if to.write_all(&[*byte]).await.is_err() || to.flush().await.is_err() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let (from, to) = TcpStream::connect(rig.address).await.unwrap().into_split();
+    // The record of a ClientHello that is said to be long.
+    tokio::select! {
+        () = ended(Box::new(from)) => {}
+        () = dribble(Box::new(to), &[0x16, 3, 1, 0x3f, 0xff, 1]) => {}
     }
     let me = rig.authority.issue(API_SERVER, "g", false);
-    assert_eq!(rig.ask("GET", "/healthz/ping", Some(me), None).await.0, 200);
-    let mut first = idle.remove(0);
-    let closed = tokio::time::timeout(Duration::from_secs(5), first.read(&mut [0; 1])).await;
-    assert!(matches!(closed, Ok(Ok(0) | Err(_))), "the oldest of too many is closed");
+    let (from, to) = tokio::io::split(rig.connect(Some(me)).await.unwrap());
+    tokio::select! {
+        () = ended(Box::new(from)) => {}
+        () = dribble(Box::new(to), b"GET /pods HTTP/1.1\r\nx: y\r\n") => {}
+    }
+    // Who has been let in once may take its time.
+    let me = rig.authority.issue(API_SERVER, "g", false);
+    let (mut from, mut to) = tokio::io::split(rig.connect(Some(me)).await.unwrap());
+    for _ in 0..2 {
+        to.write_all(b"GET /healthz/ping HTTP/1.1\r\nhost: n\r\n\r\n").await.unwrap();
+        to.flush().await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"ok") {
+            answer.push(from.read_u8().await.unwrap());
+        }
+        tokio::time::sleep(short * 4).await;
+    }
+}
+
+#[tokio::test]
+async fn no_request_hides_in_another() {
+    let rig = rig(|_| {}).await;
+    let hidden = "GET /healthz/ping HTTP/1.1\r\nhost: n\r\nconnection: close\r\n\r\n";
+    let length = hidden.len();
+    for (head, answers) in [
+        // Two lengths: the chunks count, and nothing after them is read.
+        (format!("content-length: {length}\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n"), 1),
+        (format!("transfer-encoding: chunked\r\ncontent-length: {length}\r\n\r\n0\r\n\r\n"), 1),
+        // Lengths that are none.
+        ("content-length: 0\r\ncontent-length: 5\r\n\r\n".into(), 1),
+        ("content-length: +0\r\n\r\n".into(), 1),
+        ("content-length: 0, 0\r\n\r\n".into(), 1),
+        ("content-length: -1\r\n\r\n".into(), 1),
+        ("content-length: 99999999999999999999\r\n\r\n".into(), 1),
+        // Encodings that are not understood.
+        ("transfer-encoding: identity\r\n\r\n".into(), 1),
+        ("transfer-encoding: chunked, identity\r\n\r\n".into(), 1),
+        ("transfer-encoding: xchunked\r\n\r\n".into(), 1),
+        // Headers that some read and some do not.
+        ("transfer-encoding : chunked\r\n\r\n0\r\n\r\n".into(), 1),
+        ("x: y\r\n content-length: 3\r\n\r\n".into(), 1),
+        // In order: one after the other, each judged for itself.
+        ("\r\n".into(), 2),
+    ] {
+        let me = rig.authority.issue(API_SERVER, "g", false);
+        let (mut from, mut to) = tokio::io::split(rig.connect(Some(me)).await.unwrap());
+        let text = format!("POST /no/such/path HTTP/1.1\r\nhost: n\r\n{head}{hidden}");
+        to.write_all(text.as_bytes()).await.unwrap();
+        to.flush().await.unwrap();
+        let mut answer = Vec::new();
+        let _ = tokio::time::timeout(Duration::from_secs(60), from.read_to_end(&mut answer))
+            .await
+            .expect("it ends");
+        let answer = String::from_utf8_lossy(&answer);
+        assert_eq!(answer.matches("HTTP/1.1 ").count(), answers, "{head:?}: {answer}");
+        assert_eq!(answer.contains("HTTP/1.1 200"), answers == 2, "{head:?}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_counts_for_the_request_that_has_it() {
+    let rig = rig(|_| {}).await;
+    let (mut from, mut to) = tokio::io::split(rig.connect(None).await.unwrap());
+    let ask = |token: &str| format!("GET /healthz/ping HTTP/1.1\r\nhost: n\r\n{token}\r\n");
+    let text = ask("authorization: Bearer reader-token\r\n") + &ask("");
+    to.write_all(text.as_bytes()).await.unwrap();
+    to.flush().await.unwrap();
+    let mut answer = String::new();
+    while !answer.ends_with("Unauthorized") {
+        let byte = tokio::time::timeout(Duration::from_secs(60), from.read_u8()).await;
+        answer.push(char::from(byte.expect("answered").unwrap()));
+    }
+    let codes: Vec<_> = answer.split("HTTP/1.1 ").skip(1).map(|a| &a[..3]).collect();
+    assert_eq!(codes, ["200", "401"], "{answer}");
 }
 
 #[tokio::test]
