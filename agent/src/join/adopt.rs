@@ -144,9 +144,9 @@ pub async fn adopt(
     })?;
     let mut staged = Staged::default();
     if let Some(proxy) = proxy {
-        staged.add(&paths.proxy_config(), 0o644, proxy.as_bytes())?;
+        staged.add(&paths.proxy_config(), 0o600, proxy.as_bytes())?;
     }
-    staged.add(&paths.node_file(), 0o644, &text)?;
+    staged.add(&paths.node_file(), 0o600, &text)?;
     staged.commit()?;
     if processes::gather().iter().any(|p| p.here && p.name == "kube-proxy") {
         warnings.push(

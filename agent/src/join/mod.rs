@@ -255,12 +255,12 @@ fn write(
     let (mut staged, mut last) = (files::Staged::default(), files::Staged::default());
     staged.add(&request.ca_path(), 0o644, &found.ca_pem)?;
     if let Some(text) = &settings.kubelet {
-        staged.add(&paths.kubelet_config(), 0o644, text.as_bytes())?;
+        staged.add(&paths.kubelet_config(), 0o600, text.as_bytes())?;
     }
     if let Some(text) = &settings.proxy {
-        staged.add(&paths.proxy_config(), 0o644, text.as_bytes())?;
+        staged.add(&paths.proxy_config(), 0o600, text.as_bytes())?;
     }
-    staged.add(&paths.node_file(), 0o644, &node_file(request)?)?;
+    staged.add(&paths.node_file(), 0o600, &node_file(request)?)?;
     staged.add(&pem, 0o600, &files::pair(chain, key_pem))?;
     last.add(&paths.kubelet_conf(), 0o600, conf.as_bytes())?;
     staged.commit()?;
@@ -287,6 +287,6 @@ fn node_file(request: &JoinRequest) -> Result<Vec<u8>, files::FileError> {
 }
 
 fn write_node_file(request: &JoinRequest) -> Result<(), JoinError> {
-    files::write_atomic(&request.paths.node_file(), 0o644, &node_file(request)?)?;
+    files::write_atomic(&request.paths.node_file(), 0o600, &node_file(request)?)?;
     Ok(())
 }

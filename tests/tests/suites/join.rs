@@ -1,6 +1,6 @@
 //! Joining: what is written, and what is refused before anything is.
 
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -61,7 +61,19 @@ async fn a_good_token_writes_credentials_that_only_root_reads() {
             assert_eq!(meta.permissions().mode() & 0o077, 0, "{path} is open to others");
         }
         assert!(!text.contains(&token), "{path} holds the bootstrap token");
+        // What docs/cis-benchmark.md says of 4.1.5 to 4.1.10.
+        let open = if path.ends_with(".crt") { 0o644 } else { 0o600 };
+        assert_eq!(
+            meta.permissions().mode() & 0o777 & !open,
+            0,
+            "{path} is more open than {open:o}"
+        );
+        assert_eq!((meta.uid(), meta.gid()), (0, 0), "{path}");
     }
+    for file in ["kubelet.conf", "pki/ca.crt"] {
+        assert!(node.path("/etc/kubernetes").join(file).exists(), "{:?}", written(&node));
+    }
+    assert!(node.path("/var/lib/kubelet/config.yaml").exists(), "{:?}", written(&node));
     // Again, and with a token that is no more: it has joined already.
     let (code, said) = join(&node, &arguments);
     assert_eq!(code, Some(0), "{said}");

@@ -256,3 +256,30 @@ fn fields_and_flags_of_kube_proxy_reach_the_proxy() {
     assert_eq!(path("--only proxy"), PathBuf::from("/k"));
     assert_eq!(path(""), PathBuf::from(KUBECONFIG));
 }
+
+/// What docs/cis-benchmark.md says of the defaults.
+#[test]
+fn defaults_are_those_of_the_benchmark() {
+    use crate::config::node_api::Authorization;
+    let config = resolved("", "").unwrap();
+    let api = &config.node_api;
+    assert!(!api.authentication.anonymous, "4.2.1");
+    assert!(matches!(api.authorization, Authorization::Webhook { .. }), "4.2.2");
+    assert_eq!(api.read_only, None, "4.2.4");
+    assert_eq!(config.proxy.metrics_bind.map(|at| at.ip().is_loopback()), Some(true), "4.3.1");
+    // kubeadm writes a zero for the timeout, which is the default and not no limit.
+    for file in ["", "streamingConnectionIdleTimeout: 0s\n"] {
+        let config = resolved("", &format!("{KUBELET}{file}")).unwrap();
+        assert_eq!(config.streaming.idle_timeout.as_secs(), 4 * 3600, "4.2.5");
+    }
+    let shown = &api.configz;
+    assert_eq!(shown["makeIPTablesUtilChains"], true, "4.2.6");
+    assert_eq!(shown["eventRecordQPS"], 50, "4.2.8");
+    // Without a word about them, only suites with forward secrecy are spoken.
+    assert!(api.tls.cipher_suites.is_empty(), "4.2.12");
+    for suite in rustls::crypto::aws_lc_rs::DEFAULT_CIPHER_SUITES {
+        let name = suite.suite().as_str().unwrap_or_default();
+        assert!(name.starts_with("TLS13_") || name.starts_with("TLS_ECDHE_"), "{name}");
+        assert!(!name.contains("CBC") && !name.contains("3DES"), "{name}");
+    }
+}
