@@ -5,7 +5,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 # The demo and the tests make namespaces, mounts and cgroups: root, by sudo if need be.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=PATH,HOME,CARGO_HOME,CARGO_TARGET_DIR,RUSTUP_HOME,CI)
 
-.PHONY: help build release demo test lint fmt deny deb bench doc clean setup test-vm
+.PHONY: help build release demo test lint fmt deny deb bench doc clean setup test-vm fuzz
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | sort
@@ -31,6 +31,10 @@ test-vm: ## the suite under a real systemd, cgroup v2 and a reboot, in an emulat
 	@tests/setup.sh test
 	cargo build --workspace --all-targets
 	$(SUDO) env "PATH=$$PATH" cargo nextest run -p tests --test systemd --run-ignored all
+
+fuzz: ## each fuzz target for a minute
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	cd cri-shim && for target in $$(cargo fuzz list); do RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=60 || exit 1; done
 
 lint: ## formatting and clippy, as CI runs them
 	cargo fmt --all --check

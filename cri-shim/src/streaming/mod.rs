@@ -12,6 +12,8 @@
 mod command;
 pub mod descriptor;
 mod forward;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod listen;
 pub mod runtime;
 mod session;
