@@ -7,6 +7,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Volume;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -100,7 +101,45 @@ pub struct Metrics {
     user_namespaced: Counter,
     user_namespaced_errors: Counter,
     pulls: Histograms<PullLabels>,
+    volumes: Histograms<StorageOperation>,
+    evictions: Family<Eviction, Gauge>,
+    pods_started: Counter,
+    pods_not_started: Counter,
+    containers_started: Family<StartedContainer, Counter>,
+    containers_not_started: Family<FailedContainer, Counter>,
 }
+
+/// Labels of work on a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StorageOperation {
+    migrated: &'static str,
+    operation_name: &'static str,
+    status: &'static str,
+    volume_plugin: &'static str,
+}
+
+/// What a pod used too much of.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Eviction {
+    eviction_signal: &'static str,
+}
+
+/// The kind of a container.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StartedContainer {
+    container_type: &'static str,
+}
+
+/// One that did not start, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FailedContainer {
+    code: String,
+    container_type: &'static str,
+}
+
+/// Upstream's buckets of storage operations, seconds.
+const STORAGE: [f64; 13] =
+    [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 25.0, 50.0, 120.0, 300.0, 600.0];
 
 /// The size class of a pulled image.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -165,6 +204,12 @@ impl Metrics {
             user_namespaced: Counter::default(),
             user_namespaced_errors: Counter::default(),
             pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
+            volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
+            evictions: Family::default(),
+            pods_started: Counter::default(),
+            pods_not_started: Counter::default(),
+            containers_started: Family::default(),
+            containers_not_started: Family::default(),
         };
         new.registered()
     }
@@ -246,6 +291,37 @@ impl Metrics {
             "Duration in seconds to pull an image",
             self.pulls.clone(),
         );
+        all.register(
+            "storage_operation_duration_seconds",
+            "Storage operation duration",
+            self.volumes.clone(),
+        );
+        all.register(
+            "kubelet_started_pods",
+            "Cumulative number of pods started",
+            self.pods_started.clone(),
+        );
+        all.register(
+            "kubelet_started_pods_errors",
+            "Cumulative number of errors when starting pods",
+            self.pods_not_started.clone(),
+        );
+        all.register(
+            "kubelet_started_containers",
+            "Cumulative number of containers started",
+            self.containers_started.clone(),
+        );
+        all.register(
+            "kubelet_started_containers_errors",
+            "Cumulative number of errors when starting containers",
+            self.containers_not_started.clone(),
+        );
+        // A gauge, as the encoder would name a counter kubelet_evictions_total, which upstream's is not.
+        all.register(
+            "kubelet_evictions",
+            "Cumulative number of pod evictions by eviction signal",
+            self.evictions.clone(),
+        );
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
@@ -269,6 +345,48 @@ impl Metrics {
     pub fn image_pulled(&self, bytes: u64, took: Duration) {
         let labels = PullLabels { image_size_in_bytes: size_class(bytes) };
         self.pulls.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// The volumes of a pod were brought about, by these plugins. They are made together, so each is
+    /// credited with the time of all.
+    pub fn volumes_mounted(
+        &self,
+        plugins: impl Iterator<Item = &'static str>,
+        took: Duration,
+        failed: bool,
+    ) {
+        let status = if failed { "fail-unknown" } else { "success" };
+        for volume_plugin in plugins {
+            let operation = StorageOperation {
+                migrated: "false",
+                operation_name: "volume_mount",
+                status,
+                volume_plugin,
+            };
+            self.volumes.get_or_create(&operation).observe(took.as_secs_f64());
+        }
+    }
+
+    /// A pod must go for what it uses.
+    pub fn evicted(&self, eviction_signal: &'static str) {
+        self.evictions.get_or_create(&Eviction { eviction_signal }).inc();
+    }
+
+    /// A pod's sandbox was to be made.
+    pub fn pod_sandbox_made(&self, failed: bool) {
+        self.pods_started.inc();
+        if failed {
+            self.pods_not_started.inc();
+        }
+    }
+
+    /// A container was to be started; `code` is the reason why it was not.
+    pub fn container_started(&self, container_type: &'static str, code: Option<&str>) {
+        self.containers_started.get_or_create(&StartedContainer { container_type }).inc();
+        if let Some(code) = code {
+            let labels = FailedContainer { code: code.to_owned(), container_type };
+            self.containers_not_started.get_or_create(&labels).inc();
+        }
     }
 
     /// A request to the node API came.
@@ -346,6 +464,27 @@ impl Metrics {
     /// The probes', in OpenMetrics text.
     pub fn encode_probes(&self) -> String {
         encode(&self.probes_registry)
+    }
+}
+
+/// The plugin that upstream has for a volume.
+pub fn volume_plugin(volume: &Volume) -> &'static str {
+    if volume.config_map.is_some() {
+        "kubernetes.io/configmap"
+    } else if volume.secret.is_some() {
+        "kubernetes.io/secret"
+    } else if volume.projected.is_some() {
+        "kubernetes.io/projected"
+    } else if volume.downward_api.is_some() {
+        "kubernetes.io/downward-api"
+    } else if volume.empty_dir.is_some() {
+        "kubernetes.io/empty-dir"
+    } else if volume.host_path.is_some() {
+        "kubernetes.io/host-path"
+    } else if volume.csi.is_some() || volume.persistent_volume_claim.is_some() {
+        "kubernetes.io/csi"
+    } else {
+        "kubernetes.io/other"
     }
 }
 

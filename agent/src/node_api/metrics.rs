@@ -9,13 +9,12 @@ use axum::extract::{Request, State};
 use axum::http::header;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use k8s_openapi::api::core::v1::Volume;
 
 use super::Shared;
 use super::stats::text::{CONTENT_TYPE, Exposition, Kind, classic};
 use crate::join::csr::NodeCertificate;
 use crate::join::files::CURRENT;
-use crate::metrics::{HttpLabels, METRICS};
+use crate::metrics::{HttpLabels, METRICS, volume_plugin};
 use crate::pod::spec::{is_static, spec_of};
 use Kind::{Counter, Gauge};
 
@@ -202,7 +201,7 @@ fn pods(out: &mut Exposition, shared: &Shared) {
             }
         }
         for volume in spec_of(&view.pod).volumes.iter().flatten() {
-            *volumes.entry(plugin(volume)).or_default() += 1;
+            *volumes.entry(volume_plugin(volume)).or_default() += 1;
         }
     }
     let mut gauge = |name, help, labels: &[(&str, &str)], value: usize| {
@@ -246,26 +245,6 @@ fn pods(out: &mut Exposition, shared: &Shared) {
                 count,
             );
         }
-    }
-}
-
-fn plugin(volume: &Volume) -> &'static str {
-    if volume.config_map.is_some() {
-        "kubernetes.io/configmap"
-    } else if volume.secret.is_some() {
-        "kubernetes.io/secret"
-    } else if volume.projected.is_some() {
-        "kubernetes.io/projected"
-    } else if volume.downward_api.is_some() {
-        "kubernetes.io/downward-api"
-    } else if volume.empty_dir.is_some() {
-        "kubernetes.io/empty-dir"
-    } else if volume.host_path.is_some() {
-        "kubernetes.io/host-path"
-    } else if volume.csi.is_some() || volume.persistent_volume_claim.is_some() {
-        "kubernetes.io/csi"
-    } else {
-        "kubernetes.io/other"
     }
 }
 
@@ -345,6 +324,15 @@ fn process(out: &mut Exposition) {
         nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
     {
         put("process_max_fds", Gauge, "Maximum number of open file descriptors.", soft as f64);
+    }
+    if let Ok((soft, _)) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_AS) {
+        // As Go's: no limit is the largest number.
+        put(
+            "process_virtual_memory_max_bytes",
+            Gauge,
+            "Maximum amount of virtual memory available in bytes.",
+            soft as f64,
+        );
     }
     if let Some(started) = process_start() {
         put(

@@ -12,6 +12,8 @@ mod identity;
 mod listen;
 mod logs;
 mod metrics;
+#[cfg(test)]
+mod names;
 mod node_logs;
 mod pods;
 mod profiles;

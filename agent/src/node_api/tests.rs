@@ -32,6 +32,8 @@ const ENDPOINTS: &[(&str, &str, &[&str])] = &[
     ("GET", "/healthz", &["healthz", "proxy"]),
     ("GET", "/healthz/ping", &["healthz", "proxy"]),
     ("GET", "/pods", &["pods", "proxy"]),
+    ("GET", "/pods/", &["pods", "proxy"]),
+    ("GET", "/runningpods", &["pods", "proxy"]),
     ("GET", "/runningpods/", &["pods", "proxy"]),
     ("GET", "/configz", &["configz", "proxy"]),
     ("GET", "/stats/summary", &["stats"]),
@@ -40,7 +42,9 @@ const ENDPOINTS: &[(&str, &str, &[&str])] = &[
     ("GET", "/metrics/resource", &["metrics"]),
     ("GET", "/metrics/probes", &["metrics"]),
     ("GET", "/metrics/slis", &["metrics"]),
+    ("GET", "/logs", &["log"]),
     ("GET", "/logs/", &["log"]),
+    ("GET", "/logs/syslog", &["log"]),
     ("GET", "/statusz", &["statusz"]),
     ("GET", "/flagz", &["configz"]),
     ("GET", "/debug/pprof", &["proxy"]),
@@ -106,7 +110,7 @@ struct Authority {
     pem: String,
 }
 
-type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
+pub(super) type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
 impl Authority {
     fn new() -> Self {
@@ -133,7 +137,7 @@ impl Authority {
     }
 }
 
-struct Rig {
+pub(super) struct Rig {
     address: SocketAddr,
     authority: Authority,
     rules: Arc<Rules>,
@@ -142,7 +146,12 @@ struct Rig {
     tls: Certificate,
 }
 
-async fn rig(change: impl FnOnce(&mut NodeApiConfig)) -> Rig {
+/// Somebody who may do everything.
+pub(super) fn admin(rig: &Rig) -> Pair {
+    rig.authority.issue(API_SERVER, "g", false)
+}
+
+pub(super) async fn rig(change: impl FnOnce(&mut NodeApiConfig)) -> Rig {
     hurried(change, Hurry::default()).await
 }
 
@@ -226,7 +235,7 @@ impl Rig {
         connector.connect(NODE.try_into().unwrap(), stream).await.ok()
     }
 
-    async fn ask(
+    pub(super) async fn ask(
         &self,
         method: &str,
         path: &str,
@@ -287,6 +296,30 @@ async fn every_endpoint_lets_in_who_may_and_nobody_else() {
             }
             assert!(!body.contains("token"), "{body}");
         }
+    }
+}
+
+/// A route that is added has its line in the table above.
+#[test]
+fn every_route_is_tried_with_every_identity() {
+    let fits = |route: &str, path: &str| {
+        let path = path.split('?').next().unwrap_or_default();
+        let (mut parts, mut given) = (route.split('/'), path.split('/'));
+        loop {
+            match (parts.next(), given.next()) {
+                (None, None) => return true,
+                (Some(part), Some(given)) if part.starts_with("{*") => return !given.is_empty(),
+                (Some(part), Some(given)) if part.starts_with('{') && !given.is_empty() => {}
+                (Some(part), Some(given)) if part == given => {}
+                _ => return false,
+            }
+        }
+    };
+    let routes = include_str!("routes.rs").split(".route(\"").skip(1);
+    let routes: Vec<_> = routes.filter_map(|rest| rest.split('"').next()).collect();
+    assert!(routes.len() > 30, "{routes:?}");
+    for route in routes {
+        assert!(ENDPOINTS.iter().any(|(_, path, _)| fits(route, path)), "{route} is not tried");
     }
 }
 

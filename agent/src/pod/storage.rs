@@ -20,6 +20,7 @@ use super::spec::spec_of;
 use super::status::Verdict;
 use super::table::PodView;
 use crate::ids::PodUid;
+use crate::metrics::METRICS;
 use crate::source::PodSource;
 
 /// How often usage is measured: kubelet's monitoring interval of evictions.
@@ -79,15 +80,17 @@ fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
         && spec_of(pod).priority.is_none_or(|priority| priority < SYSTEM_CRITICAL)
 }
 
-/// Why the pod must go, in kubelet's words.
-fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<Verdict> {
-    let evicted = |message: String| Some(Verdict { reason: "Evicted".to_owned(), message });
+/// Why the pod must go, by kubelet's name of the signal and in its words.
+fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
+    let evicted =
+        |signal, message: String| Some((signal, Verdict { reason: "Evicted".to_owned(), message }));
     for (name, limit) in empty_dirs(pod) {
         let Some((bytes, text)) = limit else { continue };
         if usage.empty_dirs.get(name).is_some_and(|used| *used > bytes) {
-            return evicted(format!(
-                "Usage of EmptyDir volume {name:?} exceeds the limit {text:?}. "
-            ));
+            return evicted(
+                "emptydirfs.limit",
+                format!("Usage of EmptyDir volume {name:?} exceeds the limit {text:?}. "),
+            );
         }
     }
     let volumes: u64 = usage.empty_dirs.values().sum();
@@ -95,19 +98,25 @@ fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<Verdict> {
     if let Some(limit) = pod_limit(pod)
         && usage.other + volumes + containers > limit
     {
-        return evicted(format!(
-            "Pod ephemeral local storage usage exceeds the total limit of containers {limit}. "
-        ));
+        return evicted(
+            "ephemeralpodfs.limit",
+            format!(
+                "Pod ephemeral local storage usage exceeds the total limit of containers {limit}. "
+            ),
+        );
     }
     for container in &spec_of(pod).containers {
         let used = usage.containers.get(&container.name).copied().unwrap_or_default();
         if let Some(limit) = limit_of(container)
             && used > limit
         {
-            return evicted(format!(
-                "Container {} exceeded its local ephemeral storage limit \"{limit}\". ",
-                container.name
-            ));
+            return evicted(
+                "ephemeralcontainerfs.limit",
+                format!(
+                    "Container {} exceeded its local ephemeral storage limit \"{limit}\". ",
+                    container.name
+                ),
+            );
         }
     }
     None
@@ -124,9 +133,9 @@ pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(Pod
                 continue;
             }
             let usage = measure(&deps, &view).await;
-            if let Some(verdict) = plan_eviction(&view.pod, &usage)
-                && evictions.send((PodUid::of(&view.pod), verdict)).is_err()
-            {
+            let Some((signal, verdict)) = plan_eviction(&view.pod, &usage) else { continue };
+            METRICS.evicted(signal);
+            if evictions.send((PodUid::of(&view.pod), verdict)).is_err() {
                 return;
             }
         }
@@ -209,7 +218,7 @@ mod tests {
             containers: [("a".to_owned(), a), ("b".to_owned(), b)].into(),
             other: 0,
         };
-        let why = |usage| plan_eviction(&limited, &usage).map(|v| (v.reason, v.message));
+        let why = |usage| plan_eviction(&limited, &usage).map(|(_, v)| (v.reason, v.message));
         assert_eq!(why(usage(1 << 20, 1 << 20, 2 << 20, 0)), None);
         let evicted = |text: &str| Some(("Evicted".to_owned(), text.to_owned()));
         assert_eq!(

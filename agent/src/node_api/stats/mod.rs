@@ -21,6 +21,40 @@ use self::gather::Depth;
 use super::Shared;
 use super::logs::options::query;
 
+/// What is shown of one pod with one container that has everything: `/metrics/cadvisor` and
+/// `/metrics/resource`.
+#[cfg(test)]
+pub(super) fn example(machine: &crate::node::machine::Machine) -> [String; 2] {
+    use self::gather::{ContainerStats, Interface, NodeStats, PodStats, Sample, Snapshot};
+    let usage = cgroup::Usage {
+        quota: Some(1),
+        memory_limit: Some(1),
+        swap_limit: Some(1),
+        io: vec![cgroup::DeviceIo::default()],
+        ..Default::default()
+    };
+    let sample = Sample { usage, nano_cores: Some(1), ..Default::default() };
+    let cgroup = Some(("c".to_owned(), sample.clone()));
+    let started = Some(jiff::Timestamp::UNIX_EPOCH);
+    let network = vec![Interface::default()];
+    let container = ContainerStats {
+        cgroup: cgroup.clone(),
+        started,
+        layer: Some((1, 1)),
+        ..Default::default()
+    };
+    let pod = PodStats {
+        cgroup,
+        started,
+        network: network.clone(),
+        containers: vec![container],
+        ..Default::default()
+    };
+    let node = NodeStats { sample, network, ..Default::default() };
+    let snapshot = Snapshot { node, pods: vec![pod], error: false };
+    [cadvisor::render(&snapshot, &[], machine), resource::render(&snapshot)]
+}
+
 fn metrics(text: String) -> Response {
     ([(header::CONTENT_TYPE, text::CONTENT_TYPE)], text).into_response()
 }

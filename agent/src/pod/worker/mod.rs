@@ -23,7 +23,7 @@ use super::status::{
 };
 use super::table::PodView;
 use crate::ids::{NamespacedName, PodUid};
-use crate::metrics::METRICS;
+use crate::metrics::{METRICS, volume_plugin};
 use crate::objects::ObjectRef;
 use crate::report::EventType;
 use crate::source::PodSource;
@@ -442,7 +442,13 @@ impl Worker {
         };
         self.facts.volumes = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
-        self.begin_task(async move { Done::Volumes(failed, deps.volumes.mount(&pod).await) });
+        self.begin_task(async move {
+            let began = std::time::Instant::now();
+            let mounted = deps.volumes.mount(&pod).await;
+            let plugins = spec_of(&pod).volumes.iter().flatten().map(volume_plugin);
+            METRICS.volumes_mounted(plugins, began.elapsed(), mounted.is_err());
+            Done::Volumes(failed, mounted)
+        });
     }
 
     fn ensure_image(&mut self, name: &str) {

@@ -36,6 +36,7 @@ impl Worker {
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
         let task = self.begin_task(async move {
             let made = make(&deps, &pod, attempt, &stop).await.map(Box::new);
+            METRICS.pod_sandbox_made(made.is_err());
             if spec_of(&pod).host_users == Some(false) {
                 METRICS.user_namespaced_pod_started(made.is_err());
             }

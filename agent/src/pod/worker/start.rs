@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use super::done::StartFailure;
 use super::{Done, Message, Worker, sandbox};
 use crate::ids::{NamespacedName, PodUid};
+use crate::metrics::METRICS;
 use crate::objects::ObjectError;
 use crate::pod::config::ConfigError;
 use crate::pod::config::container::{ContainerInput, DEFAULT_MESSAGE_PATH, container_config};
@@ -21,7 +22,7 @@ use crate::pod::hooks::{HookPlace, run_hook};
 use crate::pod::logs::{link_log, remove_instance_logs};
 use crate::pod::observed::ContainerId;
 use crate::pod::plan::{Start, usable_sandbox};
-use crate::pod::spec::{find_container, host_network, spec_of};
+use crate::pod::spec::{ContainerKind, find_container, host_network, spec_of};
 use crate::pod::userns::map_mounts;
 use crate::report::EventType;
 
@@ -86,7 +87,13 @@ impl Worker {
         };
         self.facts.starting.insert(start.name.clone());
         self.begin_task(async move {
+            let kind = match start.kind {
+                ContainerKind::Init | ContainerKind::Sidecar => "init_container",
+                ContainerKind::Main => "container",
+                ContainerKind::Ephemeral => "ephemeral_container",
+            };
             let (status, result) = job.run().await;
+            METRICS.container_started(kind, result.as_ref().err().map(|error| error.reason));
             Done::Started(start, status.map(Box::new), result)
         });
     }
