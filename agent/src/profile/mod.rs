@@ -166,12 +166,13 @@ mod tests {
     #[test]
     fn a_busy_function_is_found_with_its_callers_and_one_profile_is_taken_at_a_time() {
         let stop = AtomicBool::new(false);
-        let profile = std::thread::scope(|scope| {
+        let (second, profile) = std::thread::scope(|scope| {
             let spinning = std::thread::Builder::new().name("spinner".into());
             spinning.spawn_scoped(scope, || burn_for_the_profile(&stop)).unwrap();
-            let taken = scope.spawn(|| {
+            let never = AtomicBool::new(false);
+            let taken = scope.spawn(move || {
                 loop {
-                    match cpu(Duration::from_secs(60), &stop) {
+                    match cpu(Duration::from_secs(3), &never) {
                         // The test's second one was first.
                         Err(ProfileError::InUse) => std::thread::yield_now(),
                         taken => break taken,
@@ -185,12 +186,12 @@ mod tests {
                     Ok(_) => std::thread::park_timeout(Duration::from_millis(50)),
                 }
             };
-            assert!(matches!(second, ProfileError::InUse), "{second}");
-            std::thread::park_timeout(Duration::from_secs(2));
+            let taken = taken.join();
             stop.store(true, Ordering::Relaxed);
-            taken.join().unwrap().unwrap()
+            (second, taken)
         });
-        let profile = pprof::read(&profile);
+        assert!(matches!(second, ProfileError::InUse), "{second}");
+        let profile = pprof::read(&profile.unwrap().unwrap());
         let found = profile.stacks.iter().find(|(thread, names, _)| {
             thread == "spinner" && names.iter().any(|name| name.contains("burn_for_the_profile"))
         });
