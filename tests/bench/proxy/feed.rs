@@ -13,6 +13,7 @@ use axum::extract::{Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get};
+use axum::serve::ListenerExt as _;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -178,6 +179,10 @@ impl Feed {
             )
             .fallback(any(nothing))
             .with_state(self.clone());
+        // As Go's servers do: else an event waits for what the one before is answered by.
+        let listener = listener.tap_io(|stream| {
+            let _ = stream.set_nodelay(true);
+        });
         tokio::spawn(async move { axum::serve(listener, router).await });
         Ok(port)
     }
