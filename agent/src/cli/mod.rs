@@ -66,7 +66,7 @@ enum Command {
     Image(image::ImageArgs),
     /// Check what this machine lacks to be a node
     Doctor(doctor::DoctorArgs),
-    /// Explain what happens to packets of a Service, a configuration field or a reason
+    /// Explain why a pod does not run or is not ready, or what happens to packets of a Service
     Explain(explain::ExplainArgs),
     /// Show the rules of Services, or take them away
     Proxy(proxy::ProxyArgs),
@@ -167,6 +167,8 @@ mod tests {
             ("longshore explain service a/b/c", ExitCode::from(64)),
             ("longshore explain service --from pineapple x", ExitCode::from(64)),
             ("longshore explain service x --run-dir /nowhere", ExitCode::FAILURE),
+            ("longshore explain pod a/b/c", ExitCode::from(64)),
+            ("longshore explain pod x --run-dir /nowhere", ExitCode::FAILURE),
             ("longshore doctor a:b:c:d", ExitCode::from(64)),
             ("longshore proxy", ExitCode::from(64)),
             ("longshore proxy ruleset --diff --dry-run x", ExitCode::from(64)),

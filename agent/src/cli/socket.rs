@@ -29,7 +29,7 @@ fn ask(socket: &Path, method: hyper::Method, path: &str, body: Vec<u8>) -> anyho
         tokio::time::timeout(LIMIT, asking).await.context("no answer in time")?
     });
     let (status, text) = asked.with_context(|| {
-        format!("ask the proxy at {}; is `longshore run` running?", socket.display())
+        format!("ask the node at {}; is `longshore run` running?", socket.display())
     })?;
     anyhow::ensure!(status.is_success(), "{text}");
     Ok(text)

@@ -11,15 +11,17 @@ use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Json;
-use axum::routing::get;
+use axum::routing::{get, post};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 mod check;
+mod explain;
 pub mod notify;
 mod status;
 
 pub use check::Watched;
+pub use explain::{PATH as EXPLAIN_PATH, PodQuestion};
 pub use status::{EventLine, NodeLine, PodLine, ProxyLine, ServiceLine, Status, render};
 
 /// Name of the status socket in the run directory.
@@ -61,7 +63,7 @@ pub fn bind_socket(run_dir: &Path, name: &str) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Answers `longshore status` until `shutdown`.
+/// Answers `longshore status` and `longshore explain pod` until `shutdown`.
 pub async fn serve_status(
     listener: UnixListener,
     watched: Arc<Watched>,
@@ -69,6 +71,9 @@ pub async fn serve_status(
 ) -> anyhow::Result<()> {
     let tell =
         |State(watched): State<Arc<Watched>>| async move { Json(status::of(&watched).await) };
-    let routes = Router::new().route("/status", get(tell)).with_state(watched);
+    let routes = Router::new()
+        .route("/status", get(tell))
+        .route(explain::PATH, post(explain::answer))
+        .with_state(watched);
     Ok(axum::serve(listener, routes).with_graceful_shutdown(until(shutdown)).await?)
 }

@@ -11,6 +11,7 @@ pub mod clock;
 pub mod config;
 mod deps;
 mod events;
+pub mod explain;
 pub mod facts;
 mod hooks;
 pub mod image_name;
@@ -33,6 +34,6 @@ pub(crate) mod testing;
 mod userns;
 mod worker;
 
-pub use sync::{SyncHandle, SyncLoop};
+pub use sync::{ExplainError, PodQuery, SyncHandle, SyncLoop};
 #[cfg(test)]
 mod tests;

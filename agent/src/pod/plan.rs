@@ -83,6 +83,8 @@ pub struct BackingOff {
     pub name: String,
     /// Length of the wait in seconds.
     pub wait: u64,
+    /// When it is over.
+    pub until: Timestamp,
 }
 
 /// The next actions for a pod.
@@ -395,7 +397,8 @@ impl Planner<'_> {
             });
         if restart.due > self.now {
             plan.wake(restart.due);
-            plan.backing_off.push(BackingOff { name: name.clone(), wait: restart.wait });
+            let (wait, until) = (restart.wait, restart.due);
+            plan.backing_off.push(BackingOff { name: name.clone(), wait, until });
             return;
         }
         if let Some(failure) = self.facts.failures.get(name)

@@ -5,6 +5,7 @@
 //! a pod.
 
 use std::collections::{HashMap, HashSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
 use super::clock::{Clock, SystemClock};
 use super::deps::Deps;
 use super::events::{News, watch_events};
+use super::explain::{self, Explanation};
 use super::images::Images;
 use super::observed::names;
 use super::orphans;
@@ -45,20 +47,83 @@ const RUNTIME_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration
 #[derive(Clone, Debug)]
 pub struct SyncHandle {
     table: PodTable,
-    pings: mpsc::Sender<oneshot::Sender<()>>,
+    questions: mpsc::Sender<Question>,
+}
+
+/// What the loop is asked from outside.
+#[derive(Debug)]
+enum Question {
+    /// Whether it goes round.
+    Ping(oneshot::Sender<()>),
+    /// Why a pod is as it is.
+    Explain(PodQuery, oneshot::Sender<Explanation>),
+}
+
+/// Which pod is asked about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodQuery {
+    /// By namespace and name.
+    pub key: NamespacedName,
+    /// Or by UID.
+    pub uid: Option<PodUid>,
+}
+
+/// Why there is no explanation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExplainError {
+    /// No source names such a pod.
+    #[error(
+        "the node has no pod {0}; `longshore status` lists those it has, `kubectl get pod -o wide` \
+         says which node a pod is bound to"
+    )]
+    Unknown(String),
+    /// Not every source has been heard, so the pod may come yet.
+    #[error(
+        "the node does not know of a pod {pod} yet: not everything has been read since the start{}; \
+         ask again, `longshore status` says what it waits for",
+        .runtime.as_ref().map(|e| format!(" (container runtime: {e})")).unwrap_or_default()
+    )]
+    TooEarly {
+        /// The pod.
+        pod: String,
+        /// What the runtime last said, if it did not answer.
+        runtime: Option<String>,
+    },
+    /// Its worker does not answer.
+    #[error(
+        "the worker of pod {pod} has not answered for {seconds} s: it waits for the container \
+         runtime; see `longshore status` and `journalctl -u longshore`"
+    )]
+    Silent {
+        /// The pod.
+        pod: String,
+        /// For so long.
+        seconds: u64,
+    },
+}
+
+impl fmt::Display for PodQuery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.uid {
+            Some(uid) => uid.fmt(f),
+            None => self.key.fmt(f),
+        }
+    }
 }
 
 impl SyncHandle {
     /// Of a loop that goes round and has no pods.
     #[cfg(test)]
     pub(crate) fn idle() -> Self {
-        let (pings, mut asked) = mpsc::channel::<oneshot::Sender<()>>(8);
+        let (questions, mut asked) = mpsc::channel(8);
         tokio::spawn(async move {
-            while let Some(reply) = asked.recv().await {
-                let _ = reply.send(());
+            while let Some(question) = asked.recv().await {
+                if let Question::Ping(reply) = question {
+                    let _ = reply.send(());
+                }
             }
         });
-        Self { table: PodTable::default(), pings }
+        Self { table: PodTable::default(), questions }
     }
 
     /// The pods of this node.
@@ -70,10 +135,40 @@ impl SyncHandle {
     pub async fn alive(&self, limit: Duration) -> bool {
         let (reply, answer) = oneshot::channel();
         let asked = async {
-            self.pings.send(reply).await.ok()?;
+            self.questions.send(Question::Ping(reply)).await.ok()?;
             answer.await.ok()
         };
         matches!(tokio::time::timeout(limit, asked).await, Ok(Some(())))
+    }
+
+    /// Why a pod is as it is, from its worker, which has `limit` to answer.
+    ///
+    /// # Errors
+    /// There is no such pod, or its worker does not answer.
+    pub async fn explain(
+        &self,
+        query: PodQuery,
+        limit: Duration,
+    ) -> Result<Explanation, ExplainError> {
+        let pod = query.to_string();
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            self.questions.send(Question::Explain(query, reply)).await.ok()?;
+            answer.await.ok()
+        };
+        match tokio::time::timeout(limit, asked).await {
+            Ok(Some(explanation)) => Ok(explanation),
+            // The loop lets go of a question about a pod that it does not know.
+            Ok(None) => {
+                let health = self.table.health();
+                if health.synced {
+                    Err(ExplainError::Unknown(pod))
+                } else {
+                    Err(ExplainError::TooEarly { pod, runtime: health.runtime_error })
+                }
+            }
+            Err(_) => Err(ExplainError::Silent { pod, seconds: limit.as_secs() }),
+        }
     }
 }
 
@@ -90,7 +185,7 @@ pub struct SyncLoop {
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
     table: PodTable,
-    pings: (mpsc::Sender<oneshot::Sender<()>>, mpsc::Receiver<oneshot::Sender<()>>),
+    questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
 
 impl SyncLoop {
@@ -125,7 +220,7 @@ impl SyncLoop {
             sources,
             network: watch::channel(true).1,
             table: PodTable::default(),
-            pings: mpsc::channel(8),
+            questions: mpsc::channel(8),
         }
     }
 
@@ -155,7 +250,7 @@ impl SyncLoop {
 
     /// Read access, for health, `longshore status` and the node's status.
     pub fn handle(&self) -> SyncHandle {
-        SyncHandle { table: self.table.clone(), pings: self.pings.0.clone() }
+        SyncHandle { table: self.table.clone(), questions: self.questions.0.clone() }
     }
 
     /// Runs until `shutdown` turns true (or its sender goes). Leaves all containers as they are.
@@ -165,9 +260,9 @@ impl SyncLoop {
         mut shutdown: watch::Receiver<bool>,
     ) {
         let Self { node, runtime, volumes, objects, statuses, events, .. } = self;
-        let (table, (_, mut pings)) = (self.table, self.pings);
+        let (table, (_, mut questions)) = (self.table, self.questions);
         let reached = tokio::select! {
-            reached = reach(&runtime, &table, &mut pings) => reached,
+            reached = reach(&runtime, &table, &mut questions) => reached,
             () = stopped(&mut shutdown) => return,
         };
         let (runtime_name, snapshot) = reached;
@@ -208,7 +303,7 @@ impl SyncLoop {
             relist_every: RELIST_WITHOUT_EVENTS,
             relisted: None,
         };
-        state.run(&mut changes, news, overs, &mut pings, &mut shutdown).await;
+        state.run(&mut changes, news, overs, &mut questions, &mut shutdown).await;
         watching.abort();
         drop(caretakers);
     }
@@ -265,7 +360,7 @@ async fn list(runtime: &Arc<dyn Runtime>) -> crate::runtime::Result<Snapshot> {
 async fn reach(
     runtime: &Arc<dyn Runtime>,
     table: &PodTable,
-    pings: &mut mpsc::Receiver<oneshot::Sender<()>>,
+    questions: &mut mpsc::Receiver<Question>,
 ) -> (String, Snapshot) {
     let mut wait = RUNTIME_RETRY.0;
     loop {
@@ -274,8 +369,10 @@ async fn reach(
         let answer: crate::runtime::Result<_> = loop {
             tokio::select! {
                 answer = &mut asked => break answer,
-                Some(ping) = pings.recv() => {
-                    let _ = ping.send(());
+                Some(question) = questions.recv() => {
+                    if let Question::Ping(reply) = question {
+                        let _ = reply.send(());
+                    }
                 }
             }
         };
@@ -327,7 +424,7 @@ impl Loop {
         changes: &mut mpsc::Receiver<PodChange>,
         mut news: mpsc::Receiver<News>,
         mut overs: mpsc::UnboundedReceiver<PodUid>,
-        pings: &mut mpsc::Receiver<oneshot::Sender<()>>,
+        questions: &mut mpsc::Receiver<Question>,
         shutdown: &mut watch::Receiver<bool>,
     ) {
         let mut relist = tokio::time::interval(self.relist_every);
@@ -366,12 +463,39 @@ impl Loop {
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     self.worker_ended(ended);
                 }
-                Some(ping) = pings.recv() => {
-                    self.deps.table.update_health(|h| h.last_turn = Instant::now());
-                    let _ = ping.send(());
-                }
+                Some(question) = questions.recv() => match question {
+                    Question::Ping(reply) => {
+                        self.deps.table.update_health(|h| h.last_turn = Instant::now());
+                        let _ = reply.send(());
+                    }
+                    Question::Explain(query, reply) => self.explain(&query, reply),
+                },
                 _ = relist.tick() => self.relist().await,
             }
+        }
+    }
+
+    /// Passes the question on to the pod's worker. One that concerns nobody is let go.
+    fn explain(&self, query: &PodQuery, reply: oneshot::Sender<Explanation>) {
+        let named = || {
+            let named = self.workers.values().filter(|worker| worker.key == query.key);
+            // Of two of one name the one that is wanted.
+            named.min_by_key(|worker| (worker.removing, worker.source.is_none()))
+        };
+        let worker = match &query.uid {
+            Some(uid) => self.workers.get(uid),
+            None => named(),
+        };
+        if let Some(worker) = worker {
+            let _ = worker.inbox.send(Message::Explain(reply));
+            return;
+        }
+        let held = self.held.values().find(|pod| match &query.uid {
+            Some(uid) => PodUid::of(pod) == *uid,
+            None => NamespacedName::of_pod(pod) == query.key,
+        });
+        if let Some(pod) = held {
+            let _ = reply.send(explain::held(pod));
         }
     }
 

@@ -17,7 +17,7 @@ pub mod http;
 mod task;
 pub mod verdict;
 
-pub use task::{ProbeTarget, run_probe};
+pub use task::{LastCheck, ProbeTarget, run_probe};
 
 /// How a check went.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,13 +1,16 @@
 //! One probe of one container instance, asked over and over.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ObjectReference, Probe};
 
 use super::verdict::Tally;
 use super::{Outcome, Place, check};
 use crate::metrics::{METRICS, ProbeLabels};
+use crate::pod::clock::Clock;
+use crate::pod::explain::Checked;
 use crate::pod::facts::ProbeKind;
 use crate::report::{EventSink, EventType};
 
@@ -28,6 +31,42 @@ pub struct ProbeTarget {
     /// The instance ran before this agent started: the first check is put off by a random part of
     /// a period, so that an agent restart does not ask everybody at once.
     pub adopted: bool,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Where to leave what came of it.
+    pub last: Arc<LastCheck>,
+}
+
+/// What came of a probe last, for whoever asks why a pod is not ready.
+#[derive(Debug, Default)]
+pub struct LastCheck(Mutex<Option<Checked>>);
+
+/// Most of an answer that is kept here, in characters.
+const KEPT: usize = 400;
+
+impl LastCheck {
+    /// The last check, if there was one.
+    pub fn get(&self) -> Option<Checked> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, outcome: &Outcome, at: Timestamp) {
+        let short = |text: &String| text.chars().take(KEPT).collect::<String>();
+        let outcome = match outcome {
+            Outcome::Success => Outcome::Success,
+            Outcome::Warning(text) => Outcome::Warning(short(text)),
+            Outcome::Failure(text) => Outcome::Failure(short(text)),
+            Outcome::Unknown(text) => Outcome::Unknown(short(text)),
+        };
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = last.as_ref().map_or(0, |last| last.failures);
+        let failures = match outcome {
+            Outcome::Success | Outcome::Warning(_) => 0,
+            Outcome::Failure(_) => before.saturating_add(1),
+            Outcome::Unknown(_) => before,
+        };
+        *last = Some(Checked { at, outcome, failures });
+    }
 }
 
 fn seconds(value: Option<i32>, default: u64) -> u64 {
@@ -57,6 +96,7 @@ pub async fn run_probe(
         ticks.tick().await;
         let outcome = check(&target.place, &target.probe).await;
         counted.count(&outcome);
+        target.last.set(&outcome, target.clock.now());
         report(&target, events.as_ref(), &outcome);
         if let Some(healthy) = tally.count(&outcome) {
             turned(healthy);

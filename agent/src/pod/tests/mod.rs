@@ -24,6 +24,7 @@ use crate::source::{PodChange, PodSource};
 use crate::volume::{VolumeError, Volumes};
 
 mod converge;
+mod explaining;
 mod lifecycle;
 mod probing;
 mod status;

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::deps::Deps;
+use super::explain::Explanation;
 use super::facts::{Facts, Failure, ProbeKind, Step};
 use super::observed::{ContainerId, Observed};
 use super::plan::{Action, BackingOff, KillCause, deadline, plan, plan_end};
@@ -30,6 +31,7 @@ use crate::source::PodSource;
 use crate::traces::{self, FutureExt};
 
 mod done;
+mod explain;
 mod kill;
 mod observe;
 mod probes;
@@ -63,6 +65,8 @@ pub(crate) enum Message {
     Evict(Verdict),
     /// A probe's verdict.
     Probe(ContainerId, ProbeKind, bool),
+    /// Somebody asks why the pod is as it is.
+    Explain(oneshot::Sender<Explanation>),
 }
 
 /// Where the pod is in its life on this node.
@@ -146,7 +150,7 @@ pub(crate) struct Worker {
     sandbox_config: Option<(u32, Arc<cri_shim::api::PodSandboxConfig>)>,
     /// Told once the pod uses nothing of the node any more.
     over: Option<mpsc::UnboundedSender<PodUid>>,
-    probes: HashMap<(ContainerId, ProbeKind), AbortHandle>,
+    probes: HashMap<(ContainerId, ProbeKind), probes::Running>,
     objects: Option<broadcast::Receiver<ObjectRef>>,
     /// Resources that running instances have.
     resources: HashMap<ContainerId, cri_shim::api::LinuxContainerResources>,
@@ -289,6 +293,10 @@ impl Worker {
             Message::LookAtAll => self.stale.all = true,
             Message::Evict(verdict) => self.evict(verdict),
             Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
+            Message::Explain(reply) => {
+                // Whoever asked may not wait any more.
+                let _ = reply.send(self.explanation());
+            }
         }
     }
 

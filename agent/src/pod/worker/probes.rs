@@ -1,6 +1,9 @@
 //! Which probes run now.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::Container as SpecContainer;
+use tokio::task::AbortHandle;
 
 use super::{Message, Worker};
 use crate::pod::deps::container_reference;
@@ -8,7 +11,14 @@ use crate::pod::facts::ProbeKind;
 use crate::pod::observed::{Container, ContainerState};
 use crate::pod::plan::usable_sandbox;
 use crate::pod::spec::{ContainerKind, host_network, init_containers, is_sidecar, spec_of};
-use crate::probe::{Place, ProbeTarget, run_probe};
+use crate::probe::{LastCheck, Place, ProbeTarget, run_probe};
+
+/// A probe that is asked over and over.
+pub(super) struct Running {
+    task: AbortHandle,
+    /// What came of it last.
+    pub(super) last: Arc<LastCheck>,
+}
 
 impl Worker {
     /// Begins the probes that are due and ends those whose instance does not run any more.
@@ -40,10 +50,10 @@ impl Worker {
                 wanted.push((c, kind, instance, ProbeKind::Startup));
             }
         }
-        self.probes.retain(|(id, kind), task| {
+        self.probes.retain(|(id, kind), probe| {
             let keep = wanted.iter().any(|(_, _, i, k)| i.id == *id && k == kind);
             if !keep {
-                task.abort();
+                probe.task.abort();
             }
             keep
         });
@@ -83,6 +93,7 @@ impl Worker {
             ProbeKind::Readiness => Some(self.facts.probes.ready.contains(&instance.id)),
             ProbeKind::Startup => None,
         };
+        let last = Arc::new(LastCheck::default());
         let target = ProbeTarget {
             place: Place {
                 runtime: self.deps.runtime.clone(),
@@ -96,6 +107,8 @@ impl Worker {
             regarding: container_reference(&self.pod, kind, &container.name),
             age: now.duration_since(started).try_into().unwrap_or_default(),
             adopted: started < self.deps.began,
+            clock: self.deps.clock.clone(),
+            last: last.clone(),
         };
         let outbox = self.outbox.clone();
         let id = instance.id.clone();
@@ -104,14 +117,14 @@ impl Worker {
             let _ = outbox.send(Message::Probe(id.clone(), probe_kind, healthy));
         };
         let task = tokio::spawn(run_probe(target, self.deps.events.clone(), turned));
-        self.probes.insert(key, task.abort_handle());
+        self.probes.insert(key, Running { task: task.abort_handle(), last });
     }
 
     /// Ends the probes of the kinds that `which` takes.
     pub(super) fn stop_probes(&mut self, which: impl Fn(ProbeKind) -> bool) {
-        self.probes.retain(|(_, kind), task| {
+        self.probes.retain(|(_, kind), probe| {
             if which(*kind) {
-                task.abort();
+                probe.task.abort();
                 return false;
             }
             true
