@@ -180,11 +180,7 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         root_dir: config.root_dir.clone(),
         state_dir: config.root_dir.join("longshore"),
         node_api_port: config.node_api.address.port(),
-        // The built-in runtime's streaming server speaks what kubelet would have to translate.
-        declared_features: (config.parts.cri && config.node_api.enabled)
-            .then(|| "ExtendWebSocketsToKubelet".to_owned())
-            .into_iter()
-            .collect(),
+        declared_features: declared_features(config.parts.cri && config.node_api.enabled),
         server_tls_bootstrap: config.node_api.enabled && config.node_api.tls.bootstrap,
         register_node: config.register_node,
         node_labels: config.node_labels.iter().cloned().collect(),
@@ -244,4 +240,15 @@ fn total_memory() -> Option<u64> {
 /// The nearest folder of `path` that exists.
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+/// Of the four features that a kubelet 1.36 declares those that are here, in order. Resizing pods as a
+/// whole (`InPlacePodLevelResourcesVerticalScaling`) and `RestartAllContainersOnContainerExits` are not.
+fn declared_features(streams: bool) -> Vec<String> {
+    // The built-in runtime's streaming server speaks what kubelet would have to translate.
+    let streams = streams.then_some("ExtendWebSocketsToKubelet");
+    streams
+        .into_iter()
+        .chain(["InPlacePodVerticalScalingInitContainers"])
+        .map(String::from)
+        .collect()
 }

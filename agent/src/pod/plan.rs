@@ -296,7 +296,11 @@ impl Planner<'_> {
             let passed = initialized || n < newest;
             if kind == ContainerKind::Init {
                 let done = match latest {
-                    Some(instance) => instance.succeeded(),
+                    // One that was killed to be restarted may have ended well over it.
+                    Some(instance) => {
+                        instance.succeeded()
+                            && !self.facts.restart_after_kill.contains(&instance.id)
+                    }
                     None => passed,
                 };
                 if done || initialized {

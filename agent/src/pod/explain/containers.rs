@@ -96,7 +96,9 @@ fn of(
         return latest.and_then(|instance| probes(input, container, object, instance));
     }
     let done = kind == ContainerKind::Init
-        && latest.map_or(mains_made, |instance| instance.succeeded() || mains_made);
+        && latest.map_or(mains_made, |instance| {
+            mains_made || (instance.succeeded() && !facts.restart_after_kill.contains(&instance.id))
+        });
     let again = kind != ContainerKind::Ephemeral
         && wants_start(spec_of(input.pod), container, kind, latest, facts);
     if done {
@@ -120,7 +122,11 @@ fn of(
             span(i64::try_from(wait.wait).unwrap_or(i64::MAX)),
             span(left(wait.until, input.now))
         );
-        let next = format!("find out why it ends: `kubectl logs --previous -c {name}`");
+        let next = match latest.map(|instance| &*instance.reason) {
+            Some("StartError") => start_remedy("RunContainerError").to_owned(),
+            Some("OOMKilled") => "raise its memory limit, or have it use less".to_owned(),
+            _ => format!("find out why it ends: `kubectl logs --previous -c {name}`"),
+        };
         return Some(Reason::new(object, cause, next).again(wait.until, input.now));
     }
     if let Some(failed) = facts.failures.get(name).filter(|f| f.retry_at > input.now) {

@@ -508,6 +508,37 @@ async fn a_sandbox_that_hangs_does_not_keep_a_deleted_pod() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_init_container_is_resized_while_it_runs() {
+    let rig = Rig::new().await;
+    let long = Behaviour { runs_for: Some(Duration::from_secs(100)), ..Behaviour::default() };
+    rig.runtime.behave("i", long);
+    let spec = |cpu: &str, memory: &str| {
+        format!(
+            r#"{{"initContainers":[{{"name":"i","image":"img:1","imagePullPolicy":"Never","resizePolicy":[{{"resourceName":"memory","restartPolicy":"RestartContainer"}}],"resources":{{"limits":{{"cpu":"{cpu}","memory":"{memory}"}}}}}}],"containers":[{{"name":"c","image":"img:1","imagePullPolicy":"Never"}}]}}"#
+        )
+    };
+    rig.set(&named("a", &spec("1", "64Mi"))).await;
+    let runs = |r: &Rig, restarts: i32| {
+        r.status("a").is_some() && {
+            let i = r.container("a", "i");
+            i.state.is_some_and(|s| s.running.is_some()) && i.restart_count == restarts
+        }
+    };
+    rig.until("runs", |r| runs(r, 0)).await;
+    rig.set(&named("a", &spec("2", "64Mi"))).await;
+    rig.until("resized", |r| {
+        r.runtime.calls().iter().any(|c| c.starts_with("UpdateContainerResources"))
+    })
+    .await;
+    assert!(runs(&rig, 0));
+    // Not over because it ended on request: it runs again, and only then the next.
+    rig.set(&named("a", &spec("2", "128Mi"))).await;
+    rig.until("restarted", |r| runs(r, 1)).await;
+    assert!(rig.container("a", "c").container_id.is_none());
+    rig.until_ready("a").await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn resources_change_in_place_or_by_a_restart() {
     let rig = Rig::new().await;
     let spec = |cpu: &str, memory: &str| {

@@ -9,7 +9,7 @@ use crate::pod::config::resources::{container_resources, pod_limits};
 use crate::pod::observed::{ContainerId, ContainerState};
 use crate::pod::plan::KillCause;
 use crate::pod::qos::qos_class;
-use crate::pod::spec::{init_containers, is_sidecar, spec_of};
+use crate::pod::spec::{init_containers, spec_of};
 use crate::report::EventType;
 
 /// Whether a change from `old` to `new` restarts the container.
@@ -34,8 +34,7 @@ impl Worker {
     pub(super) fn reconcile_resources(&mut self) {
         let pod = self.pod.clone();
         let spec = spec_of(&pod);
-        let sidecars = init_containers(spec).iter().filter(|c| is_sidecar(c));
-        for container in spec.containers.iter().chain(sidecars) {
+        for container in spec.containers.iter().chain(init_containers(spec)) {
             let latest = self.observed.latest(&container.name);
             let Some(instance) = latest.filter(|i| i.state == ContainerState::Running) else {
                 continue;
