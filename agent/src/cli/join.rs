@@ -57,6 +57,9 @@ pub struct JoinArgs {
     /// File with kubeadm's JoinConfiguration; flags win over it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Folder of kubeadm's patches (kubeletconfiguration*.yaml) to the cluster's KubeletConfiguration
+    #[arg(long, value_name = "DIR")]
+    patches: Option<PathBuf>,
     /// Name of the node [default: the hostname]
     #[arg(long, value_name = "NAME", visible_alias = "hostname-override")]
     node_name: Option<String>,
@@ -74,7 +77,7 @@ pub struct JoinArgs {
     container_runtime_endpoint: Option<String>,
     /// Take over the node of the kubeadm worker that this machine is: same credentials, same Node
     /// object, same runtime, pods untouched
-    #[arg(long, conflicts_with_all = ["address", "token", "token_file", "discovery_token", "discovery_file", "tls_bootstrap_token", "config", "node_name", "node_ip"])]
+    #[arg(long, conflicts_with_all = ["address", "token", "token_file", "discovery_token", "discovery_file", "tls_bootstrap_token", "config", "patches", "node_name", "node_ip"])]
     adopt: bool,
     /// Only write the files; `longshore run` starts from them
     #[arg(long)]
@@ -261,6 +264,11 @@ fn request(args: JoinArgs) -> anyhow::Result<JoinRequest> {
              most 253 characters): give --node-name"
         )));
     }
+    let folder = args.patches.or(file.patches.and_then(|p| p.directory));
+    let patches = match folder.filter(|folder| !folder.as_os_str().is_empty()) {
+        Some(folder) => crate::join::patches::read(&folder)?,
+        None => Vec::new(),
+    };
     let seconds = |flag: Option<u64>, file: Option<kube::core::Duration>, default: Duration| {
         let file = file.map(Duration::from).filter(|time| !time.is_zero());
         flag.map(Duration::from_secs).or(file).unwrap_or(default)
@@ -280,6 +288,7 @@ fn request(args: JoinArgs) -> anyhow::Result<JoinRequest> {
             root_dir: std::path::absolute(args.root_dir)?,
         },
         ca_cert_path: file.ca_cert_path.filter(|path| !path.as_os_str().is_empty()),
+        patches,
         kubelet_flags,
         discovery_timeout: seconds(args.discovery_timeout, discovery_timeout, discover::PATIENCE),
         timeout: seconds(args.timeout, timeouts.tls_bootstrap, TIMEOUT),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{csr, files, kubeadm, token, verify};
+use super::{csr, files, kubeadm, patches, token, verify};
 use crate::api::{ApiError, tls};
 
 /// Why a node did not join.
@@ -23,6 +23,9 @@ pub enum JoinError {
     /// A document of kubeadm's.
     #[error(transparent)]
     Document(#[from] kubeadm::DocumentError),
+    /// A patch of this node's own.
+    #[error(transparent)]
+    Patch(#[from] patches::PatchError),
     /// The API server.
     #[error(transparent)]
     Api(#[from] ApiError),
@@ -227,6 +230,7 @@ impl JoinError {
             Self::Csr(CsrError::Make(_) | CsrError::Unusable { .. })
             | Self::File(_)
             | Self::Document(_)
+            | Self::Patch(_)
             | Self::Api(_) => 1,
         }
     }

@@ -46,9 +46,17 @@ pub struct JoinConfiguration {
     /// Another machine's business: refused.
     pub control_plane: Option<Value>,
     pub skip_phases: Option<Vec<String>>,
-    pub patches: Option<Value>,
+    pub patches: Option<Patches>,
     pub timeouts: Option<Timeouts>,
     pub dry_run: Option<bool>,
+}
+
+/// `patches`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct Patches {
+    pub directory: Option<PathBuf>,
 }
 
 /// `nodeRegistration`.
@@ -177,13 +185,6 @@ impl JoinConfiguration {
         if found.control_plane.is_some() {
             return Err(wrong(
                 "JoinConfiguration.controlPlane: Longshore nodes are workers; leave it out"
-                    .to_owned(),
-            ));
-        }
-        if found.patches.as_ref().is_some_and(|p| !p.is_null()) {
-            return Err(wrong(
-                "JoinConfiguration.patches: not supported; change the node's own \
-                 KubeletConfiguration (<root-dir>/config.yaml) after the join"
                     .to_owned(),
             ));
         }
@@ -321,6 +322,7 @@ nodeRegistration:
   imagePullSerial: true
   taints: [{key: a, value: b, effect: NoSchedule}]
   kubeletExtraArgs: [{name: node-labels, value: x=y}, {name: v, value: \"2\"}]
+patches: {directory: /x}
 timeouts: {discovery: 1m0s, tlsBootstrap: 2m0s, kubeletHealthCheck: 4m0s}
 ---
 apiVersion: kubelet.config.k8s.io/v1beta1
@@ -331,6 +333,8 @@ kind: KubeletConfiguration
     fn kubeadms_file_is_taken_as_it_is() {
         let read = JoinConfiguration::parse(JOIN.as_bytes(), "f").unwrap();
         assert_eq!(read.node_registration.name.as_deref(), Some("n1"));
+        let patches = read.patches.as_ref().and_then(|p| p.directory.as_deref());
+        assert_eq!(patches, Some(std::path::Path::new("/x")));
         let token = read.discovery.bootstrap_token.as_ref().unwrap();
         assert_eq!(token.ca_cert_hashes.len(), 2);
         assert_eq!(
@@ -353,7 +357,7 @@ kind: KubeletConfiguration
             ("JoinConfiguration", "Pod", "kind \"Pod\""),
             ("JoinConfiguration", "InitConfiguration", "no JoinConfiguration"),
             ("caCertPath: /etc/kubernetes/pki/ca.crt", "controlPlane: {}", "workers"),
-            ("caCertPath: /etc/kubernetes/pki/ca.crt", "patches: {directory: /x}", "patches"),
+            ("patches: {directory: /x}", "patches: {folder: /x}", "folder"),
             ("discovery:", "discovery: [", "document 1"),
         ] {
             let text = JOIN.replacen(from, to, 1);

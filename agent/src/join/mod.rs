@@ -9,7 +9,9 @@ pub mod csr;
 pub mod discover;
 pub mod error;
 pub mod files;
+mod json_patch;
 pub mod kubeadm;
+pub mod patches;
 pub mod proxy_config;
 pub mod request;
 pub mod settings;
@@ -71,6 +73,8 @@ pub struct JoinRequest {
     pub paths: Paths,
     /// Where the CA goes, if not to its place in `paths`.
     pub ca_cert_path: Option<PathBuf>,
+    /// Changes to the cluster's KubeletConfiguration.
+    pub patches: Vec<patches::Patch>,
     /// Kubelet's flags (`--name=value`) for `longshore run`.
     pub kubelet_flags: Vec<String>,
     /// How long to wait for an API server that is away or not ready.
@@ -118,7 +122,8 @@ pub async fn join(request: &JoinRequest, progress: Progress<'_>) -> Result<Joine
     };
     let client = api::client(&found.endpoint(identity))?;
     refuse_taken_name(&client, &request.node_name).await?;
-    let (settings, mut warnings) = settings::of_cluster(&client, &request.ca_path()).await?;
+    let (settings, mut warnings) =
+        settings::of_cluster(&client, &request.ca_path(), &request.patches).await?;
     let pending = request.paths.cert_dir().join(files::PENDING_KEY);
     let key = std::fs::read_to_string(&pending).ok();
     let node_request = match csr::node_request(&request.node_name, key.as_deref()) {

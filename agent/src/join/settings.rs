@@ -11,11 +11,13 @@ use tokio::time::Instant;
 
 use super::JoinError;
 use super::kubeadm::{self, ClusterConfiguration};
+use super::patches::{Patch, PatchError, plan_patched};
 use super::proxy_config::plan_proxy_config;
 use crate::api::backoff::Backoff;
 use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 use crate::config;
 use crate::node::object::KUBELET_VERSION;
+use crate::standalone::yaml;
 
 /// How long a failure that may pass is tried again.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -45,13 +47,21 @@ pub struct Texts {
 /// # Errors
 /// When the server fails for longer than patience lasts, and when what the cluster says cannot be
 /// used by this version.
-pub async fn of_cluster(client: &Client, ca: &Path) -> Result<(Settings, Vec<String>), JoinError> {
+pub async fn of_cluster(
+    client: &Client,
+    ca: &Path,
+    patches: &[Patch],
+) -> Result<(Settings, Vec<String>), JoinError> {
     let texts = Texts {
         cluster: read(client, "kubeadm-config", "ClusterConfiguration").await?,
         kubelet: read(client, "kubelet-config", "kubelet").await?,
         proxy: read(client, "kube-proxy", "config.conf").await?,
     };
-    Ok(plan_settings(texts, ca)?)
+    let (mut settings, warnings) = plan_settings(texts, ca)?;
+    if let Some(text) = settings.kubelet.take() {
+        settings.kubelet = Some(plan_patched_kubelet(text, patches)?);
+    }
+    Ok((settings, warnings))
 }
 
 /// The node's KubeProxyConfiguration alone, as an adopted node reads it with its own credentials.
@@ -137,6 +147,23 @@ pub fn plan_settings(
     Ok((Settings { kubelet, proxy }, warnings))
 }
 
+/// The node's KubeletConfiguration with its own `patches`.
+///
+/// # Errors
+/// When a patch does not fit, or makes something of it that the node could not start with.
+pub fn plan_patched_kubelet(text: String, patches: &[Patch]) -> Result<String, PatchError> {
+    let Some(last) = patches.last() else { return Ok(text) };
+    let wrong = |cause: String| PatchError { path: last.path.clone(), cause };
+    let document = yaml::documents(text.as_bytes()).into_iter().next();
+    let document = document.and_then(|document| document.value.ok());
+    let document = document.ok_or_else(|| wrong("there is nothing to patch".to_owned()))?;
+    let patched = format!("{:#}\n", plan_patched(document, patches)?);
+    config::parse(patched.as_bytes()).map_err(|error| {
+        wrong(format!("the KubeletConfiguration with all patches cannot be used: {error}"))
+    })?;
+    Ok(patched)
+}
+
 fn proxy_config(
     text: Result<Option<String>, String>,
     cluster: &ClusterConfiguration,
@@ -179,6 +206,7 @@ fn default_kubelet_config(cluster: &ClusterConfiguration, ca: &Path) -> String {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+    use crate::join::patches::PatchKind;
 
     const CLUSTER: &str = "kind: ClusterConfiguration\nkubernetesVersion: v1.36.1\nnetworking: \
                            {dnsDomain: c.local, podSubnet: 10.244.0.0/16, serviceSubnet: 10.96.0.0/12}\n";
@@ -211,6 +239,22 @@ mod tests {
         assert!(warnings[0].contains("10.96.0.10"), "{warnings:?}");
         let (settings, warnings) = plan(None, None, None).unwrap();
         assert!(settings.proxy.is_none() && warnings[0].contains("no clusterDNS"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_nodes_own_patches_change_it_and_are_checked() {
+        let patch = |value| Patch {
+            path: "/p/kubeletconfiguration.yaml".into(),
+            kind: PatchKind::Strategic,
+            value,
+        };
+        let patched = plan_patched_kubelet(KUBELET.to_owned(), &[patch(json!({"maxPods": 9}))]);
+        let read = config::parse(patched.unwrap().as_bytes()).unwrap().kubelet;
+        assert_eq!(read.max_pods, Some(9));
+        let error = plan_patched_kubelet(KUBELET.to_owned(), &[patch(json!({"maxPodz": 9}))]);
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("maxPodz") && error.contains("/p/kubelet"), "{error}");
+        assert_eq!(plan_patched_kubelet(KUBELET.to_owned(), &[]).unwrap(), KUBELET);
     }
 
     #[test]

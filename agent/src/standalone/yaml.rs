@@ -29,8 +29,24 @@ pub struct Document {
     pub value: Result<Value, YamlError>,
 }
 
-/// The documents of `text`; empty ones (only blanks and comments) are left out.
+/// The documents of `text`, which must be objects; empty ones (only blanks and comments) are left
+/// out.
 pub fn documents(text: &[u8]) -> Vec<Document> {
+    let mut found = values(text);
+    for document in &mut found {
+        let refused = match &document.value {
+            Ok(Value::Array(_)) => "a list",
+            Ok(Value::Null) => "null",
+            Ok(Value::Bool(_) | Value::Number(_) | Value::String(_)) => "a scalar",
+            Ok(Value::Object(_)) | Err(_) => continue,
+        };
+        document.value = Err(YamlError::NotAnObject(refused));
+    }
+    found
+}
+
+/// The documents of `text`, whatever they are.
+pub fn values(text: &[u8]) -> Vec<Document> {
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let text = match std::str::from_utf8(text) {
         Ok(text) => text,
@@ -77,23 +93,13 @@ fn is_blank(part: &str) -> bool {
 }
 
 fn parse(part: &str, first_line: usize) -> Result<Value, YamlError> {
-    let value: Value = if part.trim_start().starts_with('{') {
-        // JSON is YAML, but its own parser says better what is wrong with it.
-        match serde_json::from_str(part) {
-            Ok(value) => value,
-            Err(_) => yaml(part, first_line)?,
-        }
-    } else {
-        yaml(part, first_line)?
-    };
-    match value {
-        Value::Object(_) => Ok(value),
-        Value::Array(_) => Err(YamlError::NotAnObject("a list")),
-        Value::Null => Err(YamlError::NotAnObject("null")),
-        Value::Bool(_) | Value::Number(_) | Value::String(_) => {
-            Err(YamlError::NotAnObject("a scalar"))
+    if part.trim_start().starts_with('{') {
+        // JSON is YAML, but its own parser is quicker.
+        if let Ok(value) = serde_json::from_str(part) {
+            return Ok(value);
         }
     }
+    yaml(part, first_line)
 }
 
 fn yaml(part: &str, first_line: usize) -> Result<Value, YamlError> {

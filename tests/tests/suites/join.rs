@@ -284,21 +284,32 @@ async fn kubeadms_join_configuration_is_taken() {
     let (_lab, cluster, mut node) = setup("join-config").await;
     let (token, pin) = (cluster.token(3600).await.unwrap(), cluster.ca_pin().unwrap());
     let other = format!("sha256:{}", "1".repeat(64));
+    let patches = node.dir().join("patches");
+    std::fs::create_dir(&patches).unwrap();
     let text = format!(
         "apiVersion: kubeadm.k8s.io/v1beta4\nkind: JoinConfiguration\ndiscovery: {{bootstrapToken: \
          {{apiServerEndpoint: \"{}\", token: {token}, caCertHashes: [\"{other}\", \"{pin}\"]}}}}\n\
-         nodeRegistration: {{kubeletExtraArgs: [{{name: node-labels, value: team=blue}}]}}\n",
-        cluster.server()
+         nodeRegistration: {{kubeletExtraArgs: [{{name: node-labels, value: team=blue}}]}}\npatches: {{directory: {}}}\n",
+        cluster.server(),
+        patches.display()
     );
     let file = node.dir().join("join.yaml");
     std::fs::write(&file, text).unwrap();
     let file = file.to_string_lossy().into_owned();
+    let patch = patches.join("kubeletconfiguration+json.json");
+    std::fs::write(&patch, r#"[{"op": "replace", "path": "/nothing", "value": 1}]"#).unwrap();
+    let (code, said) = join(&node, &["--config", &file]);
+    assert_ne!(code, Some(0), "{said}");
+    assert!(said.contains("kubeletconfiguration+json.json: does not fit"), "{said}");
+    assert_eq!(written(&node), Vec::<String>::new());
+    std::fs::write(&patch, r#"[{"op": "add", "path": "/maxPods", "value": 42}]"#).unwrap();
     let (code, said) = join(&node, &["--config", &file]);
     assert_eq!(code, Some(0), "{said}");
     node.start(&[]).unwrap();
     cluster.node_ready(node.name()).await;
     let object = cluster.admin.read(&format!("/api/v1/nodes/{}", node.name())).await.unwrap();
     assert_eq!(object["metadata"]["labels"]["team"], "blue");
+    assert_eq!(object["status"]["capacity"]["pods"], "42");
     cluster.end(&[node.name()]).await;
 }
 
