@@ -16,6 +16,12 @@ install -D -m 0644 "$here/../../LICENSE" "$stage/usr/share/doc/longshore/copyrig
 install -D -m 0644 "$here/../../README.md" "$stage/usr/share/doc/longshore/README.md"
 install -d "$stage/usr/share/bash-completion/completions"
 "$binary" completion bash >"$stage/usr/share/bash-completion/completions/longshore"
+install -d "$stage/usr/share/zsh/vendor-completions" "$stage/usr/share/fish/vendor_completions.d"
+"$binary" completion zsh >"$stage/usr/share/zsh/vendor-completions/_longshore"
+"$binary" completion fish >"$stage/usr/share/fish/vendor_completions.d/longshore.fish"
+# Debian's policy: pages compressed, without a time in them.
+"$binary" man "$stage/usr/share/man/man1"
+gzip -9n "$stage"/usr/share/man/man1/*.1
 
 install -d "$stage/DEBIAN"
 size=$(du -sk "$stage" | cut -f1)

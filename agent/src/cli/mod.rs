@@ -16,6 +16,7 @@ mod explain;
 mod flags;
 mod image;
 mod join;
+mod man;
 mod proxy;
 mod proxy_flags;
 mod pull_progress;
@@ -74,6 +75,8 @@ enum Command {
     Version(version::VersionArgs),
     /// Print a completion script for a shell
     Completion(completion::CompletionArgs),
+    /// Write the manual pages into a folder
+    Man(man::ManArgs),
 }
 
 /// The command line was understood by clap, but makes no sense.
@@ -115,6 +118,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Proxy(args) => proxy::run(args, cli.output),
         Command::Version(args) => version::run(args, cli.output),
         Command::Completion(args) => completion::run(args),
+        Command::Man(args) => man::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -164,6 +168,8 @@ mod tests {
             ("longshore run --healthz-port pineapple", ExitCode::from(64)),
             ("longshore run --only kitchen", ExitCode::from(64)),
             ("longshore completion bash", ExitCode::SUCCESS),
+            ("longshore man", ExitCode::from(64)),
+            ("longshore man /dev/null/no", ExitCode::FAILURE),
             ("longshore explain service a/b/c", ExitCode::from(64)),
             ("longshore explain service --from pineapple x", ExitCode::from(64)),
             ("longshore explain service x --run-dir /nowhere", ExitCode::FAILURE),
