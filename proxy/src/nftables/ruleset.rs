@@ -379,13 +379,21 @@ impl Ruleset {
         let nothing = Observed::new();
         let observed = if usable.is_some() { observed } else { &nothing };
         let mut seen: HashSet<(MapId, &Key)> = HashSet::with_capacity(desired.len());
+        let mut together = Together::default();
         for (entry, owner) in &desired {
             seen.insert((entry.map, &entry.key));
             match observed.get(&entry.map).and_then(|elements| elements.get(&entry.key)) {
                 Some((end, data)) if *data == entry.data && same_end(end, &entry.key_end) => {}
                 found => {
-                    if found.is_some() {
+                    if let Some((_, data)) = found {
                         deleted.push((entry.map, old_element(&entry.key, found), *owner));
+                        // What moves from a Service with affinity leads to that one's endpoints
+                        // until it has moved.
+                        if let Some(before) = keeper(data, &by_id)
+                            && *owner != NOBODY
+                        {
+                            together.join(before, *owner);
+                        }
                     }
                     added.push((entry.map, entry.element(), *owner));
                 }
@@ -395,11 +403,7 @@ impl Ruleset {
             for (key, found) in elements {
                 if !seen.contains(&(*map, key)) {
                     // Where affinity leads to endpoints that change with a Service, it goes with that.
-                    let owner = match &found.1 {
-                        Some(Data::Verdict(nft::Verdict::Goto(chain))) => id_of(chain),
-                        _ => None,
-                    };
-                    let owner = owner.and_then(|id| by_id.get(&id)).copied().unwrap_or(NOBODY);
+                    let owner = keeper(&found.1, &by_id).unwrap_or(NOBODY);
                     deleted.push((*map, old_element(key, Some(found)), owner));
                 }
             }
@@ -412,7 +416,7 @@ impl Ruleset {
         drop(seen);
         adopt_orphans(&mut deleted, &desired);
         drop(desired);
-        let mut all = batches(deleted, added, self.batch);
+        let mut all = batches(deleted, added, &together, self.batch);
         let first = all.first_mut().map(std::mem::take).unwrap_or_default();
         push_elements(&mut planned, first.0, first.1);
         let mut planned = vec![planned];
@@ -616,8 +620,37 @@ fn place(map: MapId, key: &Key) -> Option<(Origin, Key)> {
     Some((origin, Key::from_bytes(bytes.get(..len)?)))
 }
 
-/// Cuts changes into batches that keep what is of one Service together.
-fn batches(deleted: ByMap, added: ByMap, limit: usize) -> Vec<(ByMap, ByMap)> {
+/// The Service with affinity, by index, to whose endpoints an element leads.
+fn keeper(data: &Option<Data>, by_id: &HashMap<u32, u32>) -> Option<u32> {
+    match data {
+        Some(Data::Verdict(nft::Verdict::Goto(chain))) => by_id.get(&id_of(chain)?).copied(),
+        _ => None,
+    }
+}
+
+/// Which Services change in one batch, as something goes from one to another: to each the first one
+/// of its group.
+#[derive(Debug, Default)]
+struct Together(HashMap<u32, u32>);
+
+impl Together {
+    fn first(&self, mut owner: u32) -> u32 {
+        while let Some(before) = self.0.get(&owner) {
+            owner = *before;
+        }
+        owner
+    }
+
+    fn join(&mut self, one: u32, other: u32) {
+        let (one, other) = (self.first(one), self.first(other));
+        if one != other {
+            self.0.insert(one.max(other), one.min(other));
+        }
+    }
+}
+
+/// Cuts changes into batches that keep what is of one Service together, and of those that go together.
+fn batches(deleted: ByMap, added: ByMap, together: &Together, limit: usize) -> Vec<(ByMap, ByMap)> {
     let (mut orphans, mut deleted): (ByMap, ByMap) =
         deleted.into_iter().partition(|(_, _, owner)| *owner == NOBODY);
     let (mut first, mut added): (ByMap, ByMap) =
@@ -628,13 +661,13 @@ fn batches(deleted: ByMap, added: ByMap, limit: usize) -> Vec<(ByMap, ByMap)> {
         all.push((Vec::new(), std::mem::replace(&mut first, rest)));
     }
     // Taken from the end.
-    deleted.sort_by_key(|(_, _, owner)| std::cmp::Reverse(*owner));
-    added.sort_by_key(|(_, _, owner)| std::cmp::Reverse(*owner));
+    deleted.sort_by_key(|(_, _, owner)| std::cmp::Reverse(together.first(*owner)));
+    added.sort_by_key(|(_, _, owner)| std::cmp::Reverse(together.first(*owner)));
+    let group = |element: &(MapId, Element, u32)| together.first(element.2);
     let mut batch: (ByMap, ByMap) = Default::default();
-    while let Some(owner) = [deleted.last(), added.last()].into_iter().flatten().map(|e| e.2).min()
-    {
+    while let Some(next) = [deleted.last(), added.last()].into_iter().flatten().map(group).min() {
         for (from, to) in [(&mut deleted, &mut batch.0), (&mut added, &mut batch.1)] {
-            while from.last().is_some_and(|element| element.2 == owner) {
+            while from.last().is_some_and(|element| group(element) == next) {
                 to.extend(from.pop());
             }
         }
