@@ -6,6 +6,7 @@ pub mod machine;
 pub mod object;
 pub mod rotate;
 pub mod serving;
+mod volumes;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -375,6 +376,9 @@ impl NodeLoop {
         let State::Registered { node, since } = &self.state else { return Ok(()) };
         let due = since.elapsed() >= self.config.status_report_frequency;
         let old = node.status.clone().unwrap_or_default();
+        let told = old.volumes_in_use.as_deref().unwrap_or_default();
+        let in_use = volumes::still_in_use(&self.config.root_dir, told);
+        let status = NodeStatus { volumes_in_use: Some(in_use), ..status };
         let Some(patch) = object::plan_status_patch(&old, &status, due) else { return Ok(()) };
         let name = self.config.node_name.clone();
         let (params, patch) = (PatchParams::default(), Patch::Strategic(patch));

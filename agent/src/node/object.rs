@@ -298,7 +298,7 @@ pub fn daemon_endpoints(port: u16) -> Option<NodeDaemonEndpoints> {
 }
 
 /// The strategic merge patch that turns status `old` into `new`, with what others own left alone
-/// (extended resources, volumes, their conditions). `None` if they are the same but for heartbeats,
+/// (extended resources, attached volumes, their conditions). `None` if they are the same but for heartbeats,
 /// unless `heartbeat` asks for them.
 pub fn plan_status_patch(old: &NodeStatus, new: &NodeStatus, heartbeat: bool) -> Option<Value> {
     let mut patch = Map::new();
@@ -317,6 +317,11 @@ pub fn plan_status_patch(old: &NodeStatus, new: &NodeStatus, heartbeat: bool) ->
         "images",
         value(&old.images.clone().unwrap_or_default()),
         value(&new.images.clone().unwrap_or_default()),
+    );
+    differs(
+        "volumesInUse",
+        value(&old.volumes_in_use.clone().unwrap_or_default()),
+        value(&new.volumes_in_use.clone().unwrap_or_default()),
     );
     for (field, old, new) in [
         ("capacity", &old.capacity, &new.capacity),
