@@ -10,6 +10,7 @@ use crate::claims::{Claim, Claims};
 use crate::explain::{Explanation, Known, Question};
 use crate::object::{Change, Cidr, EndpointSlice, NamespacedName, NodeState, Service};
 use crate::plan::{Granted, ServicePlan, Topology, local_ready, plan_port, unusable};
+use crate::question::ServiceHealth;
 
 /// A Service whose plan changed.
 #[derive(Clone, Debug)]
@@ -308,6 +309,24 @@ impl Model {
         Some(known.explain(question))
     }
 
+    /// How the endpoints of Services are, the worst first; at most `limit` of them.
+    pub fn health(&self, limit: usize) -> Vec<ServiceHealth> {
+        let mut found: Vec<_> = self
+            .services
+            .keys()
+            .map(|key| {
+                let (ready, endpoints) = count(&self.slices(key));
+                (ready > 0, ready == endpoints, key, ready, endpoints)
+            })
+            .collect();
+        found.sort_unstable_by_key(|(some, all, key, ..)| (*some, *all, *key));
+        let told = found.into_iter().take(limit).filter_map(|(.., key, ready, endpoints)| {
+            let service = self.services.get(key)?.service.clone();
+            Some(ServiceHealth { service, ready, endpoints })
+        });
+        told.collect()
+    }
+
     fn slices(&self, key: &NamespacedName) -> Vec<&EndpointSlice> {
         let names = self.slices_of.get(key);
         let slice = |name: &Arc<str>| {
@@ -473,4 +492,91 @@ fn check(mut service: Service) -> (Service, Vec<String>) {
         true
     });
     (service, errors)
+}
+
+/// Ready endpoints and all: of both families the larger number, as one endpoint has an address of
+/// each. An address that two slices hold (it moves from one to the other) counts once.
+fn count(slices: &[&EndpointSlice]) -> (usize, usize) {
+    let of_family = |ipv4: bool| {
+        let mut known: HashMap<IpAddr, bool> = HashMap::new();
+        let endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+        for endpoint in endpoints.filter(|e| e.address.is_ipv4() == ipv4) {
+            *known.entry(endpoint.address).or_default() |= endpoint.ready;
+        }
+        (known.values().filter(|ready| **ready).count(), known.len())
+    };
+    let (four, six) = (of_family(true), of_family(false));
+    (four.0.max(six.0), four.1.max(six.1))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::object::{Endpoint, NodeHint, TrafficPolicy};
+
+    fn key(name: &str) -> NamespacedName {
+        NamespacedName { namespace: "d".into(), name: name.into() }
+    }
+
+    fn service(name: &str) -> Change {
+        Change::Service(Service {
+            key: key(name),
+            cluster_ips: vec!["10.96.0.1".parse().unwrap()],
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            load_balancer_source_ranges: Vec::new(),
+            ports: Vec::new(),
+            session_affinity: None,
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            external_traffic_policy: TrafficPolicy::Cluster,
+            health_check_node_port: 0,
+        })
+    }
+
+    fn slice(name: &str, service: &str, endpoints: &[(&str, bool)]) -> Change {
+        let endpoint = |(address, ready): &(&str, bool)| Endpoint {
+            address: address.parse().unwrap(),
+            ready: *ready,
+            serving: *ready,
+            terminating: false,
+            local: false,
+            zones: Vec::new(),
+            node_hint: NodeHint::None,
+        };
+        Change::Slice(EndpointSlice {
+            key: key(name),
+            service: service.into(),
+            ports: Vec::new(),
+            endpoints: endpoints.iter().map(endpoint).collect(),
+            triggered: None,
+        })
+    }
+
+    #[test]
+    fn the_worst_services_come_first_and_endpoints_count_once() {
+        let mut model = Model::new("n");
+        for change in [
+            service("a-good"),
+            service("b-some"),
+            service("c-none"),
+            service("d-empty"),
+            // Both families, and an address in two slices.
+            slice("a4", "a-good", &[("10.0.0.1", true), ("10.0.0.2", false)]),
+            slice("a4b", "a-good", &[("10.0.0.2", true)]),
+            slice("a6", "a-good", &[("fd00::1", true), ("fd00::2", true)]),
+            slice("b", "b-some", &[("10.0.1.1", true), ("10.0.1.2", false)]),
+            slice("c", "c-none", &[("10.0.2.1", false)]),
+        ] {
+            model.apply(change);
+        }
+        let told = |limit| -> Vec<(String, usize, usize)> {
+            let health = model.health(limit).into_iter();
+            health.map(|h| (h.service.key.name.to_string(), h.ready, h.endpoints)).collect()
+        };
+        let all = [("c-none", 0, 1), ("d-empty", 0, 0), ("b-some", 1, 2), ("a-good", 2, 2)]
+            .map(|(name, ready, all)| (name.to_owned(), ready, all));
+        assert_eq!(told(usize::MAX), all);
+        assert_eq!(told(2), all[..2]);
+    }
 }

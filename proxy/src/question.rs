@@ -5,7 +5,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::explain::{Explanation, Question as Explain};
 use crate::model::PlanChange;
-use crate::object::{Change, NamespacedName};
+use crate::object::{Change, NamespacedName, Service};
 
 /// What is asked of the rules.
 #[derive(Debug)]
@@ -25,6 +25,19 @@ pub enum Question {
     Explain(NamespacedName, Explain, oneshot::Sender<Option<Explanation>>),
     /// Rules as text, or why not.
     Rules(Rules, oneshot::Sender<Result<String, String>>),
+    /// How the endpoints of Services are, at most so many Services.
+    Services(usize, oneshot::Sender<Vec<ServiceHealth>>),
+}
+
+/// A Service and how many of its endpoints are ready. An endpoint of both families counts once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceHealth {
+    /// The Service as the proxy serves it.
+    pub service: Service,
+    /// Endpoints that are ready, on any node.
+    pub ready: usize,
+    /// All endpoints.
+    pub endpoints: usize,
 }
 
 /// Asks a proxy.
@@ -52,6 +65,16 @@ impl Asker {
     pub async fn rules(&self, rules: Rules) -> Result<String, String> {
         let (answer, told) = oneshot::channel();
         self.ask(Question::Rules(rules, answer), told).await?
+    }
+
+    /// How the endpoints of Services are: those without a ready one first, then those that lack
+    /// some, then by name; at most `limit`. Costs a walk over all Services.
+    ///
+    /// # Errors
+    /// If the proxy does not run any more.
+    pub async fn services(&self, limit: usize) -> Result<Vec<ServiceHealth>, String> {
+        let (answer, told) = oneshot::channel();
+        self.ask(Question::Services(limit, answer), told).await
     }
 
     async fn ask<T>(&self, question: Question, told: oneshot::Receiver<T>) -> Result<T, String> {

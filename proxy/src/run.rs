@@ -376,6 +376,9 @@ impl Loop {
                 // Who asked may be gone.
                 let _ = answer.send(self.model.explain(&service, &question, &self.environment));
             }
+            Question::Services(limit, answer) => {
+                let _ = answer.send(self.model.health(limit));
+            }
             Question::Rules(rules, answer) => self.waiting.push((rules, answer)),
         }
     }

@@ -24,6 +24,7 @@ mod reset;
 mod run;
 mod socket;
 mod status;
+mod top;
 mod version;
 
 pub use flags::{CgroupDriverFlag, NodeFlags, Part, ProxyModeFlag};
@@ -61,6 +62,8 @@ enum Command {
     Reset(reset::ResetArgs),
     /// Show node, pods, services and last errors
     Status(status::StatusArgs),
+    /// Watch pods, probes, CPU and memory, Services and Events
+    Top(top::TopArgs),
     /// Print the manifest that grants nodes what a kubeadm cluster does not
     ClusterSetup(cluster_setup::ClusterSetupArgs),
     /// Import, pull, list and remove images of the built-in runtime
@@ -111,6 +114,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Join(args) => join::run(*args, cli.output),
         Command::Reset(args) => reset::run(args, cli.output),
         Command::Status(args) => status::run(args, cli.output),
+        Command::Top(args) => top::run(args, cli.output),
         Command::ClusterSetup(args) => cluster_setup::run(args, cli.output),
         Command::Image(args) => image::run(args, cli.output),
         Command::Doctor(args) => doctor::run(args, cli.output),
@@ -175,6 +179,8 @@ mod tests {
             ("longshore explain service x --run-dir /nowhere", ExitCode::FAILURE),
             ("longshore explain pod a/b/c", ExitCode::from(64)),
             ("longshore explain pod x --run-dir /nowhere", ExitCode::FAILURE),
+            ("longshore top --once --run-dir /nowhere", ExitCode::FAILURE),
+            ("longshore top --interval 0", ExitCode::from(64)),
             ("longshore doctor a:b:c:d", ExitCode::from(64)),
             ("longshore proxy", ExitCode::from(64)),
             ("longshore proxy ruleset --diff --dry-run x", ExitCode::from(64)),

@@ -34,12 +34,7 @@ const LIMIT: Duration = Duration::from_secs(15);
 pub(super) fn run(args: StatusArgs, output: Output) -> anyhow::Result<()> {
     let StatusArgs { run_dir, root_dir: _, state_dir: _ } = args;
     let socket = run_dir.join(STATUS_SOCKET);
-    let answer = command_runtime()?.block_on(async {
-        tokio::time::timeout(LIMIT, ask(&socket)).await.context("no answer in time")?
-    });
-    let text = answer.with_context(|| {
-        format!("ask the node at {}; is `longshore run` running?", socket.display())
-    })?;
+    let text = command_runtime()?.block_on(tell(&socket, "/status"))?;
     let mut out = std::io::stdout().lock();
     match output {
         Output::Json => {
@@ -54,13 +49,21 @@ pub(super) fn run(args: StatusArgs, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn ask(socket: &Path) -> anyhow::Result<Bytes> {
+/// The node's answer to a GET of `path`.
+pub(super) async fn tell(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
+    let answer = tokio::time::timeout(LIMIT, ask(socket, path)).await;
+    answer.context("no answer in time").flatten().with_context(|| {
+        format!("ask the node at {}; is `longshore run` running?", socket.display())
+    })
+}
+
+async fn ask(socket: &Path, path: &str) -> anyhow::Result<Bytes> {
     let stream = tokio::net::UnixStream::connect(socket).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let driver = tokio::spawn(connection);
     let request =
-        hyper::Request::get("/status").header("host", "longshore").body(Empty::<Bytes>::new())?;
+        hyper::Request::get(path).header("host", "longshore").body(Empty::<Bytes>::new())?;
     let response = sender.send_request(request).await?;
     anyhow::ensure!(response.status().is_success(), "the node answered {}", response.status());
     let body = response.into_body().collect().await?.to_bytes();

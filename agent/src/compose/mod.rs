@@ -19,7 +19,7 @@ use crate::cluster;
 use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
 use crate::health::{self, Watched};
-use crate::node_api::{ClusterReviews, NodeApi, Reviews};
+use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::pod::SyncLoop;
@@ -185,6 +185,7 @@ impl Parts {
             let proxy = Proxy::new(self.config.proxy.clone());
             self.watched.proxy = Some(proxy.status());
             let socket = health::bind_socket(&self.config.run_dir, proxy_api::PROXY_SOCKET)?;
+            self.watched.asker = Some(proxy.asker());
             let (asker, name) = (proxy.asker(), self.config.node_name.clone());
             let answering = proxy_api::serve(socket, asker, name, self.shutdown.clone());
             self.spawn("the proxy's socket", answering);
@@ -210,11 +211,19 @@ impl Parts {
             Ok(())
         });
         self.serves = Some((node.clone(), runtime.clone(), world.reviews));
-        let sync =
-            SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, world.events)
-                .with_sources(world.sources)
-                .with_network(world.network);
-        self.watched.sync = Some(sync.handle());
+        let mut events = world.events;
+        if self.watched.store.is_none() {
+            let recent = Arc::new(health::RecentEvents::new(events));
+            self.watched.recent = Some(recent.clone());
+            events = recent;
+        }
+        let (context, cri) = (node.clone(), runtime.clone());
+        let sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
+            .with_sources(world.sources)
+            .with_network(world.network);
+        let handle = sync.handle();
+        self.watched.usage = Some(LiveUsage::new(context, handle.table().clone(), cri));
+        self.watched.sync = Some(handle);
         let (pods, shutdown) = (world.pods, self.shutdown.clone());
         self.spawn("the sync loop", async move {
             sync.run(pods, shutdown).await;

@@ -11,7 +11,9 @@ use k8s_openapi::api::core::v1::Node;
 use proxy::ProxyStatus;
 use tokio::sync::watch;
 
+use super::recent::RecentEvents;
 use crate::config::{NodeConfig, Note};
+use crate::node_api::LiveUsage;
 use crate::pod::SyncHandle;
 use crate::standalone::folder::Problem;
 use crate::standalone::store::Store;
@@ -39,6 +41,12 @@ pub struct Watched {
     pub sync: Option<SyncHandle>,
     /// The proxy.
     pub proxy: Option<watch::Receiver<ProxyStatus>>,
+    /// Who answers questions about Services.
+    pub asker: Option<proxy::question::Asker>,
+    /// CPU and memory of the node and its pods.
+    pub usage: Option<LiveUsage>,
+    /// Events of late, in a cluster.
+    pub recent: Option<Arc<RecentEvents>>,
     /// A standalone node's objects.
     pub store: Option<Arc<Store>>,
     /// The node's object in a cluster.
@@ -63,6 +71,9 @@ impl Watched {
             manifest_path: config.pod_manifest_path.clone(),
             sync: None,
             proxy: None,
+            asker: None,
+            usage: None,
+            recent: None,
             store: None,
             node: None,
             errors: None,
@@ -83,6 +94,9 @@ impl Watched {
             manifest_path: None,
             sync: None,
             proxy: None,
+            asker: None,
+            usage: None,
+            recent: None,
             store: None,
             node: None,
             errors: None,

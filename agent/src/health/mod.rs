@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Json;
 use axum::routing::{get, post};
@@ -18,11 +18,16 @@ use tokio::sync::watch;
 mod check;
 mod explain;
 pub mod notify;
+mod recent;
 mod status;
 
 pub use check::Watched;
 pub use explain::{PATH as EXPLAIN_PATH, PodQuestion};
-pub use status::{EventLine, NodeLine, PodLine, ProxyLine, ServiceLine, Status, render};
+pub use recent::RecentEvents;
+pub use status::{
+    EventLine, NodeLine, PodLine, ProxyLine, ServiceLine, Status, UsageLine, age, dash, render,
+    table,
+};
 
 /// Name of the status socket in the run directory.
 pub const STATUS_SOCKET: &str = "status.sock";
@@ -63,7 +68,17 @@ pub fn bind_socket(run_dir: &Path, name: &str) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Answers `longshore status` and `longshore explain pod` until `shutdown`.
+/// Services that `longshore top` is told of at most, unless it asks for fewer.
+const MOST_SERVICES: usize = 5000;
+
+/// What `longshore top` asks.
+#[derive(Debug, serde::Deserialize)]
+struct TopQuery {
+    /// So many Services at most.
+    services: Option<usize>,
+}
+
+/// Answers `longshore status`, `longshore top` and `longshore explain pod` until `shutdown`.
 pub async fn serve_status(
     listener: UnixListener,
     watched: Arc<Watched>,
@@ -71,8 +86,13 @@ pub async fn serve_status(
 ) -> anyhow::Result<()> {
     let tell =
         |State(watched): State<Arc<Watched>>| async move { Json(status::of(&watched).await) };
+    let top = |State(watched): State<Arc<Watched>>, Query(query): Query<TopQuery>| async move {
+        let most = query.services.unwrap_or(MOST_SERVICES).min(MOST_SERVICES);
+        Json(status::with_usage(&watched, most).await)
+    };
     let routes = Router::new()
         .route("/status", get(tell))
+        .route("/top", get(top))
         .route(explain::PATH, post(explain::answer))
         .with_state(watched);
     Ok(axum::serve(listener, routes).with_graceful_shutdown(until(shutdown)).await?)

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::check::Watched;
 use crate::config::Note;
 use crate::ids::{NamespacedName, PodUid};
+use crate::pod::spec::spec_of;
 
 /// Everything, as told over the socket.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -20,11 +21,11 @@ pub struct Status {
     pub proxy: Option<ProxyLine>,
     /// Pods by namespace and name.
     pub pods: Vec<PodLine>,
-    /// Services, standalone.
+    /// Services: all of a standalone node; of a cluster for `longshore top` only.
     pub services: Vec<ServiceLine>,
     /// What is wrong now.
     pub errors: Vec<String>,
-    /// Recent Events, standalone; the newest last.
+    /// Recent Events; the newest last.
     pub events: Vec<EventLine>,
 }
 
@@ -44,6 +45,19 @@ pub struct NodeLine {
     pub runtime: String,
     pub manifests: Option<String>,
     pub uptime_seconds: i64,
+    /// For `longshore top` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<UsageLine>,
+}
+
+/// What is used now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct UsageLine {
+    /// Nanoseconds of CPU a second since the last look; `None` in the first one.
+    pub cpu_nano_cores: Option<u64>,
+    /// Working set.
+    pub memory_bytes: u64,
 }
 
 /// The proxy.
@@ -77,6 +91,15 @@ pub struct PodLine {
     /// Why a container waits or ended, with the message.
     pub message: Option<String>,
     pub started: Option<String>,
+    /// Running containers with a startup or readiness probe.
+    #[serde(default)]
+    pub probed: usize,
+    /// Those of them whose probe does not succeed now, as `container/readiness`.
+    #[serde(default)]
+    pub failing_probes: Vec<String>,
+    /// For `longshore top` only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<UsageLine>,
 }
 
 /// A Service.
@@ -86,7 +109,8 @@ pub struct PodLine {
 pub struct ServiceLine {
     pub namespace: String,
     pub name: String,
-    #[serde(rename = "type")]
+    /// Empty where only the proxy knows the Service, which does not need it.
+    #[serde(rename = "type", default, skip_serializing_if = "String::is_empty")]
     pub kind: String,
     #[serde(rename = "clusterIPs")]
     pub cluster_ips: Vec<String>,
@@ -150,6 +174,9 @@ pub(super) async fn of(watched: &Watched) -> Status {
             count: event.count,
         }));
     }
+    if let Some(recent) = &watched.recent {
+        events.extend(recent.lines());
+    }
     let proxy = watched.proxy.as_ref().map(|proxy| {
         let status = proxy.borrow();
         errors.extend(status.source_error.clone());
@@ -192,12 +219,58 @@ pub(super) async fn of(watched: &Watched) -> Status {
             runtime: watched.runtime_endpoint.clone(),
             manifests: watched.manifest_path.as_ref().map(|path| path.display().to_string()),
             uptime_seconds: Timestamp::now().as_second() - watched.started.as_second(),
+            usage: None,
         },
         proxy,
         pods,
         services,
         errors,
         events,
+    }
+}
+
+/// All of it, with CPU and memory and at most `services` Services of a cluster, the worst first.
+pub(super) async fn with_usage(watched: &Watched, services: usize) -> Status {
+    let mut status = of(watched).await;
+    if let Some(usage) = &watched.usage {
+        let (node, pods) = usage.now().await;
+        status.node.usage = Some(node);
+        for pod in &mut status.pods {
+            pod.usage = pods.get(&PodUid::from(pod.uid.as_str())).copied();
+        }
+    }
+    if watched.store.is_none()
+        && let Some(asker) = &watched.asker
+    {
+        match asker.services(services).await {
+            Ok(told) => status.services = told.iter().map(proxied_line).collect(),
+            Err(error) => status.errors.push(error),
+        }
+    }
+    status
+}
+
+/// A Service as the proxy knows it.
+fn proxied_line(health: &proxy::question::ServiceHealth) -> ServiceLine {
+    let service = &health.service;
+    let port = |port: &proxy::object::ServicePort| {
+        let protocol = port.protocol.to_string().to_uppercase();
+        match port.node_port {
+            0 => format!("{}/{protocol}", port.port),
+            node_port => format!("{}:{node_port}/{protocol}", port.port),
+        }
+    };
+    let node_port = service.ports.iter().map(|port| port.node_port).find(|port| *port != 0);
+    ServiceLine {
+        namespace: service.key.namespace.to_string(),
+        name: service.key.name.to_string(),
+        kind: String::new(),
+        cluster_ips: service.cluster_ips.iter().map(ToString::to_string).collect(),
+        cluster_ip: service.cluster_ips.first().map(ToString::to_string),
+        node_port: node_port.map(i32::from),
+        ports: service.ports.iter().map(port).collect(),
+        ready_endpoints: health.ready,
+        endpoints: health.endpoints,
     }
 }
 
@@ -248,6 +321,7 @@ fn pod_line(
         let terminated = state.terminated.as_ref().filter(|ended| ended.exit_code != 0)?;
         Some((terminated.reason.clone()?, terminated.message.clone()))
     });
+    let (probed, failing_probes) = probes(pod, &all);
     let own = status.reason.clone().map(|reason| (reason, status.message.clone()));
     let (reason, message) = own.or(told).unzip();
     PodLine {
@@ -262,7 +336,38 @@ fn pod_line(
         ips: status.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).collect(),
         message: message.flatten(),
         started: status.start_time.as_ref().map(|time| time.0.to_string()),
+        probed,
+        failing_probes,
+        usage: None,
     }
+}
+
+/// How many running containers have a startup or readiness probe, and which of these probes do not
+/// succeed. A liveness probe shows in restarts: until it restarts its container it says nothing.
+fn probes(
+    pod: &k8s_openapi::api::core::v1::Pod,
+    statuses: &[&ContainerStatus],
+) -> (usize, Vec<String>) {
+    let spec = spec_of(pod);
+    let mut probed = 0;
+    let mut failing = Vec::new();
+    for container in spec.init_containers.iter().flatten().chain(&spec.containers) {
+        let runs = |s: &&&ContainerStatus| {
+            s.name == container.name
+                && s.state.as_ref().is_some_and(|state| state.running.is_some())
+        };
+        let Some(status) = statuses.iter().find(runs) else { continue };
+        if container.startup_probe.is_none() && container.readiness_probe.is_none() {
+            continue;
+        }
+        probed += 1;
+        if container.startup_probe.is_some() && status.started != Some(true) {
+            failing.push(format!("{}/startup", container.name));
+        } else if container.readiness_probe.is_some() && !status.ready {
+            failing.push(format!("{}/readiness", container.name));
+        }
+    }
+    (probed, failing)
 }
 
 /// The table for people.
@@ -348,11 +453,13 @@ pub fn render(status: &Status) -> String {
     out
 }
 
-fn dash(text: String) -> String {
+/// `-` for nothing.
+pub fn dash(text: String) -> String {
     if text.is_empty() { "-".into() } else { text }
 }
 
-fn age(seconds: i64) -> String {
+/// A time span in its largest fitting unit.
+pub fn age(seconds: i64) -> String {
     match seconds {
         ..120 => format!("{seconds}s"),
         120..7200 => format!("{}m", seconds / 60),
@@ -362,7 +469,7 @@ fn age(seconds: i64) -> String {
 }
 
 /// Columns as wide as their widest cell.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
     let mut out = String::new();

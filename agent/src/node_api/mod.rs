@@ -50,6 +50,7 @@ use crate::runtime::Runtime;
 
 pub use identity::Identity;
 pub use reviews::{Access, ClusterReviews, Reviews};
+pub use stats::live::LiveUsage;
 
 /// Link to the serving certificate that the cluster issued, in the certificate folder.
 pub const SERVING_CERTIFICATE: &str = "kubelet-server-current.pem";

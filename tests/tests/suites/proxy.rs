@@ -67,6 +67,19 @@ async fn whole_dataplane(world: World) {
     let own: PathBuf = world.node.pod_netns(pod_ip(&a).unwrap()).unwrap();
     let address = (vip(&s), 80).into();
     assert_eq!(served(&node, address).await.0, "a");
+    eventually("top shows the Service and what happened", async || {
+        let output = world.node.longshore(&["top", "-o", "json"])?;
+        let text = tests::harness::command::checked("longshore top", &output)?;
+        let top: Value = serde_json::from_str(&text)?;
+        let services = top["services"].as_array().into_iter().flatten();
+        let shown = services.clone().find(|service| service["name"] == "s");
+        let shown = shown.ok_or_else(|| anyhow::anyhow!("{top:#}"))?;
+        let good = shown["readyEndpoints"] == 1 && shown["endpoints"] == 1;
+        let started = top["events"].to_string().contains("Started container");
+        anyhow::ensure!(good && started, "{top:#}");
+        Ok(())
+    })
+    .await;
     // From another pod the server sees the pod itself.
     assert_eq!(served(&pod, address).await, ("a".into(), pod_ip(&client).unwrap().to_string()));
     // Hairpin: a pod that reaches itself through its Service.

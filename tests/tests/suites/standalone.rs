@@ -97,6 +97,26 @@ async fn the_demo_of_the_readme_runs() {
         }
     })
     .await;
+    let top = |arguments: &[&str]| -> anyhow::Result<String> {
+        let output = node.longshore(arguments)?;
+        Ok(tests::harness::command::checked("longshore top", &output)?)
+    };
+    eventually("top shows what pods use", async || {
+        let shown: Value = serde_json::from_str(&top(&["top", "-o", "json"])?)?;
+        let web = entry(&shown, "pods", &format!("web-{}", node.name()));
+        let usage = &web["usage"];
+        anyhow::ensure!(usage["memoryBytes"].as_u64() > Some(0), "{shown:#}");
+        anyhow::ensure!(usage["cpuNanoCores"].is_u64(), "{shown:#}");
+        anyhow::ensure!(entry(&shown, "services", "web")["readyEndpoints"] == 1, "{shown:#}");
+        Ok(())
+    })
+    .await;
+    // Not a terminal: one snapshot, without escapes.
+    let plain = top(&["top"]).unwrap();
+    for word in ["NODE  ", "POD", "SERVICE", "LAST EVENTS", "10.96.0.80", "1/1 ready"] {
+        assert!(plain.contains(word), "{word} in:\n{plain}");
+    }
+    assert!(!plain.contains('\u{1b}'), "{plain:?}");
     for file in ["web.yaml", "worker.yaml"] {
         node.remove_manifest(file).unwrap();
     }

@@ -6,6 +6,7 @@
 mod cadvisor;
 mod cgroup;
 pub(super) mod gather;
+pub(super) mod live;
 mod resource;
 mod summary;
 pub(super) mod text;
