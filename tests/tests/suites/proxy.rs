@@ -75,7 +75,7 @@ async fn whole_dataplane(world: World) {
         let shown = services.clone().find(|service| service["name"] == "s");
         let shown = shown.ok_or_else(|| anyhow::anyhow!("{top:#}"))?;
         let good = shown["readyEndpoints"] == 1 && shown["endpoints"] == 1;
-        let started = top["events"].to_string().contains("Started container");
+        let started = top["events"].to_string().contains("Container started");
         anyhow::ensure!(good && started, "{top:#}");
         Ok(())
     })

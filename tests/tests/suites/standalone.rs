@@ -99,7 +99,7 @@ async fn the_demo_of_the_readme_runs() {
     .await;
     let top = |arguments: &[&str]| -> anyhow::Result<String> {
         let output = node.longshore(arguments)?;
-        Ok(tests::harness::command::checked("longshore top", &output)?)
+        tests::harness::command::checked("longshore top", &output)
     };
     eventually("top shows what pods use", async || {
         let shown: Value = serde_json::from_str(&top(&["top", "-o", "json"])?)?;

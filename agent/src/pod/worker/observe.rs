@@ -172,7 +172,15 @@ impl Worker {
             let gone = self.observed.latest(&status.name).is_none();
             let ran = status.container_id.is_some();
             if gone && ran {
-                let next = u32::try_from(status.restart_count).unwrap_or(0) + 1;
+                // One that was only made is made again under its number.
+                let waiting = status.state.as_ref().and_then(|state| state.waiting.as_ref());
+                let made_only = waiting.is_some_and(|waiting| {
+                    matches!(
+                        waiting.reason.as_deref(),
+                        Some("ContainerCreating" | "PodInitializing")
+                    )
+                });
+                let next = u32::try_from(status.restart_count).unwrap_or(0) + u32::from(!made_only);
                 let entry = known.entry(status.name.clone()).or_default();
                 *entry = (*entry).max(next);
             }
