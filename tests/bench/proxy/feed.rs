@@ -25,7 +25,8 @@ pub const NODE: &str = "bench";
 /// A kind's objects, as JSON, and who watches them.
 #[derive(Default)]
 struct Kind {
-    objects: Vec<Arc<str>>,
+    /// With the version of the last change.
+    objects: Vec<(u64, Arc<str>)>,
     watchers: Vec<mpsc::UnboundedSender<String>>,
 }
 
@@ -54,6 +55,8 @@ struct Options {
     from: String,
     #[serde(default)]
     send_initial_events: String,
+    #[serde(default)]
+    resource_version: String,
 }
 
 /// The cluster IP of a Service.
@@ -105,13 +108,13 @@ impl Kind {
         self.watchers.retain(|watcher| watcher.send(line.clone()).is_ok());
     }
 
-    fn put(&mut self, at: usize, object: &Value) {
+    fn put(&mut self, at: usize, version: u64, object: &Value) {
         let text: Arc<str> = object.to_string().into();
         let new = at >= self.objects.len();
         self.tell(if new { "ADDED" } else { "MODIFIED" }, &text);
         match self.objects.get_mut(at) {
-            Some(old) => *old = text,
-            None => self.objects.push(text),
+            Some(old) => *old = (version, text),
+            None => self.objects.push((version, text)),
         }
     }
 }
@@ -127,7 +130,7 @@ impl Feed {
         let node = json!({"apiVersion": "v1", "kind": "Node",
             "metadata": {"name": NODE, "uid": "1", "resourceVersion": "1"}, "spec": {"podCIDR": "10.128.0.0/24"},
             "status": {"addresses": [{"type": "InternalIP", "address": "192.168.99.1"}]}});
-        feed.lock().node.put(0, &node);
+        feed.lock().node.put(0, 1, &node);
         (0..services).for_each(|number| feed.add(number));
         feed
     }
@@ -137,8 +140,8 @@ impl Feed {
         let mut all = self.lock();
         all.version += 1;
         let version = all.version;
-        all.services.put(number as usize, &service(number, version));
-        all.slices.put(number as usize, &slice(number, 0, version));
+        all.services.put(number as usize, version, &service(number, version));
+        all.slices.put(number as usize, version, &slice(number, 0, version));
     }
 
     /// Replaces an endpoint of a Service.
@@ -149,7 +152,7 @@ impl Feed {
         let round = all.rounds.entry(number).or_default();
         *round += 1;
         let round = *round;
-        all.slices.put(number as usize, &slice(number, round, version));
+        all.slices.put(number as usize, version, &slice(number, round, version));
     }
 
     /// Serves at a port of 127.0.0.1; tells the port.
@@ -170,7 +173,7 @@ impl Feed {
             .route(
                 "/api/v1/nodes/bench",
                 get(|State(feed): State<Feed>| async move {
-                    json_answer(feed.lock().node.objects[0].to_string())
+                    json_answer(feed.lock().node.objects[0].1.to_string())
                 }),
             )
             .route(
@@ -199,10 +202,16 @@ impl Feed {
         let kind = pick(&mut all);
         if !options.watch.is_empty() && options.watch != "false" && options.watch != "0" {
             let (watcher, told) = mpsc::unbounded_channel();
-            if options.send_initial_events == "true" {
-                for object in &kind.objects {
-                    let _ = watcher.send(format!("{{\"type\":\"ADDED\",\"object\":{object}}}\n"));
-                }
+            let initial = options.send_initial_events == "true";
+            // What changed after the list that the watch goes on from is told, as by the API server.
+            let since: u64 =
+                if initial { 0 } else { options.resource_version.parse().unwrap_or(u64::MAX) };
+            let kind_of = if initial { "ADDED" } else { "MODIFIED" };
+            for (_, object) in kind.objects.iter().filter(|(version, _)| *version > since) {
+                let line = format!("{{\"type\":\"{kind_of}\",\"object\":{object}}}\n");
+                let _ = watcher.send(line);
+            }
+            if initial {
                 let mark = json!({"type": "BOOKMARK", "object": {"apiVersion": api, "kind": list.trim_end_matches("List"),
                     "metadata": {"resourceVersion": version.to_string(), "annotations": {"k8s.io/initial-events-end": "true"}}}});
                 let _ = watcher.send(format!("{mark}\n"));
@@ -220,7 +229,8 @@ impl Feed {
         let to = from.saturating_add(limit).min(kind.objects.len());
         let more = if to < kind.objects.len() { to.to_string() } else { String::new() };
         let metadata = json!({"resourceVersion": version.to_string(), "continue": more});
-        let items = kind.objects[from.min(to)..to].join(",");
+        let items: Vec<&str> = kind.objects[from.min(to)..to].iter().map(|(_, o)| &**o).collect();
+        let items = items.join(",");
         json_answer(format!(
             "{{\"apiVersion\":\"{api}\",\"kind\":\"{list}\",\"metadata\":{metadata},\"items\":[{items}]}}"
         ))
