@@ -23,6 +23,7 @@ const WORKERS: usize = 2;
 
 /// Runs the node until a signal ends it.
 pub(super) fn run(args: RunArgs) -> anyhow::Result<()> {
+    crate::sys::keep_one_heap();
     let config = configure(&args.flags)?;
     trace(&config)?;
     for note in &config.notes {

@@ -30,14 +30,20 @@ impl Caller {
     /// When the server cannot be reached.
     pub async fn send(&self, method: &str, path: &str, kind: &str, body: &Value) -> (u16, Value) {
         let bytes = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
-        let request = hyper::Request::builder()
-            .method(method)
-            .uri(path)
-            .header("content-type", kind)
-            .header("accept", JSON)
-            .body(Body::from(bytes))
-            .unwrap();
-        let response = self.0.send(request).await.unwrap();
+        let request = || {
+            hyper::Request::builder()
+                .method(method)
+                .uri(path)
+                .header("content-type", kind)
+                .header("accept", JSON)
+                .body(Body::from(bytes.clone()))
+                .unwrap()
+        };
+        let response = match self.0.send(request()).await {
+            // An idle connection may be closed while it is taken for another request.
+            Err(_) if method == "GET" => self.0.send(request()).await.unwrap(),
+            response => response.unwrap(),
+        };
         let code = response.status().as_u16();
         let bytes = response.into_body().collect().await.unwrap().to_bytes();
         (code, serde_json::from_slice(&bytes).unwrap_or(Value::Null))
