@@ -66,12 +66,17 @@ pub(super) fn run(args: ExplainArgs, output: Output) -> anyhow::Result<()> {
     }
 }
 
-fn pod(args: PodArgs, output: Output) -> anyhow::Result<()> {
-    let (namespace, name) = args.pod.split_once('/').unwrap_or(("default", &args.pod));
+/// Namespace and name of what is asked about; `complaint` says what it is not, if it is neither.
+fn named<'a>(text: &'a str, complaint: &str) -> Result<(&'a str, &'a str), UsageError> {
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
     if namespace.is_empty() || name.is_empty() || name.contains('/') {
-        let text = format!("{:?} is neither NAMESPACE/NAME nor the UID of a pod", args.pod);
-        return Err(UsageError(text).into());
+        return Err(UsageError(format!("{text:?} {complaint}")));
     }
+    Ok((namespace, name))
+}
+
+fn pod(args: PodArgs, output: Output) -> anyhow::Result<()> {
+    let (namespace, name) = named(&args.pod, "is neither NAMESPACE/NAME nor the UID of a pod")?;
     let question = PodQuestion {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
@@ -92,11 +97,7 @@ fn pod(args: PodArgs, output: Output) -> anyhow::Result<()> {
 }
 
 fn service(args: ServiceArgs, output: Output) -> anyhow::Result<()> {
-    let (namespace, name) = args.service.split_once('/').unwrap_or(("default", &args.service));
-    if namespace.is_empty() || name.is_empty() || name.contains('/') {
-        let text = format!("{:?} is not NAMESPACE/NAME of a Service", args.service);
-        return Err(UsageError(text).into());
-    }
+    let (namespace, name) = named(&args.service, "is not NAMESPACE/NAME of a Service")?;
     let query = ExplainQuery {
         namespace: namespace.to_owned(),
         name: name.to_owned(),

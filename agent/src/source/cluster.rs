@@ -309,7 +309,7 @@ impl ServiceLoops {
                 }
                 Seen::Deleted(service) => {
                     let gone = key(&service.metadata);
-                    list.forget(&text(&gone));
+                    list.forget(&gone);
                     store.remove(&text(&gone));
                     self.service_gone(gone).await;
                 }
@@ -390,7 +390,7 @@ impl ServiceLoops {
                 }
                 Seen::Deleted(slice) => {
                     let gone = key(&slice.metadata);
-                    list.forget(&text(&gone));
+                    list.forget(&gone);
                     store.remove(&text(&gone));
                     self.send(Change::SliceGone(gone)).await;
                 }
@@ -457,14 +457,21 @@ impl List {
         self.listed.clear();
     }
 
-    fn hash(&self, text: &str) -> u64 {
-        self.hasher.hash_one(text)
+    fn hash(&self, namespace: &str, name: &str) -> u64 {
+        self.hasher.hash_one((namespace, name))
+    }
+
+    fn hash_of<K: Resource>(&self, object: &K) -> u64 {
+        let meta = object.meta();
+        let namespace = meta.namespace.as_deref().unwrap_or_default();
+        self.hash(namespace, meta.name.as_deref().unwrap_or_default())
     }
 
     /// Notes `object`; whether it is news.
     fn note<K: Resource>(&mut self, object: &K) -> bool {
-        let hash = self.hash(&text(&key(object.meta())));
-        let version = object.meta().resource_version.as_deref().map(|version| self.hash(version));
+        let hash = self.hash_of(object);
+        let version = object.meta().resource_version.as_deref();
+        let version = version.map(|version| self.hasher.hash_one(version));
         self.listed.insert(hash);
         let before = self.held.insert(hash, version);
         version.is_none() || before != Some(version)
@@ -472,11 +479,11 @@ impl List {
 
     /// Notes an object from disk: the next time it is seen it is news.
     fn recall<K: Resource>(&mut self, object: &K) {
-        self.held.insert(self.hash(&text(&key(object.meta()))), None);
+        self.held.insert(self.hash_of(object), None);
     }
 
-    fn forget(&mut self, text: &str) {
-        self.held.remove(&self.hash(text));
+    fn forget(&mut self, key: &ProxyKey) {
+        self.held.remove(&self.hash(&key.namespace, &key.name));
     }
 
     /// Ends a list: what it did not name is forgotten, also by the `store`, and returned.
@@ -485,7 +492,10 @@ impl List {
         let listed = std::mem::take(&mut self.listed);
         self.held.retain(|hash, _| listed.contains(hash));
         self.held.shrink_to_fit();
-        let gone = store.keep(|text| self.held.contains_key(&self.hash(text)));
+        let gone = store.keep(|text| {
+            text.split_once('/')
+                .is_some_and(|(space, name)| self.held.contains_key(&self.hash(space, name)))
+        });
         gone.iter()
             .filter_map(|text| text.split_once('/'))
             .map(|(namespace, name)| ProxyKey { namespace: namespace.into(), name: name.into() })
@@ -646,7 +656,7 @@ mod tests {
         assert!(list.note(&service("c", "1")));
         list.recall(&service("a", "1"));
         assert!(list.note(&service("a", "1")));
-        list.forget("n/b");
+        list.forget(&key(&service("b", "2").metadata));
         assert!(list.note(&service("b", "2")));
     }
 }

@@ -15,7 +15,6 @@ use std::{
 };
 
 use nix::{
-    dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat2, renameat},
     mount::{MsFlags, mount},
@@ -28,7 +27,7 @@ use super::unpack::{
     LowerLink, UnpackError, Unpacked, bad, disk, in_root, io_disk, is_folder, is_whiteout, mode,
     stat, timespec,
 };
-use crate::snapshot::{self, Rootfs, remove_tree, remove_tree_at};
+use crate::snapshot::{self, Rootfs, entries, remove_tree, remove_tree_at};
 
 /// Completes the layer unpacked into `work`/d with what the layers `below` (nearest first) have.
 /// Blocking; `work` has nothing more in it afterwards than before.
@@ -247,41 +246,29 @@ fn merge(root: &OwnedFd, from: &Path, to: &Path) -> Result<(), UnpackError> {
         todo.push((from.clone(), to.clone(), true));
         let source = straight(root, &from).map_err(disk("open", &from))?;
         let target = straight(root, &to).map_err(disk("open", &to))?;
-        for name in names(&source).map_err(disk("read", &from))? {
-            let name = Path::new(std::ffi::OsStr::from_bytes(&name)).to_owned();
-            let look = |fd: &OwnedFd| stat(fd, &name).map_err(disk("look at", &to.join(&name)));
+        for (name, _) in entries(&source).map_err(disk("read", &from))? {
+            let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+            let look = |fd: &OwnedFd| stat(fd, name).map_err(disk("look at", &to.join(name)));
             let (ours, theirs) = (look(&source)?, look(&target)?);
             let is = |what: &Option<FileStat>| what.as_ref().is_some_and(is_folder);
             if is(&ours) && is(&theirs) {
-                todo.push((from.join(&name), to.join(&name), false));
+                todo.push((from.join(name), to.join(name), false));
                 continue;
             }
             // What hides something below stays hidden behind what is really there.
             if theirs.is_some() && ours.as_ref().is_some_and(is_whiteout) {
-                unlinkat(&source, &name, UnlinkatFlags::NoRemoveDir)
-                    .map_err(disk("remove", &from.join(&name)))?;
+                unlinkat(&source, name, UnlinkatFlags::NoRemoveDir)
+                    .map_err(disk("remove", &from.join(name)))?;
                 continue;
             }
             if theirs.is_some() {
                 remove_tree_at(target.as_fd(), name.as_os_str())
-                    .map_err(disk("replace", &to.join(&name)))?;
+                    .map_err(disk("replace", &to.join(name)))?;
             }
-            renameat(&source, &name, &target, &name).map_err(disk("move", &from.join(&name)))?;
+            renameat(&source, name, &target, name).map_err(disk("move", &from.join(name)))?;
         }
     }
     Ok(())
-}
-
-fn names(folder: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
-    let mut dir = Dir::from_fd(folder.try_clone().map_err(|_| Errno::EMFILE)?)?;
-    let mut names = Vec::new();
-    for entry in dir.iter() {
-        let name = entry?.file_name().to_bytes().to_vec();
-        if name != b"." && name != b".." {
-            names.push(name);
-        }
-    }
-    Ok(names)
 }
 
 fn open_folder(path: &Path) -> Result<OwnedFd, UnpackError> {

@@ -108,7 +108,8 @@ impl<R: Read> TarStream<R> {
                 break;
             }
             check_sum(&header)?;
-            let size = extensions.size.take().map_or_else(|| number(&header, SIZE), Ok)?;
+            let size =
+                extensions.size.take().map_or_else(|| number(&header.as_bytes()[SIZE]), Ok)?;
             self.left = size;
             self.padding = size.wrapping_neg() % 512;
             match header.as_bytes()[156] {
@@ -217,8 +218,7 @@ const SIZE: Range<usize> = 124..136;
 const MTIME: Range<usize> = 136..148;
 
 /// A numeric field: octal, blank for zero, or GNU's base 256 (first bit set).
-fn number(header: &tar::Header, field: Range<usize>) -> Result<u64, TarError> {
-    let bytes = &header.as_bytes()[field];
+fn number(bytes: &[u8]) -> Result<u64, TarError> {
     if bytes[0] & 0x80 != 0 {
         let (high, low) = bytes.split_at(bytes.len() - 8);
         let fits = high.iter().enumerate().all(|(n, b)| *b == if n == 0 { 0x80 } else { 0 });
@@ -244,7 +244,7 @@ fn check_sum(header: &tar::Header) -> Result<(), TarError> {
     // The checksum counts its own field as spaces.
     let sum: u32 = bytes[..148].iter().chain(&bytes[156..]).map(|b| u32::from(*b)).sum::<u32>()
         + 8 * u32::from(b' ');
-    match number(header, 148..156) {
+    match number(&bytes[148..156]) {
         Ok(want) if want == u64::from(sum) => Ok(()),
         _ => Err(TarError::Format("a header's checksum is wrong".to_owned())),
     }
@@ -278,19 +278,19 @@ fn member(
         .link
         .or_else(|| header.link_name_bytes().map(|link| link.into_owned()))
         .unwrap_or_default();
-    let id = |field| -> Result<u32, TarError> {
-        u32::try_from(number(header, field)?)
+    let id = |field: Range<usize>| -> Result<u32, TarError> {
+        u32::try_from(number(&header.as_bytes()[field])?)
             .map_err(|_| TarError::Format("an owner beyond 32 bits".to_owned()))
     };
     let mtime = match extensions.mtime {
         Some(mtime) => mtime,
-        None => (i64::try_from(number(header, MTIME).unwrap_or(0)).unwrap_or(0), 0),
+        None => (i64::try_from(number(&header.as_bytes()[MTIME]).unwrap_or(0)).unwrap_or(0), 0),
     };
     Ok(Member {
         path,
         kind,
         link,
-        mode: (number(header, MODE)? & 0o7777) as u32,
+        mode: (number(&header.as_bytes()[MODE])? & 0o7777) as u32,
         uid: extensions.uid.map_or_else(|| id(UID), Ok)?,
         gid: extensions.gid.map_or_else(|| id(GID), Ok)?,
         mtime,

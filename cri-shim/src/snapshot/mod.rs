@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::SnapshotError;
 pub use mount::{is_mounted, mount, mount_read_only, unmount};
-pub(crate) use remove::{remove_tree, remove_tree_at};
+pub(crate) use remove::{entries, remove_tree, remove_tree_at};
 
 use crate::image::{Image, layout::Layout, layout::write_whole};
 

@@ -92,7 +92,7 @@ fn open_folder<P: ?Sized + nix::NixPath>(parent: BorrowedFd, name: &P) -> Result
 }
 
 /// The names in a folder, and which of them are folders.
-fn entries(folder: &OwnedFd) -> Result<Vec<(CString, bool)>, Errno> {
+pub(crate) fn entries(folder: &OwnedFd) -> Result<Vec<(CString, bool)>, Errno> {
     let mut dir = Dir::openat(folder, ".", OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())?;
     let mut entries = Vec::new();
     for entry in dir.iter() {

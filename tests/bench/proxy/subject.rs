@@ -46,18 +46,10 @@ impl Program {
         let log = std::fs::File::options().create(true).append(true).open(folder.join("log"))?;
         let mut command = match self {
             Program::Longshore(binary) => {
-                let mut command = Command::new(binary);
-                command.args(["run", "--only", "proxy", "--proxy-mode", "nftables"]);
+                let mut command = tests::harness::node::proxy_alone(binary, folder);
+                command.args(["--proxy-mode", "nftables"]);
                 command.args(["--hostname-override", NODE, "--cluster-cidr", "10.128.0.0/9"]);
                 command.arg("--kubeconfig").arg(&kubeconfig);
-                for (flag, part) in [
-                    ("--root-dir", "root"),
-                    ("--state-dir", "state"),
-                    ("--run-dir", "run"),
-                    ("--pod-manifest-path", "manifests"),
-                ] {
-                    command.arg(flag).arg(folder.join(part));
-                }
                 command
             }
             Program::KubeProxy(binary) => {

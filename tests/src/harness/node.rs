@@ -89,6 +89,21 @@ pub fn built(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// `binary` as a proxy alone that keeps all it has in `folder`.
+pub fn proxy_alone(binary: &Path, folder: &Path) -> Command {
+    let mut command = Command::new(binary);
+    command.args(["run", "--only", "proxy"]);
+    for (flag, part) in [
+        ("--root-dir", "root"),
+        ("--state-dir", "state"),
+        ("--run-dir", "run"),
+        ("--pod-manifest-path", "manifests"),
+    ] {
+        command.arg(flag).arg(folder.join(part));
+    }
+    command
+}
+
 /// PID 1 of a node: private mounts, then reaps what is orphaned.
 const INIT: &str = r#"set -e
 mount -t tmpfs tmpfs /run

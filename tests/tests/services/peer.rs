@@ -132,16 +132,7 @@ impl Kind {
         if let Some(binary) = &self.kube_proxy {
             return Ok(Command::new(binary));
         }
-        let mut command = Command::new(tests::harness::node::longshore_binary()?);
-        command.args(["run", "--only", "proxy"]);
-        for (flag, part) in [
-            ("--root-dir", "root"),
-            ("--state-dir", "state"),
-            ("--run-dir", "run"),
-            ("--pod-manifest-path", "manifests"),
-        ] {
-            command.arg(flag).arg(folder.join(part));
-        }
-        Ok(command)
+        let binary = tests::harness::node::longshore_binary()?;
+        Ok(tests::harness::node::proxy_alone(&binary, folder))
     }
 }

@@ -85,21 +85,19 @@ impl<R: Read> TarStream<R> {
 
     /// Four pieces in the header, further ones in blocks of 21 after it.
     fn read_old_map(&mut self, header: &tar::Header) -> Result<(Vec<u64>, u64), TarError> {
-        let size = number(header, 483..495)?;
+        let size = number(&header.as_bytes()[483..495])?;
         let mut numbers = Vec::new();
-        let mut block = header.as_bytes().to_vec();
+        let mut block = *header.as_bytes();
         let (mut at, mut count, mut more_at) = (386, 4, 482);
         loop {
             for piece in 0..count {
-                let at = at + piece * 24;
+                let (offset, length) = block[at + piece * 24..][..24].split_at(12);
                 // An unused place is empty.
-                if block[at + 12] == 0 {
+                if length[0] == 0 {
                     break;
                 }
-                let mut fields = tar::Header::new_old();
-                fields.as_mut_bytes()[..24].copy_from_slice(&block[at..at + 24]);
-                numbers.push(number(&fields, 0..12)?);
-                numbers.push(number(&fields, 12..24)?);
+                numbers.push(number(offset)?);
+                numbers.push(number(length)?);
             }
             if block[more_at] == 0 {
                 return Ok((numbers, size));
@@ -107,11 +105,9 @@ impl<R: Read> TarStream<R> {
             if numbers.len() > 2 * MAX_PIECES {
                 return Err(malformed("of too many pieces"));
             }
-            let mut further = [0; 512];
-            if !self.fill(&mut further)? {
+            if !self.fill(&mut block)? {
                 return Err(malformed("that breaks off"));
             }
-            block = further.to_vec();
             (at, count, more_at) = (0, 21, 504);
         }
     }
