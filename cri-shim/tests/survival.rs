@@ -570,3 +570,23 @@ async fn a_monitor_that_dies_unseen_ends_its_pod() -> anyhow::Result<()> {
     assert_eq!(it.node.leftovers(), Vec::<PathBuf>::new());
     Ok(())
 }
+
+#[tokio::test]
+async fn a_stop_that_meets_a_dying_monitor_ends_the_container() -> anyhow::Result<()> {
+    let mut it = Running::start().await?;
+    let socket = it.node.root.path().join("run/m").join(&it.pod.0[..24]);
+    let monitor = node::monitor_pid(&socket).context("no monitor")?;
+    let stops = (0..20).map(|_| {
+        let mut runtime = it.node.runtime.clone();
+        let stop = StopContainerRequest { container_id: it.container.clone(), timeout: 5 };
+        tokio::spawn(async move { runtime.stop_container(stop).await })
+    });
+    // Some of them come while it dies, and before that is known.
+    kill(monitor, Signal::SIGKILL)?;
+    for stop in stops.collect::<Vec<_>>() {
+        stop.await??;
+    }
+    it.ends().await?;
+    assert_eq!(it.node.status(&it.container.clone()).await?.exit_code, 255);
+    Ok(())
+}

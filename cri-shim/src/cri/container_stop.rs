@@ -1,5 +1,6 @@
 //! StopContainer: the stop signal, a wait, then SIGKILL to everything in the container.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,10 +71,28 @@ impl Shim {
         let call = container.sandbox.monitor.call(&request);
         match tokio::time::timeout(PATIENCE, call).await {
             Ok(Ok(_)) => Ok(()),
-            // A monitor that died takes this way: its watcher kills and records.
+            // A monitor that died takes this way: its watcher kills and records, maybe only now.
             _ if container.state() == api::ContainerState::ContainerExited => Ok(()),
+            Ok(Err(error)) if nobody_answers(&error) => {
+                match tokio::time::timeout(PATIENCE, container.exited()).await {
+                    Ok(_) => Ok(()),
+                    Err(_) => Err(internal("signalling the container", error)),
+                }
+            }
             Ok(Err(error)) => Err(internal("signalling the container", error)),
             Err(_) => Err(Status::deadline_exceeded("the pod's monitor does not answer")),
         }
     }
+}
+
+/// Whether a call failed because the monitor is gone, not because of what it said.
+fn nobody_answers(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionRefused
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::NotFound
+    )
 }
