@@ -103,6 +103,7 @@ pub struct Metrics {
     pulls: Histograms<PullLabels>,
     volumes: Histograms<StorageOperation>,
     evictions: Family<Eviction, Gauge>,
+    rejections: Family<Rejection, Counter>,
     pods_started: Counter,
     pods_not_started: Counter,
     containers_started: Family<StartedContainer, Counter>,
@@ -122,6 +123,12 @@ struct StorageOperation {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Eviction {
     eviction_signal: &'static str,
+}
+
+/// Why a pod was not let in.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Rejection {
+    reason: String,
 }
 
 /// The kind of a container.
@@ -206,6 +213,7 @@ impl Metrics {
             pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
             volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
             evictions: Family::default(),
+            rejections: Family::default(),
             pods_started: Counter::default(),
             pods_not_started: Counter::default(),
             containers_started: Family::default(),
@@ -322,6 +330,11 @@ impl Metrics {
             "Cumulative number of pod evictions by eviction signal",
             self.evictions.clone(),
         );
+        all.register(
+            "kubelet_admission_rejections",
+            "Cumulative number of pods that were not let in",
+            self.rejections.clone(),
+        );
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
@@ -370,6 +383,21 @@ impl Metrics {
     /// A pod must go for what it uses.
     pub fn evicted(&self, eviction_signal: &'static str) {
         self.evictions.get_or_create(&Eviction { eviction_signal }).inc();
+    }
+
+    /// A pod was not let in. Reasons that upstream does not list are counted as `Other`.
+    pub fn pod_rejected(&self, reason: &str) {
+        let listed = matches!(
+            reason,
+            "AppArmor"
+                | "Evicted"
+                | "OutOfcpu"
+                | "OutOfmemory"
+                | "OutOfephemeral-storage"
+                | "OutOfpods"
+        );
+        let reason = if listed { reason } else { "Other" }.to_owned();
+        self.rejections.get_or_create(&Rejection { reason }).inc();
     }
 
     /// A pod's sandbox was to be made.

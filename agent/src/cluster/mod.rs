@@ -31,7 +31,8 @@ use self::status_sink::ClusterStatuses;
 use self::store::Store;
 use crate::api::{Api, ApiError};
 use crate::config::Threshold;
-use crate::node::{NodeLoop, lease, rotate, serving};
+use crate::node::conditions::Pressure;
+use crate::node::{NodeLoop, Told, lease, rotate, serving};
 use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -79,6 +80,8 @@ pub struct ClusterConfig {
     pub reserved: Vec<(String, String)>,
     /// `evictionHard`: signal (`memory.available`, ...) to threshold.
     pub eviction_hard: Vec<(String, Threshold)>,
+    /// `evictionPressureTransitionPeriod`: how long a pressure stays after it was last seen.
+    pub eviction_pressure_transition: Duration,
     /// `--provider-id`.
     pub provider_id: Option<String>,
     /// `--cloud-provider=external`: somebody else knows the node's addresses and says when pods may
@@ -124,6 +127,7 @@ impl ClusterConfig {
             max_pods: 110,
             reserved: Vec::new(),
             eviction_hard: Vec::new(),
+            eviction_pressure_transition: Duration::from_secs(300),
             provider_id: None,
             external_cloud_provider: false,
             max_images: Some(50),
@@ -179,6 +183,8 @@ pub struct ClusterParts {
     /// Whether the runtime knows the node's pod CIDRs, or was given up on: pods that start before
     /// get addresses that the rest of the cluster has no route to.
     pub network: watch::Receiver<bool>,
+    /// The pressure that the node reports: most new pods are refused under it.
+    pub pressure: watch::Receiver<Pressure>,
     /// Last errors by what they concern (`pods`, `services`, `endpointslices`, `node`, `lease`);
     /// empty while all is well.
     pub errors: watch::Receiver<BTreeMap<&'static str, String>>,
@@ -206,6 +212,7 @@ pub async fn start(
     let (deletion_tx, deletions) = mpsc::unbounded_channel();
     let (node_tx, node) = watch::channel(None);
     let (network_tx, network) = watch::channel(false);
+    let (pressure_tx, pressure) = watch::channel(Pressure::default());
     let (services, deleting) = (Arc::new(Services::default()), Arc::new(Deleting::default()));
     let store = |kind: &str| Store::new(&config.state_dir, kind);
     let kinds = [
@@ -306,7 +313,7 @@ pub async fn start(
             events.clone(),
             errors.clone(),
             node.clone(),
-            network_tx,
+            Told { network: network_tx, pressure: pressure_tx },
         );
         tasks.spawn(node_loop.run());
         if config.server_tls_bootstrap {
@@ -325,6 +332,7 @@ pub async fn start(
         static_pods,
         node,
         network,
+        pressure,
         errors: error_rx,
         tasks,
     })

@@ -188,6 +188,7 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         max_pods: config.max_pods,
         reserved: config.system_reserved.iter().chain(&config.kube_reserved).cloned().collect(),
         eviction_hard: config.eviction_hard.clone(),
+        eviction_pressure_transition: config.eviction_pressure_transition,
         status_update_frequency: config.node_status_update_frequency,
         status_report_frequency: config.node_status_report_frequency,
         lease_duration_seconds: u32::try_from(config.node_lease_duration.as_secs()).unwrap_or(40),

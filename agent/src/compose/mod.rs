@@ -19,6 +19,7 @@ use crate::cluster;
 use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
 use crate::health::{self, Watched};
+use crate::node::conditions::Pressure;
 use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
@@ -54,6 +55,8 @@ struct World {
     sources: Vec<PodSource>,
     /// Whether pods may have addresses by now.
     network: watch::Receiver<bool>,
+    /// Under which pressure the node is.
+    pressure: watch::Receiver<Pressure>,
     /// Who can be asked about tokens and permissions.
     reviews: Option<Box<dyn Reviews>>,
 }
@@ -220,7 +223,8 @@ impl Parts {
         let (context, cri) = (node.clone(), runtime.clone());
         let sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
             .with_sources(world.sources)
-            .with_network(world.network);
+            .with_network(world.network)
+            .with_pressure(world.pressure);
         let handle = sync.handle();
         self.watched.usage = Some(LiveUsage::new(context, handle.table().clone(), cri));
         self.watched.sync = Some(handle);
@@ -309,6 +313,8 @@ impl Parts {
             proxy,
             sources: vec![PodSource::File],
             network: watch::channel(true).1,
+            // A folder's pods are static: no pressure keeps them out.
+            pressure: watch::channel(Pressure::default()).1,
             reviews: None,
         })
     }
@@ -375,6 +381,7 @@ impl Parts {
             proxy: parts.proxy,
             sources,
             network: parts.network,
+            pressure: parts.pressure,
             reviews: Some(Box::new(ClusterReviews::new(parts.api.main))),
         })
     }

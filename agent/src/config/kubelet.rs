@@ -81,6 +81,7 @@ pub struct KubeletConfiguration {
     #[serde(rename = "kubeAPIBurst")]
     pub kube_api_burst: Option<u32>,
     pub eviction_hard: Option<BTreeMap<String, String>>,
+    pub eviction_pressure_transition_period: Option<Duration>,
     pub container_log_max_size: Option<String>,
     pub container_log_max_files: Option<u32>,
     pub system_reserved: Option<BTreeMap<String, String>>,
@@ -246,7 +247,7 @@ pub(super) const FIELDS: Fields = &[
     ("evictionHard", Used),
     ("evictionSoft", NotBuilt(&[])),
     ("evictionSoftGracePeriod", NotBuilt(&[])),
-    ("evictionPressureTransitionPeriod", NotBuilt(&["\"5m0s\"", "\"5m\""])),
+    ("evictionPressureTransitionPeriod", Used),
     ("evictionMaxPodGracePeriod", NotBuilt(&["0"])),
     ("evictionMinimumReclaim", NotBuilt(&[])),
     ("mergeDefaultEvictionSettings", NotBuilt(&["false"])),

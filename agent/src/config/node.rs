@@ -121,6 +121,8 @@ pub struct NodeConfig {
     pub seccomp_default: bool,
     /// Signal (`memory.available`, ...) to threshold.
     pub eviction_hard: Vec<(String, Threshold)>,
+    /// How long a pressure stays after it was last seen.
+    pub eviction_pressure_transition: Duration,
     /// Resource to quantity, as written.
     pub system_reserved: Vec<(String, String)>,
     pub kube_reserved: Vec<(String, String)>,
@@ -443,6 +445,7 @@ pub fn resolve(
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
         eviction_hard,
+        eviction_pressure_transition: period(kubelet.eviction_pressure_transition_period, 300),
         system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),

@@ -7,10 +7,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::machine::{FileSystem, Measured};
 use crate::config::Threshold;
 
-/// A pressure condition stays this long after it was last seen
-/// (`evictionPressureTransitionPeriod`).
-const TRANSITION: SignedDuration = SignedDuration::from_mins(5);
-
 /// Default hard eviction thresholds of kubelet on Linux.
 pub const DEFAULT_EVICTION: [(&str, Threshold); 5] = [
     ("memory.available", Threshold::Absolute(100 << 20)),
@@ -29,6 +25,18 @@ pub struct Pressure {
     pub disk: bool,
     /// pid.available.
     pub pid: bool,
+}
+
+impl Pressure {
+    /// Names of the conditions that hold.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        let all = [
+            (self.memory, "MemoryPressure"),
+            (self.disk, "DiskPressure"),
+            (self.pid, "PIDPressure"),
+        ];
+        all.into_iter().filter_map(|(on, name)| on.then_some(name))
+    }
 }
 
 /// The threshold of `signal`: what is configured, else kubelet's default if nothing at all is
@@ -74,13 +82,19 @@ pub struct LastSeen {
 }
 
 impl LastSeen {
-    /// Notes `now`'s pressure; returns the pressure to report.
-    pub fn note(&mut self, pressure: Pressure, now: Timestamp) -> Pressure {
+    /// Notes `now`'s pressure; returns the pressure to report, which stays for `transition` after
+    /// it was last seen (`evictionPressureTransitionPeriod`).
+    pub fn note(
+        &mut self,
+        pressure: Pressure,
+        now: Timestamp,
+        transition: SignedDuration,
+    ) -> Pressure {
         let held = |last: &mut Option<Timestamp>, seen: bool| {
             if seen {
                 *last = Some(now);
             }
-            last.is_some_and(|at| now.duration_since(at) < TRANSITION)
+            last.is_some_and(|at| now == at || now.duration_since(at) < transition)
         };
         Pressure {
             memory: held(&mut self.memory, pressure.memory),
@@ -214,14 +228,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pressure_stays_for_five_minutes() {
+    fn a_pressure_stays_for_as_long_as_configured() {
+        let five = SignedDuration::from_mins(5);
         let at = |s| Timestamp::from_second(s).unwrap();
         let (on, off) = (Pressure { disk: true, ..Pressure::default() }, Pressure::default());
         let mut last = LastSeen::default();
-        assert_eq!(last.note(off, at(0)), off);
-        assert_eq!(last.note(on, at(10)), on);
-        assert_eq!(last.note(off, at(309)), on);
-        assert_eq!(last.note(off, at(310)), off);
+        assert_eq!(last.note(off, at(0), five), off);
+        assert_eq!(last.note(on, at(10), five), on);
+        assert_eq!(last.note(off, at(309), five), on);
+        assert_eq!(last.note(off, at(310), five), off);
+        let second = SignedDuration::from_secs(1);
+        assert_eq!(last.note(on, at(400), second), on);
+        assert_eq!(last.note(off, at(401), second), off);
     }
 
     #[test]

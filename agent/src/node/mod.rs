@@ -12,13 +12,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::conditions::LastSeen;
+use self::conditions::{LastSeen, Pressure};
 use self::machine::{Machine, Measured};
 use self::object::RuntimeFacts;
 use crate::api::backoff::Backoff;
@@ -48,6 +49,14 @@ enum State {
     Registered { node: Arc<Node>, since: Instant },
 }
 
+/// What the rest of the agent is told of the node.
+pub struct Told {
+    /// Turned true once pods may have addresses.
+    pub network: watch::Sender<bool>,
+    /// The pressure that the node reports.
+    pub pressure: watch::Sender<Pressure>,
+}
+
 /// Keeps one Node object.
 pub struct NodeLoop {
     config: ClusterConfig,
@@ -65,15 +74,14 @@ pub struct NodeLoop {
     told_cidrs: String,
     runtime_down: bool,
     state: State,
-    /// Turned true once pods may have addresses.
-    network: watch::Sender<bool>,
-    /// When that is at the latest.
+    told: Told,
+    /// When pods may have addresses at the latest.
     network_by: Instant,
 }
 
 impl NodeLoop {
-    /// For the node of `config`; `watch` shows its object as the API has it, `network` is told once
-    /// pods may have addresses.
+    /// For the node of `config`; `watch` shows its object as the API has it, `told` is who
+    /// listens.
     pub fn new(
         config: ClusterConfig,
         client: Client,
@@ -81,7 +89,7 @@ impl NodeLoop {
         events: Arc<dyn EventSink>,
         errors: Errors,
         watch: watch::Receiver<Option<Arc<Node>>>,
-        network: watch::Sender<bool>,
+        told: Told,
     ) -> Self {
         Self {
             config,
@@ -98,7 +106,7 @@ impl NodeLoop {
             told_cidrs: String::new(),
             runtime_down: false,
             state: State::Unregistered,
-            network,
+            told,
             network_by: Instant::now() + CIDRS_WHILE_AWAY,
         }
     }
@@ -133,7 +141,7 @@ impl NodeLoop {
             let until = Instant::now() + wait;
             loop {
                 self.settle_network();
-                let settled = *self.network.borrow();
+                let settled = *self.told.network.borrow();
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => break,
                     () = tokio::time::sleep_until(self.network_by), if !settled => {}
@@ -229,7 +237,7 @@ impl NodeLoop {
 
     /// Lets pods have addresses once the runtime knows the pod CIDRs, or waiting makes no sense.
     fn settle_network(&mut self) {
-        if *self.network.borrow() {
+        if *self.told.network.borrow() {
             return;
         }
         // An earlier run registered this node, and it has none.
@@ -246,7 +254,7 @@ impl NodeLoop {
                  --allocate-node-cidrs"
             );
         }
-        self.network.send_replace(true);
+        self.told.network.send_replace(true);
     }
 
     /// Why pods cannot run; empty if they can.
@@ -293,7 +301,10 @@ impl NodeLoop {
         let measured = Measured::read(&self.config.root_dir, self.image_dir.as_ref());
         let pressure =
             conditions::pressure(&measured, self.machine.memory, &self.config.eviction_hard);
-        let pressure = self.pressure.note(pressure, now);
+        let transition = SignedDuration::try_from(self.config.eviction_pressure_transition)
+            .unwrap_or(SignedDuration::MAX);
+        let pressure = self.pressure.note(pressure, now, transition);
+        self.told.pressure.send_if_modified(|told| std::mem::replace(told, pressure) != pressure);
         let before = match &self.state {
             State::Registered { node, .. } => node.status.clone().unwrap_or_default(),
             State::Unregistered => NodeStatus::default(),

@@ -30,6 +30,7 @@ fn touch() {
     METRICS.relisted(second, Some(second));
     METRICS.volumes_mounted(["kubernetes.io/empty-dir"].into_iter(), second, false);
     METRICS.evicted("emptydirfs.limit");
+    METRICS.pod_rejected("Evicted");
     METRICS.container_started("container", Some("RunContainerError"));
     METRICS.probed(&ProbeLabels {
         probe_type: "Liveness".into(),

@@ -9,8 +9,10 @@ use k8s_openapi::api::core::v1::{
 
 use super::config::resources::{PodSums, pod_requests};
 use super::config::security::check_apparmor;
-use super::spec::{host_network, init_containers, is_static, spec_of};
+use super::qos::qos_class;
+use super::spec::{has_critical_priority, host_network, init_containers, is_static, spec_of};
 use super::status::Verdict;
+use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 
 /// A port of the node that a pod takes.
@@ -184,6 +186,28 @@ pub fn admit(
     Ok(())
 }
 
+/// Refuses what would make the node's shortage worse, as kubelet's eviction does: nearly all pods,
+/// and the ones of class BestEffort where only memory is short. What the system needs runs all the same.
+pub fn admit_under(pod: &Pod, pressure: Pressure) -> Result<(), Verdict> {
+    let (spec, on) = (spec_of(pod), pressure.names().collect::<Vec<_>>());
+    if on.is_empty() || is_static(pod) || has_critical_priority(spec) {
+        return Ok(());
+    }
+    let taint = Taint {
+        key: "node.kubernetes.io/memory-pressure".into(),
+        effect: "NoSchedule".into(),
+        ..Taint::default()
+    };
+    let prepared = || {
+        qos_class(pod) != "BestEffort"
+            || spec.tolerations.iter().flatten().any(|t| tolerates(t, &taint))
+    };
+    if on == ["MemoryPressure"] && prepared() {
+        return Ok(());
+    }
+    Err(refuse("Evicted", format!("The node had condition: [{}]. ", on.join(" "))))
+}
+
 fn short(resource: &str, requested: i64, used: i64, capacity: i64) -> Verdict {
     refuse(
         &format!("OutOf{resource}"),
@@ -344,6 +368,47 @@ fn unsupported_in(container: &Container) -> Option<String> {
 mod tests {
     use super::*;
     use crate::pod::testing::pod;
+
+    #[test]
+    fn pressure_keeps_out_what_is_not_critical() {
+        let none = Pressure::default();
+        let memory = Pressure { memory: true, ..none };
+        let disk = Pressure { disk: true, ..none };
+        let all = Pressure { memory: true, disk: true, pid: true };
+        let plain = r#""containers":[{"name":"a"}]"#;
+        let burstable = r#""containers":[{"name":"a","resources":{"requests":{"cpu":"1"}}}]"#;
+        let tolerant =
+            |key: &str| format!(r#"{plain},"tolerations":[{{"key":"{key}","operator":"Exists"}}]"#);
+        let (of_memory, of_disk) = (
+            tolerant("node.kubernetes.io/memory-pressure"),
+            tolerant("node.kubernetes.io/disk-pressure"),
+        );
+        let critical = format!(r#"{plain},"priority":2000000000"#);
+        let important = format!(r#"{plain},"priority":1000000000"#);
+        for (spec, pressure, refused) in [
+            (plain, none, None),
+            (plain, memory, Some("[MemoryPressure]")),
+            (plain, disk, Some("[DiskPressure]")),
+            (plain, all, Some("[MemoryPressure DiskPressure PIDPressure]")),
+            (burstable, memory, None),
+            (burstable, disk, Some("[DiskPressure]")),
+            (burstable, all, Some("[MemoryPressure DiskPressure PIDPressure]")),
+            (&of_memory, memory, None),
+            (&of_disk, memory, Some("[MemoryPressure]")),
+            (&of_disk, disk, Some("[DiskPressure]")),
+            (&critical, all, None),
+            (&important, disk, Some("[DiskPressure]")),
+        ] {
+            let verdict = admit_under(&pod(&format!("{{{spec}}}")), pressure).err();
+            let expected =
+                refused.map(|on| refuse("Evicted", format!("The node had condition: {on}. ")));
+            assert_eq!(verdict, expected, "{spec} under {pressure:?}");
+        }
+        let mut of_a_file = pod(&format!("{{{plain}}}"));
+        let note = ("kubernetes.io/config.source".to_owned(), "file".to_owned());
+        of_a_file.metadata.annotations = Some([note].into());
+        assert_eq!(admit_under(&of_a_file, all), Ok(()));
+    }
 
     fn reason(spec: &str, taken: &Taken) -> Option<String> {
         let node = NodeContext {

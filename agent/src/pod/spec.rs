@@ -159,6 +159,14 @@ pub fn host_network(spec: &PodSpec) -> bool {
     spec.host_network.unwrap_or(false)
 }
 
+/// Priority of `system-cluster-critical`: what has it or more keeps the cluster itself going.
+const SYSTEM_CRITICAL: i32 = 2_000_000_000;
+
+/// Whether the pod's priority is one of the system's own.
+pub fn has_critical_priority(spec: &PodSpec) -> bool {
+    spec.priority.is_some_and(|priority| priority >= SYSTEM_CRITICAL)
+}
+
 /// Whether the object was made from a file on this node (it has no API object of its own).
 pub fn is_static(pod: &Pod) -> bool {
     pod.metadata

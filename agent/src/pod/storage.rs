@@ -16,7 +16,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::deps::Deps;
 use super::quantity::amount;
-use super::spec::spec_of;
+use super::spec::{has_critical_priority, spec_of};
 use super::status::Verdict;
 use super::table::PodView;
 use crate::ids::PodUid;
@@ -25,8 +25,6 @@ use crate::source::PodSource;
 
 /// How often usage is measured: kubelet's monitoring interval of evictions.
 const PERIOD: Duration = Duration::from_secs(10);
-/// Priority of `system-cluster-critical`; pods from here on are not evicted.
-const SYSTEM_CRITICAL: i32 = 2_000_000_000;
 const RESOURCE: &str = "ephemeral-storage";
 
 /// Bytes on disk of one pod.
@@ -76,8 +74,7 @@ fn has_limits(pod: &Pod) -> bool {
 
 /// Whether the pod may be evicted at all.
 fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
-    source == Some(PodSource::Cluster)
-        && spec_of(pod).priority.is_none_or(|priority| priority < SYSTEM_CRITICAL)
+    source == Some(PodSource::Cluster) && !has_critical_priority(spec_of(pod))
 }
 
 /// Why the pod must go, by kubelet's name of the signal and in its words.

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::admit::{Share, Taken, admit, share_of};
+use super::admit::{Share, Taken, admit, admit_under, share_of};
 use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
 use super::clock::{Clock, SystemClock};
 use super::deps::Deps;
@@ -31,6 +31,7 @@ use super::userns::UserNamespaces;
 use super::worker::{Begin, Message, Worker};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
+use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink};
@@ -184,6 +185,7 @@ pub struct SyncLoop {
     clock: Arc<dyn Clock>,
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
+    pressure: watch::Receiver<Pressure>,
     table: PodTable,
     questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
@@ -219,6 +221,7 @@ impl SyncLoop {
             clock: Arc::new(SystemClock),
             sources,
             network: watch::channel(true).1,
+            pressure: watch::channel(Pressure::default()).1,
             table: PodTable::default(),
             questions: mpsc::channel(8),
         }
@@ -245,6 +248,12 @@ impl SyncLoop {
     /// Makes no sandbox of the pod network before `ready` is true.
     pub fn with_network(mut self, ready: watch::Receiver<bool>) -> Self {
         self.network = ready;
+        self
+    }
+
+    /// Refuses most new pods while the node is under pressure.
+    pub fn with_pressure(mut self, pressure: watch::Receiver<Pressure>) -> Self {
+        self.pressure = pressure;
         self
     }
 
@@ -296,6 +305,7 @@ impl SyncLoop {
             unsynced: self.sources,
             taken: Taken::default(),
             shares: HashMap::new(),
+            pressure: self.pressure,
             held: HashMap::new(),
             again: HashMap::new(),
             evictions,
@@ -407,6 +417,7 @@ struct Loop {
     unsynced: HashSet<PodSource>,
     taken: Taken,
     shares: HashMap<PodUid, Share>,
+    pressure: watch::Receiver<Pressure>,
     /// Static pods that wait for one of the same name to be gone.
     held: HashMap<NamespacedName, Arc<Pod>>,
     /// Pods that came back while they were being removed.
@@ -570,13 +581,20 @@ impl Loop {
         }
         let share = share_of(pod);
         let object = self.deps.objects.node();
-        match admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()) {
+        // Who was let in before stays, whatever became of the node since.
+        let new = !self.deps.store.exists(uid)
+            && pod.status.as_ref().is_none_or(|s| s.start_time.is_none());
+        let pressure = if new { *self.pressure.borrow() } else { Pressure::default() };
+        let fits = admit_under(pod, pressure)
+            .and_then(|()| admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()));
+        match fits {
             Ok(()) => {
                 self.taken.add(&share);
                 self.shares.insert(uid.clone(), share);
                 None
             }
             Err(verdict) => {
+                METRICS.pod_rejected(&verdict.reason);
                 let (reason, message) = (&verdict.reason, verdict.message.clone());
                 self.deps.pod_event(pod, EventType::Warning, reason, message);
                 let message = format!("Pod was rejected: {}", verdict.message);

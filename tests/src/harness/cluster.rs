@@ -236,6 +236,7 @@ impl Cluster {
             "--no-start",
         ])?;
         super::command::checked("longshore join", &output)?;
+        node.leave_the_machine_room()?;
         node.start(run)?;
         node.ready().await;
         self.node_ready(node.name()).await;

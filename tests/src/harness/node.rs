@@ -263,6 +263,23 @@ impl Node {
         self.spawn()
     }
 
+    /// Sets eviction thresholds that the machine under the tests does not reach: nodes share its disk
+    /// and memory, and one under pressure takes no pods.
+    ///
+    /// # Errors
+    /// When the node has not joined yet.
+    pub fn leave_the_machine_room(&self) -> Result<()> {
+        let path = self.path("/var/lib/kubelet/config.yaml");
+        let text = std::fs::read_to_string(&path).context("read the node's configuration")?;
+        let mut config: serde_json::Value = serde_saphyr::from_str(&text)?;
+        if config.get("evictionHard").is_none() {
+            config["evictionHard"] = serde_json::json!({"memory.available": "1Mi",
+                "nodefs.available": "1Mi", "imagefs.available": "1Mi", "nodefs.inodesFree": "0%"});
+            std::fs::write(&path, config.to_string()).context("write the node's configuration")?;
+        }
+        Ok(())
+    }
+
     fn spawn(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(self.dir.join("longshore.log"))?;
         let mut command = self.command(self.binary()?);

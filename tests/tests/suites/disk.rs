@@ -31,16 +31,6 @@ async fn a_full_disk_loses_nothing_and_heals() {
     let after = world.cluster.read_pod("steady").await.unwrap();
     assert_eq!(container(&after, "c"), container(&steady, "c"), "what runs is left alone");
 
-    world.cluster.pod(&world.node, "late", json!({"containers": [idle("c")]})).await.unwrap();
-    eventually("an Event that says why", async || {
-        let events = world.cluster.admin.read(&world.cluster.path("events")).await?;
-        let all = events["items"].as_array().cloned().unwrap_or_default();
-        let of_late = all.iter().filter(|e| e["involvedObject"]["name"] == "late");
-        let messages: Vec<_> = of_late.filter_map(|e| e["message"].as_str()).collect();
-        anyhow::ensure!(messages.iter().any(|m| m.contains("No space left")), "{messages:#?}");
-        Ok(())
-    })
-    .await;
     let pressure = async |world: &World| -> anyhow::Result<String> {
         let node =
             world.cluster.admin.read(&format!("/api/v1/nodes/{}", world.node.name())).await?;
@@ -52,9 +42,35 @@ async fn a_full_disk_loses_nothing_and_heals() {
         Ok(())
     })
     .await;
+    world.cluster.pod(&world.node, "refused", json!({"containers": [idle("c")]})).await.unwrap();
+    let refused =
+        world.cluster.pod_until("refused", "refused", |p| p["status"]["phase"] == "Failed").await;
+    assert_eq!(refused["status"]["reason"], "Evicted");
+    let said = "The node had condition: [DiskPressure]. ";
+    assert_eq!(refused["status"]["message"], format!("Pod was rejected: {said}"));
+    assert_eq!(world.event("refused", "Evicted").await, said);
 
+    // One that the system needs is let in, and waits for room.
+    let late = json!({"priorityClassName": "system-node-critical", "priority": 2_000_001_000,
+        "containers": [idle("c")]});
+    world.cluster.pod(&world.node, "late", late).await.unwrap();
+    eventually("an Event that says why", async || {
+        let events = world.cluster.admin.read(&world.cluster.path("events")).await?;
+        let all = events["items"].as_array().cloned().unwrap_or_default();
+        let of_late = all.iter().filter(|e| e["involvedObject"]["name"] == "late");
+        let messages: Vec<_> = of_late.filter_map(|e| e["message"].as_str()).collect();
+        anyhow::ensure!(messages.iter().any(|m| m.contains("No space left")), "{messages:#?}");
+        Ok(())
+    })
+    .await;
     std::fs::remove_file(&fill).unwrap();
     let late = world.cluster.pod_ready("late").await;
     assert_eq!(restarts(&late, "c"), 0);
-    world.end(&["steady", "ends", "late"]).await;
+    let before = world.cluster.read_pod("steady").await.unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    world.ready_pod("after", json!({"containers": [idle("c")]})).await;
+    let after = world.cluster.read_pod("steady").await.unwrap();
+    assert_eq!(container(&after, "c"), container(&before, "c"), "what runs is left alone");
+    world.end(&["steady", "ends", "late", "refused", "after"]).await;
 }

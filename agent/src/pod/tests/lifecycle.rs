@@ -558,3 +558,40 @@ async fn resources_change_in_place_or_by_a_restart() {
     rig.set(&named("a", &spec("2", "128Mi"))).await;
     rig.until("restarted", |r| r.container("a", "c").restart_count == 1).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn pressure_keeps_out_new_pods_and_no_others() {
+    let mut rig = Rig::new().await;
+    let runs = named("a", ONE);
+    // One that was let in and has nothing in the runtime yet.
+    let waits = named("b", &ONE.replace("img:1", "missing:1"));
+    rig.set(&runs).await;
+    rig.set(&waits).await;
+    rig.until_ready("a").await;
+    rig.until("b waits", |r| {
+        r.status("b").is_some_and(|s| s.container_statuses.is_some())
+            && waiting(&r.container("b", "c")).is_some_and(|w| w.contains("Image"))
+    })
+    .await;
+    rig.pressure.send_replace(Pressure { disk: true, ..Pressure::default() });
+    // The status goes to disk in a thread of real time.
+    let saved = rig.dir.path().join("kubelet/longshore/pod-status/b.json");
+    while !saved.exists() {
+        std::thread::yield_now();
+    }
+    rig.restart(&[runs.clone(), waits.clone()]).await;
+    let new = named("c", ONE);
+    rig.set(&new).await;
+    rig.until_phase("c", "Failed").await;
+    let status = rig.status("c").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("Evicted"));
+    let said = "The node had condition: [DiskPressure]. ";
+    assert_eq!(status.message, Some(format!("Pod was rejected: {said}")));
+    assert!(rig.events().contains(&("Evicted".to_owned(), said.to_owned())), "{:?}", rig.events());
+    rig.runtime.publish_image("missing:1");
+    rig.until_ready("b").await;
+    assert!(is_ready(&rig.status("a").unwrap()));
+    rig.pressure.send_replace(Pressure::default());
+    rig.set(&named("d", ONE)).await;
+    rig.until_ready("d").await;
+}

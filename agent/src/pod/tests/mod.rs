@@ -16,6 +16,7 @@ use super::clock::TokioClock;
 use super::testing::at;
 use super::{SyncHandle, SyncLoop};
 use crate::ids::{NamespacedName, PodUid};
+use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 use crate::objects::{ObjectError, ObjectRef, Objects};
 use crate::report::{EventSink, EventType, StatusSink};
@@ -139,6 +140,7 @@ struct Rig {
     changes: mpsc::Sender<PodChange>,
     shutdown: watch::Sender<bool>,
     network: watch::Sender<bool>,
+    pressure: watch::Sender<Pressure>,
     task: tokio::task::JoinHandle<()>,
     handle: SyncHandle,
 }
@@ -156,9 +158,11 @@ impl Rig {
             Arc::new(World { recorded: Mutex::default(), objects: broadcast::Sender::new(16) });
         let dir = tempfile::tempdir().unwrap();
         let network = watch::Sender::new(true);
-        let ready = network.subscribe();
-        let (changes, shutdown, task, handle) = begin(&dir, &runtime, &world, clock, ready).await;
-        let rig = Self { dir, runtime, world, clock, changes, shutdown, network, task, handle };
+        let pressure = watch::Sender::new(Pressure::default());
+        let told = (network.subscribe(), pressure.subscribe());
+        let (changes, shutdown, task, handle) = begin(&dir, &runtime, &world, clock, told).await;
+        let rig =
+            Self { dir, runtime, world, clock, changes, shutdown, network, pressure, task, handle };
         rig.send(PodChange::Synced(PodSource::File)).await;
         rig
     }
@@ -167,9 +171,9 @@ impl Rig {
     async fn restart(&mut self, pods: &[Arc<Pod>]) {
         self.task.abort();
         let _ = (&mut self.task).await;
+        let told = (self.network.subscribe(), self.pressure.subscribe());
         let (changes, shutdown, task, handle) =
-            begin(&self.dir, &self.runtime, &self.world, self.clock, self.network.subscribe())
-                .await;
+            begin(&self.dir, &self.runtime, &self.world, self.clock, told).await;
         self.changes = changes;
         self.shutdown = shutdown;
         self.task = task;
@@ -249,7 +253,7 @@ async fn begin(
     runtime: &FakeRuntime,
     world: &Arc<World>,
     clock: TokioClock,
-    network: watch::Receiver<bool>,
+    (network, pressure): (watch::Receiver<bool>, watch::Receiver<Pressure>),
 ) -> (mpsc::Sender<PodChange>, watch::Sender<bool>, tokio::task::JoinHandle<()>, SyncHandle) {
     let node = Arc::new(NodeContext {
         root_dir: dir.path().join("kubelet"),
@@ -267,6 +271,7 @@ async fn begin(
         world.clone(),
     )
     .with_network(network)
+    .with_pressure(pressure)
     .with_cgroups(Arc::new(NoCgroups))
     .with_clock(Arc::new(clock));
     let handle = sync.handle();
