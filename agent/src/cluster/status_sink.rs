@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, mpsc};
 use crate::api::backoff::Backoff;
 use crate::api::{self, REQUEST_TIMEOUT};
 use crate::ids::{NamespacedName, PodUid};
+use crate::pod::allocation::{IN_PROGRESS, PENDING};
 use crate::report::StatusSink;
 use crate::source::cluster::Deleting;
 
@@ -376,11 +377,17 @@ fn plan_patch(old: &Value, new: &Value) -> Option<Value> {
             }
             ("conditions", Value::Array(items)) => {
                 let before = old.get(field).and_then(Value::as_array);
-                let changed: Vec<Value> = items
+                let mut changed: Vec<Value> = items
                     .iter()
                     .filter(|c| !before.is_some_and(|b| b.contains(c)))
                     .map(|c| with_nulls(c, before))
                     .collect();
+                // Others' conditions stay; those of a resize are ours and go with it.
+                changed.extend([PENDING, IN_PROGRESS].into_iter().filter_map(|kind| {
+                    let of = |list: &[Value]| list.iter().any(|c| c["type"] == kind);
+                    let over = before.is_some_and(|before| of(before)) && !of(items);
+                    over.then(|| json!({"type": kind, "$patch": "delete"}))
+                }));
                 if changed.is_empty() {
                     continue;
                 }
@@ -437,5 +444,12 @@ mod tests {
             "conditions": [{"type": "PodScheduled", "status": "True"},
                            {"type": "Ready", "status": "False", "reason": "R"}]});
         assert_eq!(plan_patch(&old, &without_gate), None);
+        let ready = json!({"type": "Ready", "status": "True"});
+        let resizing = json!({"conditions": [ready, {"type": "PodResizePending"}, {"type": "PodResizeInProgress"}]});
+        let after = json!({"conditions": [ready, {"type": "PodResizeInProgress"}]});
+        assert_eq!(
+            plan_patch(&resizing, &after),
+            Some(json!({"conditions": [{"type": "PodResizePending", "$patch": "delete"}]}))
+        );
     }
 }

@@ -242,14 +242,17 @@ fn total_memory() -> Option<u64> {
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
-/// Of the four features that a kubelet 1.36 declares those that are here, in order. Resizing pods as a
-/// whole (`InPlacePodLevelResourcesVerticalScaling`) and `RestartAllContainersOnContainerExits` are not.
+/// Of the four features that a kubelet 1.36 declares those that are here, in order.
+/// `RestartAllContainersOnContainerExits` is not.
 fn declared_features(streams: bool) -> Vec<String> {
     // The built-in runtime's streaming server speaks what kubelet would have to translate.
     let streams = streams.then_some("ExtendWebSocketsToKubelet");
     streams
         .into_iter()
-        .chain(["InPlacePodVerticalScalingInitContainers"])
+        .chain([
+            "InPlacePodLevelResourcesVerticalScaling",
+            "InPlacePodVerticalScalingInitContainers",
+        ])
         .map(String::from)
         .collect()
 }

@@ -278,6 +278,10 @@ pub fn explain(input: ExplainInput<'_>) -> Explanation {
 /// The pod was refused, evicted, or outlived its deadline.
 fn failed_whole(verdict: &Verdict) -> Reason {
     let next = match &*verdict.reason {
+        "Evicted" if verdict.message.contains("node had condition") => {
+            "free what the node is short of (`kubectl describe node` says since when); its \
+             controller makes another meanwhile"
+        }
         "Evicted" => "its controller makes another; raise the limit it was over, or use less",
         "DeadlineExceeded" => "raise activeDeadlineSeconds, or leave it out",
         "NodeAffinity" | "NodeName" | "Taints" => {
@@ -290,6 +294,33 @@ fn failed_whole(verdict: &Verdict) -> Reason {
         _ => "the pod is not tried again: remove the cause, then make it anew",
     };
     Reason::new("pod", format!("{}: {}", verdict.reason, words(&verdict.message)), next)
+}
+
+/// A resize that waits or fails; the containers run on with what they have.
+fn resize(input: &ExplainInput<'_>, reasons: &mut Vec<Reason>) {
+    let resize = &input.facts.resize;
+    if let Some(pending) = &resize.pending {
+        reasons.push(Reason::new(
+            "resize",
+            format!("{}: {}", pending.reason, words(&pending.message)),
+            "it runs on with what it has; the resize is taken up as soon as other pods leave room, \
+             or ask for less",
+        ));
+    }
+    match (&resize.step, &resize.progress) {
+        (Step::Failed(failed), _) => reasons.push(failure(
+            "resize",
+            failed,
+            "it runs on with what it has; use less, or ask for more",
+            input.now,
+        )),
+        (_, Some(_)) => reasons.push(Reason::new(
+            "resize",
+            "is being put into effect",
+            "Event ResizeCompleted says when it is",
+        )),
+        _ => {}
+    }
 }
 
 /// A failed step with its words and the time of the next try.
@@ -319,6 +350,7 @@ fn running(input: &ExplainInput<'_>, reasons: &mut Vec<Reason>) {
         Step::Wanted | Step::Done => {}
     }
     containers::explain(input, reasons);
+    resize(input, reasons);
     if let Some(at) = input.deadline.filter(|at| *at > input.now && left(*at, input.now) <= 60) {
         reasons.push(Reason::new(
             "pod",
@@ -507,6 +539,7 @@ fn action(action: &Action) -> String {
                     format!("its {} probe failed", kind.title().to_lowercase())
                 }
                 KillCause::Changed => "the pod names another image".to_owned(),
+                KillCause::Resized => "its new resources need a restart (resizePolicy)".to_owned(),
                 KillCause::Unknown => "the runtime lost track of it".to_owned(),
                 KillCause::SandboxChanged => "its sandbox is gone".to_owned(),
                 KillCause::PodEnds => "the pod's work is over".to_owned(),

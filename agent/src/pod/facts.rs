@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::ResourceRequirements;
 
+use super::allocation::{Pending, Progress};
 use super::observed::ContainerId;
 
 /// Which of a container's probes.
@@ -123,4 +125,19 @@ pub struct Facts {
     pub known_restarts: BTreeMap<String, u32>,
     /// What the probes say.
     pub probes: ProbeFacts,
+    /// Resources that change while containers run.
+    pub resize: ResizeFacts,
+}
+
+/// A resize of the pod (KEP-1287).
+#[derive(Clone, Debug, Default)]
+pub struct ResizeFacts {
+    /// Asked for, and not taken up.
+    pub pending: Option<Pending>,
+    /// Taken up, and not in effect everywhere.
+    pub progress: Option<Progress>,
+    /// The step in flight that puts it into effect.
+    pub step: Step,
+    /// What running instances have that are to have something else.
+    pub has: BTreeMap<ContainerId, Option<ResourceRequirements>>,
 }

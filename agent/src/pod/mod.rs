@@ -4,6 +4,7 @@
 //! the composition root passes in.
 
 pub mod admit;
+pub mod allocation;
 pub mod backoff;
 mod caretaker;
 pub mod cgroup;

@@ -21,6 +21,8 @@ pub enum KillCause {
     Probe(ProbeKind),
     /// The pod names another image now.
     Changed,
+    /// It has other resources now, and its `resizePolicy` asks for a restart.
+    Resized,
     /// The runtime lost track of it: ended before another is started in its place.
     Unknown,
     /// Its sandbox is gone; it is made anew in another one.

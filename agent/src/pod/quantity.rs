@@ -92,9 +92,41 @@ pub fn amount(list: Option<&ResourceList>, resource: &str) -> Option<i64> {
     value(list?.get(resource)?)
 }
 
+/// `milli` thousandths, as apimachinery writes them.
+pub fn milli_text(milli: i64) -> Quantity {
+    Quantity(if milli % 1000 == 0 { (milli / 1000).to_string() } else { format!("{milli}m") })
+}
+
+/// `bytes` with the largest suffix of a power of 1024 that leaves a whole number.
+pub fn bytes_text(bytes: i64) -> Quantity {
+    let mut rest = bytes;
+    let mut suffix = "";
+    for larger in ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"] {
+        if rest == 0 || rest % 1024 != 0 {
+            break;
+        }
+        rest /= 1024;
+        suffix = larger;
+    }
+    Quantity(format!("{rest}{suffix}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn writes_what_it_reads() {
+        for (bytes, text) in
+            [(0, "0"), (1000, "1000"), (1024, "1Ki"), (3 << 29, "1536Mi"), (1 << 40, "1Ti")]
+        {
+            assert_eq!(bytes_text(bytes).0, text);
+            assert_eq!(value(&bytes_text(bytes)), Some(bytes));
+        }
+        for (milli, text) in [(0, "0"), (100, "100m"), (2000, "2"), (1500, "1500m")] {
+            assert_eq!(milli_text(milli).0, text);
+        }
+    }
 
     #[test]
     fn reads_every_notation() {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use k8s_openapi::api::core::v1::PodStatus;
 use serde::{Deserialize, Serialize};
 
+use super::allocation::Allocation;
 use crate::ids::PodUid;
 
 /// Layout of the files.
@@ -21,6 +22,16 @@ const VERSION: u32 = 1;
 struct Saved<S> {
     version: u32,
     status: S,
+    #[serde(default)]
+    allocation: Option<Allocation>,
+}
+
+/// What is kept of a pod.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Kept {
+    pub(crate) status: PodStatus,
+    /// What it may use; earlier versions did not say.
+    pub(crate) allocation: Option<Allocation>,
 }
 
 #[derive(Default)]
@@ -32,7 +43,7 @@ struct Queue {
     closed: bool,
 }
 
-type Batch = HashMap<PodUid, Option<Arc<PodStatus>>>;
+type Batch = HashMap<PodUid, Option<Arc<Kept>>>;
 
 struct Shared {
     dir: PathBuf,
@@ -58,8 +69,13 @@ impl StatusStore {
         Self(shared)
     }
 
-    /// The status of the pod as last saved. A file that cannot be read is set aside.
+    /// The status of the pod as last saved.
     pub(crate) fn load(&self, uid: &PodUid) -> Option<PodStatus> {
+        self.kept(uid).map(|kept| kept.status)
+    }
+
+    /// All that is kept of the pod. A file that cannot be read is set aside.
+    pub(crate) fn kept(&self, uid: &PodUid) -> Option<Kept> {
         if let Some(newer) = self.0.unwritten(uid) {
             return newer.as_deref().cloned();
         }
@@ -73,7 +89,9 @@ impl StatusStore {
             }
         };
         match serde_json::from_slice::<Saved<PodStatus>>(&bytes) {
-            Ok(saved) if saved.version == VERSION => Some(saved.status),
+            Ok(saved) if saved.version == VERSION => {
+                Some(Kept { status: saved.status, allocation: saved.allocation })
+            }
             other => {
                 let why = match other {
                     Ok(saved) => format!("version {}, expected {VERSION}", saved.version),
@@ -95,8 +113,9 @@ impl StatusStore {
     }
 
     /// Saves the status, soon.
-    pub(crate) fn save(&self, uid: &PodUid, status: &PodStatus) {
-        self.0.push(uid, Some(Arc::new(status.clone())));
+    pub(crate) fn save(&self, uid: &PodUid, status: &PodStatus, allocation: Allocation) {
+        let kept = Kept { status: status.clone(), allocation: Some(allocation) };
+        self.0.push(uid, Some(Arc::new(kept)));
     }
 
     /// Forgets the pod.
@@ -133,14 +152,14 @@ impl Shared {
     }
 
     /// What was said of the pod that the disk does not say yet; `Some(None)` is to forget it.
-    fn unwritten(&self, uid: &PodUid) -> Option<Option<Arc<PodStatus>>> {
+    fn unwritten(&self, uid: &PodUid) -> Option<Option<Arc<Kept>>> {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.pending.get(uid).or_else(|| queue.writing.get(uid)).cloned()
     }
 
-    fn push(&self, uid: &PodUid, status: Option<Arc<PodStatus>>) {
+    fn push(&self, uid: &PodUid, kept: Option<Arc<Kept>>) {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.pending.insert(uid.clone(), status);
+        queue.pending.insert(uid.clone(), kept);
         self.wake.notify_all();
     }
 
@@ -174,10 +193,12 @@ impl Shared {
     }
 }
 
-fn write(dir: &Path, path: &Path, status: &PodStatus) -> std::io::Result<()> {
+fn write(dir: &Path, path: &Path, kept: &Kept) -> std::io::Result<()> {
     std::fs::create_dir_all(dir)?;
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    serde_json::to_writer(&mut file, &Saved { version: VERSION, status })?;
+    let Kept { status, allocation } = kept;
+    let saved = Saved { version: VERSION, status, allocation: allocation.clone() };
+    serde_json::to_writer(&mut file, &saved)?;
     file.flush()?;
     file.as_file().sync_data()?;
     file.persist(path)?;
@@ -206,9 +227,18 @@ mod tests {
         let uid = PodUid::from("u-1");
         assert_eq!(store.load(&uid), None);
         let status = PodStatus { phase: Some("Running".into()), ..Default::default() };
-        store.save(&uid, &status);
+        let pod = crate::pod::testing::pod(
+            r#"{"containers":[{"name":"c","resources":{"limits":{"cpu":"1"}}}]}"#,
+        );
+        let allocation = Allocation::asked(&pod);
+        store.save(&uid, &status, allocation.clone());
         settle(&store);
-        assert_eq!(store.load(&uid), Some(status));
+        let kept = Kept { status: status.clone(), allocation: Some(allocation) };
+        assert_eq!(store.kept(&uid), Some(kept));
+        // As a version before wrote it.
+        let older = serde_json::json!({"version": 1, "status": &status}).to_string();
+        std::fs::write(dir.path().join("s/u-1.json"), older).unwrap();
+        assert_eq!(store.kept(&uid), Some(Kept { status, allocation: None }));
         assert_eq!(store.saved(), std::slice::from_ref(&uid));
         store.remove(&uid);
         // At once, whatever the disk says meanwhile.

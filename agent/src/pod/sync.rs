@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::admit::{Share, Taken, admit, admit_under, share_of};
+use super::allocation::Allocation;
 use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
 use super::clock::{Clock, SystemClock};
 use super::deps::Deps;
@@ -39,10 +40,17 @@ use crate::runtime::Runtime;
 use crate::source::{PodChange, PodSource};
 use crate::volume::Volumes;
 
+mod resize;
+
+use resize::Grant;
+
 /// How often the runtime is listed while it sends no events.
 const RELIST_WITHOUT_EVENTS: Duration = Duration::from_secs(1);
 /// How long to wait before a runtime that does not answer is asked again, at first and at most.
 const RUNTIME_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// How often resizes that wait are looked at again without a cause.
+const RESIZE_RETRY: Duration = Duration::from_secs(180);
 
 /// Read access to the sync loop: pods, their statuses, whether it is alive.
 #[derive(Clone, Debug)]
@@ -305,6 +313,8 @@ impl SyncLoop {
             unsynced: self.sources,
             taken: Taken::default(),
             shares: HashMap::new(),
+            grants: HashMap::new(),
+            waiting: HashSet::new(),
             pressure: self.pressure,
             held: HashMap::new(),
             again: HashMap::new(),
@@ -417,6 +427,10 @@ struct Loop {
     unsynced: HashSet<PodSource>,
     taken: Taken,
     shares: HashMap<PodUid, Share>,
+    /// What pods may use, and what they ask for.
+    grants: HashMap<PodUid, Grant>,
+    /// Those that ask for more than they have.
+    waiting: HashSet<PodUid>,
     pressure: watch::Receiver<Pressure>,
     /// Static pods that wait for one of the same name to be gone.
     held: HashMap<NamespacedName, Arc<Pod>>,
@@ -440,6 +454,8 @@ impl Loop {
     ) {
         let mut relist = tokio::time::interval(self.relist_every);
         relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut retry = tokio::time::interval(RESIZE_RETRY);
+        retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sources_open = true;
         loop {
             tokio::select! {
@@ -482,6 +498,7 @@ impl Loop {
                     Question::Explain(query, reply) => self.explain(&query, reply),
                 },
                 _ = relist.tick() => self.relist().await,
+                _ = retry.tick() => self.retry_resizes(),
             }
         }
     }
@@ -526,6 +543,8 @@ impl Loop {
                     self.relist().await;
                     let kept: HashSet<PodUid> = self.workers.keys().cloned().collect();
                     orphans::clean(self.deps.clone(), kept);
+                    // Only now is known what all pods take together.
+                    self.retry_resizes();
                     self.deps.table.update_health(|h| h.synced = true);
                 }
             }
@@ -539,7 +558,7 @@ impl Loop {
                 self.again.insert(uid, (source, pod));
             } else {
                 self.deps.objects.retain(&pod);
-                let _ = worker.inbox.send(Message::Pod(pod));
+                self.changed(&uid, pod);
             }
             return;
         }
@@ -552,14 +571,20 @@ impl Loop {
             return;
         }
         self.deps.objects.retain(&pod);
+        let kept = self.deps.store.kept(&uid);
+        let allocation = kept.as_ref().and_then(|kept| kept.allocation.clone());
+        let allocation = allocation.unwrap_or_else(|| Allocation::asked(&pod));
+        let given = allocation.in_place_of(&pod);
         let adopt = self.known.has(&uid);
-        let verdict = if adopt { self.count(&uid, &pod) } else { self.admit(&uid, &pod) };
+        let verdict = if adopt { self.count(&uid, &given) } else { self.admit(&uid, &given) };
+        let (given, pending) = self.grant(&uid, pod, allocation, kept.as_ref());
         let begin = Begin {
-            pod,
+            pod: given,
             source: Some(source),
-            adopt: adopt || self.deps.store.exists(&uid),
+            adopt: adopt || kept.is_some(),
             remove: false,
             verdict,
+            pending,
             over: self.over.clone(),
         };
         self.spawn(uid, key, begin);
@@ -604,8 +629,11 @@ impl Loop {
     }
 
     fn give_back(&mut self, uid: &PodUid) {
+        self.grants.remove(uid);
+        self.waiting.remove(uid);
         if let Some(share) = self.shares.remove(uid) {
             self.taken.subtract(&share);
+            self.retry_resizes();
         }
     }
 
@@ -718,6 +746,7 @@ impl Loop {
             adopt: true,
             remove: true,
             verdict: None,
+            pending: None,
             over: self.over.clone(),
         };
         self.spawn(uid, key, begin);

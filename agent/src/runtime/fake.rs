@@ -54,6 +54,7 @@ struct State {
     registry: BTreeMap<String, api::Image>,
     behaviours: HashMap<String, Behaviour>,
     exec: HashMap<String, ExecOutput>,
+    memory: HashMap<String, u64>,
     faults: HashMap<&'static str, VecDeque<String>>,
     delays: HashMap<&'static str, Duration>,
     calls: Vec<String>,
@@ -131,6 +132,11 @@ impl FakeRuntime {
     /// Sets what a command (its first word) gives.
     pub fn on_exec(&self, command: &str, output: ExecOutput) {
         self.state().exec.insert(command.to_owned(), output);
+    }
+
+    /// Sets how many bytes of memory containers named `name` use.
+    pub fn use_memory(&self, name: &str, bytes: u64) {
+        self.state().memory.insert(name.to_owned(), bytes);
     }
 
     /// Makes the next call of `verb` fail.
@@ -618,8 +624,25 @@ impl Runtime for FakeRuntime {
         Err(refuse("PortForward", RuntimeErrorKind::Unimplemented, "the fake streams nothing"))
     }
 
-    async fn list_container_stats(&self, _: Option<&str>) -> Result<Vec<api::ContainerStats>> {
-        Ok(Vec::new())
+    async fn list_container_stats(
+        &self,
+        sandbox: Option<&str>,
+    ) -> Result<Vec<api::ContainerStats>> {
+        let state = self.state();
+        let of = |(id, c): (&String, &Container)| {
+            let name = c.config.metadata.as_ref()?.name.clone();
+            let value = *state.memory.get(&name)?;
+            let asked = sandbox.is_none_or(|sandbox| c.sandbox == sandbox);
+            asked.then(|| api::ContainerStats {
+                attributes: Some(api::ContainerAttributes { id: id.clone(), ..Default::default() }),
+                memory: Some(api::MemoryUsage {
+                    usage_bytes: Some(api::UInt64Value { value }),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            })
+        };
+        Ok(state.containers.iter().filter_map(of).collect())
     }
 
     async fn list_pod_sandbox_stats(&self) -> Result<Vec<api::PodSandboxStats>> {

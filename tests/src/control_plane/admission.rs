@@ -503,15 +503,21 @@ fn prune_null(value: &mut Value) {
 
 /// Guaranteed, Burstable or BestEffort.
 fn qos_class(pod: &Value) -> &'static str {
+    let spec = &pod["spec"];
+    // Resources of the pod as a whole, where it has any, decide alone.
+    let holders: Vec<&Value> = if spec["resources"].is_object() {
+        vec![spec]
+    } else {
+        let lists = ["initContainers", "containers"];
+        lists.iter().filter_map(|kind| spec[kind].as_array()).flatten().collect()
+    };
     let (mut any, mut all) = (false, true);
-    for kind in ["initContainers", "containers"] {
-        for container in pod["spec"][kind].as_array().into_iter().flatten() {
-            for resource in ["cpu", "memory"] {
-                let limit = &container["resources"]["limits"][resource];
-                let request = &container["resources"]["requests"][resource];
-                any |= !limit.is_null() || !request.is_null();
-                all &= !limit.is_null() && limit == request;
-            }
+    for holder in holders {
+        for resource in ["cpu", "memory"] {
+            let limit = &holder["resources"]["limits"][resource];
+            let request = &holder["resources"]["requests"][resource];
+            any |= !limit.is_null() || !request.is_null();
+            all &= !limit.is_null() && limit == request;
         }
     }
     match (any, all) {

@@ -145,7 +145,8 @@ impl Api {
         {
             return Err(ApiError::no_such_path());
         }
-        if !matches!(info.subresource.as_str(), "" | "status") {
+        let resize = info.plural == "pods" && info.subresource == "resize";
+        if !resize && !matches!(info.subresource.as_str(), "" | "status") {
             return Err(ApiError::no_such_path());
         }
         self.verb(user, resource, info, content_type, body)

@@ -196,9 +196,12 @@ pub fn update(
             .ok_or_else(|| ApiError::not_found(resource, name))?;
         let mut new = change(&old)?;
         check_kind(resource, &new)?;
+        if info.subresource == "resize" {
+            new = resized(&old, &new);
+        }
         carry_over(resource, name, info.verb, status, &old, &mut new)?;
         restrict_node(user, resource, info.verb, &info.subresource, name, &new, Some(&old))?;
-        if !status {
+        if !status && info.subresource != "resize" {
             admit(store, resource, &mut new, Some(&old))?;
         }
         if resource.generation && !status && spec_changed(&old, &new) {
@@ -218,6 +221,27 @@ pub fn update(
         }
     }
     Err(ApiError::stale(resource, name))
+}
+
+/// `old` with the resources of `new`: nothing else is changed by way of `resize`.
+fn resized(old: &Value, new: &Value) -> Value {
+    let mut resized = old.clone();
+    resized["metadata"]["resourceVersion"] = new["metadata"]["resourceVersion"].clone();
+    let set = |place: &mut Value, from: &Value| match (place.as_object_mut(), from) {
+        (Some(place), Value::Null) => drop(place.remove("resources")),
+        (Some(place), from) => drop(place.insert("resources".into(), from.clone())),
+        (None, _) => {}
+    };
+    set(&mut resized["spec"], &new["spec"]["resources"]);
+    for list in ["containers", "initContainers"] {
+        let asked = new["spec"][list].as_array().cloned().unwrap_or_default();
+        for container in resized["spec"][list].as_array_mut().into_iter().flatten() {
+            if let Some(asked) = asked.iter().find(|c| c["name"] == container["name"]) {
+                set(container, &asked["resources"]);
+            }
+        }
+    }
+    resized
 }
 
 fn same_but_version(a: &Value, b: &Value) -> bool {

@@ -318,3 +318,93 @@ async fn host_network_and_host_ports() {
     }
     world.end(&["host", "port"]).await;
 }
+
+/// The memory limit that the kernel keeps for the pod.
+fn pod_memory(world: &World, pod: &serde_json::Value) -> Vec<String> {
+    let uid = pod["metadata"]["uid"].as_str().unwrap();
+    let files = hierarchies().into_iter().flat_map(|hierarchy| {
+        let kubepods = hierarchy.join(world.node.cgroup()).join("kubepods");
+        ["", "burstable"].into_iter().flat_map(move |class| {
+            let pod = kubepods.join(class).join(format!("pod{uid}"));
+            ["memory.limit_in_bytes", "memory.max"].map(|file| pod.join(file))
+        })
+    });
+    files.filter_map(|file| std::fs::read_to_string(file).ok()).map(|v| v.trim().into()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_are_resized_in_place() {
+    let mut world = World::new("pods-resize").await;
+    let full = "dd if=/dev/zero of=/data/x bs=1M count=24 2>/dev/null; \
+                while test ! -e /data/free; do sleep 0.2; done; rm /data/x; sleep 1000";
+    let spec = json!({
+        "terminationGracePeriodSeconds": 0,
+        "resources": {"limits": {"cpu": "500m", "memory": "64Mi"}, "requests": {"cpu": "100m", "memory": "32Mi"}},
+        "volumes": [{"name": "data", "emptyDir": {"medium": "Memory"}}],
+        "containers": [with(sh("c", full), json!({"volumeMounts": [{"name": "data", "mountPath": "/data"}]}))]});
+    let first = world.ready_pod("sized", spec).await;
+    assert_eq!(first["status"]["resources"]["limits"]["memory"], "64Mi", "{:#}", first["status"]);
+    assert_eq!(first["status"]["allocatedResources"]["memory"], "32Mi", "{:#}", first["status"]);
+    assert_eq!(pod_memory(&world, &first), ["67108864"]);
+    let path = world.cluster.path("pods/sized/resize");
+    let resize = async |resources: serde_json::Value| {
+        let body = json!({"spec": {"resources": resources}});
+        let kind = "application/merge-patch+json";
+        let (code, answer) = world.cluster.admin.patch(&path, kind, body).await;
+        assert_eq!(code, 200, "{answer}");
+    };
+    let settled = |pod: &serde_json::Value, memory: &str| {
+        pod["status"]["resources"]["limits"]["memory"] == memory
+            && condition(pod, "PodResizePending").is_none()
+            && condition(pod, "PodResizeInProgress").is_none()
+    };
+
+    resize(json!({"limits": {"memory": "96Mi"}})).await;
+    let pod = world.cluster.pod_until("sized", "resized", |p| settled(p, "96Mi")).await;
+    assert_eq!(pod_memory(&world, &pod), ["100663296"]);
+    assert_eq!(container(&pod, "c")["containerID"], container(&first, "c")["containerID"]);
+    assert!(world.event("sized", "ResizeStarted").await.contains("\"generation\":2"));
+    world.event("sized", "ResizeCompleted").await;
+
+    // More than there is waits, also over a restart.
+    resize(json!({"requests": {"cpu": "400m", "memory": "16Ti"}, "limits": {"memory": "16Ti"}}))
+        .await;
+    let pending = |p: &serde_json::Value| condition(p, "PodResizePending") == Some("True");
+    let waits = world.cluster.pod_until("sized", "deferred", pending).await;
+    let said = |p: &serde_json::Value| {
+        let all = p["status"]["conditions"].as_array().cloned().unwrap_or_default();
+        all.into_iter().find(|c| c["type"] == "PodResizePending").unwrap_or_default()
+    };
+    assert_eq!(said(&waits)["reason"], "Deferred", "{:#}", waits["status"]);
+    assert_eq!(waits["status"]["allocatedResources"]["cpu"], "100m", "{:#}", waits["status"]);
+    world.event("sized", "ResizeDeferred").await;
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    world.ready_pod("other", json!({"containers": [idle("c")]})).await;
+    let still = world.cluster.read_pod("sized").await.unwrap();
+    assert_eq!(said(&still), said(&waits));
+    assert_eq!(pod_memory(&world, &still), ["100663296"]);
+
+    // Less than is in use is not set, until it is not in use any more.
+    let path = world.cluster.path("pods/sized/resize");
+    let body = json!({"spec": {"resources": {"requests": {"cpu": "100m", "memory": "8Mi"}, "limits": {"memory": "16Mi"}}}});
+    let (code, answer) =
+        world.cluster.admin.patch(&path, "application/merge-patch+json", body).await;
+    assert_eq!(code, 200, "{answer}");
+    let failing = world
+        .cluster
+        .pod_until("sized", "in use", |p| {
+            condition(p, "PodResizeInProgress") == Some("True")
+                && p.to_string().contains("below current usage")
+        })
+        .await;
+    assert!(condition(&failing, "PodResizePending").is_none(), "{:#}", failing["status"]);
+    assert_eq!(pod_memory(&world, &failing), ["100663296"]);
+    let uid = first["metadata"]["uid"].as_str().unwrap();
+    let data = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/data");
+    std::fs::write(world.node.path(&data).join("free"), "").unwrap();
+    let pod = world.cluster.pod_until("sized", "shrunk", |p| settled(p, "16Mi")).await;
+    assert_eq!(pod_memory(&world, &pod), ["16777216"]);
+    assert_eq!(container(&pod, "c")["containerID"], container(&first, "c")["containerID"]);
+    world.end(&["sized", "other"]).await;
+}

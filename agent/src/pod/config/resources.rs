@@ -1,11 +1,13 @@
 //! Requests and limits as the kernel's numbers: CPU shares and quota, memory limits, OOM scores.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use cri_shim::api::{HugepageLimit, LinuxContainerResources};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 
 use crate::node_context::NodeContext;
 use crate::pod::qos::qos_class;
-use crate::pod::quantity::{amount, cpu_milli, value};
+use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
 use crate::pod::spec::{init_containers, is_sidecar, spec_of};
 
 /// Bounds of cgroup v1 `cpu.shares`.
@@ -82,14 +84,20 @@ pub fn container_resources(
 ) -> LinuxContainerResources {
     let resources = container.resources.as_ref();
     let limits = resources.and_then(|r| r.limits.as_ref());
+    // A container without a limit of its own is told the pod's (KEP-2837), by which runtimes size
+    // themselves.
+    let pods = spec_of(pod).resources.as_ref().and_then(|r| r.limits.as_ref());
+    let limit = |of: fn(Option<&ResourceList>) -> Option<i64>| {
+        of(limits).filter(|own| *own > 0).or_else(|| of(pods)).unwrap_or(0)
+    };
     let mut linux = LinuxContainerResources {
         cpu_shares: cpu_shares(cpu_request(resources)),
-        memory_limit_in_bytes: amount(limits, "memory").unwrap_or(0),
+        memory_limit_in_bytes: limit(|list| amount(list, "memory")),
         oom_score_adj: oom_score_adj(pod, container, node.capacity_memory),
         ..Default::default()
     };
     if node.cpu_cfs_quota {
-        linux.cpu_quota = cpu_quota(cpu_milli(limits).unwrap_or(0), node.cpu_cfs_period_us);
+        linux.cpu_quota = cpu_quota(limit(cpu_milli), node.cpu_cfs_period_us);
         linux.cpu_period = i64::try_from(node.cpu_cfs_period_us).unwrap_or(100_000);
     }
     for (name, quantity) in limits.into_iter().flatten() {
@@ -121,6 +129,18 @@ pub struct PodLimits {
     pub cpu_quota: Option<i64>,
     /// Bytes; `None` where a container has no memory limit.
     pub memory: Option<i64>,
+}
+
+impl PodLimits {
+    /// Room for both: what is set while one turns into the other.
+    pub fn room_for(self, other: Self) -> Self {
+        let both = |a: Option<i64>, b: Option<i64>| a.zip(b).map(|(a, b)| a.max(b));
+        Self {
+            cpu_shares: self.cpu_shares.max(other.cpu_shares),
+            cpu_quota: both(self.cpu_quota, other.cpu_quota),
+            memory: both(self.memory, other.memory),
+        }
+    }
 }
 
 /// Sums over the pod as the scheduler counts them: containers and sidecars together, or the
@@ -185,40 +205,96 @@ pub fn pod_requests(pod: &Pod) -> PodSums {
     sums
 }
 
+/// `resource` in `list`: milli-CPUs, bytes, or a count.
+fn named(list: Option<&ResourceList>, resource: &str) -> Option<i64> {
+    if resource == "cpu" { cpu_milli(list) } else { amount(list, resource) }
+}
+
+/// What the pod may use of `resource`: what it says itself, else the sum over its containers where
+/// every one has a limit.
+fn pod_limit(pod: &Pod, resource: &str) -> Option<i64> {
+    let spec = spec_of(pod);
+    let own = spec.resources.as_ref().and_then(|r| r.limits.as_ref());
+    if let Some(own) = named(own, resource) {
+        return Some(own);
+    }
+    let of = |c: &Container| {
+        named(c.resources.as_ref().and_then(|r| r.limits.as_ref()), resource).filter(|v| *v > 0)
+    };
+    let mut all = spec.containers.iter().chain(init_containers(spec));
+    if !all.all(|c| of(c).is_some()) {
+        return None;
+    }
+    let over = named(spec.overhead.as_ref(), resource).unwrap_or(0);
+    Some(fold(pod, |c| of(c).unwrap_or(0), over))
+}
+
+/// Resources of the pod as a whole, for its status: what it requests of everything that is
+/// requested, and the CPU and memory that it may use.
+pub fn pod_resources(pod: &Pod) -> ResourceRequirements {
+    let spec = spec_of(pod);
+    let lists = |r: &ResourceRequirements| [r.requests.clone(), r.limits.clone()];
+    let all = || init_containers(spec).iter().chain(&spec.containers);
+    let written: Vec<ResourceList> = all()
+        .filter_map(|c| c.resources.as_ref())
+        .chain(&spec.resources)
+        .flat_map(lists)
+        .flatten()
+        .chain(spec.overhead.clone())
+        .collect();
+    // As somebody wrote it, if the amount is the same: people look for what they wrote.
+    let text = |resource: &str, amount: i64| {
+        let same = |list: &&ResourceList| named(Some(list), resource) == Some(amount);
+        let found = written.iter().find(same).and_then(|list| list.get(resource)).cloned();
+        found.unwrap_or_else(|| match resource {
+            "cpu" => milli_text(amount),
+            _ => bytes_text(amount),
+        })
+    };
+    let sums = pod_requests(pod);
+    let names: BTreeSet<&String> = written.iter().flat_map(BTreeMap::keys).collect();
+    let requests = names.into_iter().filter_map(|name| {
+        let sum = match name.as_str() {
+            "cpu" => sums.cpu,
+            "memory" => sums.memory,
+            other => {
+                let of = |c: &Container| {
+                    let requests = c.resources.as_ref().and_then(|r| r.requests.as_ref());
+                    amount(requests, other).unwrap_or(0)
+                };
+                let own = spec.resources.as_ref().and_then(|r| r.requests.as_ref());
+                let over = amount(spec.overhead.as_ref(), other).unwrap_or(0);
+                match amount(own, other) {
+                    Some(own) => own.saturating_add(over),
+                    None => fold(pod, of, over),
+                }
+            }
+        };
+        (sum > 0).then(|| (name.clone(), text(name, sum)))
+    });
+    let limits = ["cpu", "memory"].into_iter().filter_map(|name| {
+        Some((name.to_owned(), text(name, pod_limit(pod, name).filter(|v| *v > 0)?)))
+    });
+    let some = |list: ResourceList| (!list.is_empty()).then_some(list);
+    ResourceRequirements {
+        requests: some(requests.collect()),
+        limits: some(limits.collect()),
+        ..ResourceRequirements::default()
+    }
+}
+
 /// Limits of the pod's own cgroup: a limit holds for the pod only where every container has one.
 pub fn pod_limits(pod: &Pod, node: &NodeContext) -> PodLimits {
-    let spec = spec_of(pod);
-    let all = || spec.containers.iter().chain(init_containers(spec));
-    let limit = |resource: &str| {
-        if let Some(own) = spec.resources.as_ref().and_then(|r| r.limits.as_ref()) {
-            let own =
-                if resource == "cpu" { cpu_milli(Some(own)) } else { amount(Some(own), resource) };
-            if own.is_some() {
-                return own;
-            }
-        }
-        let of = |c: &Container| {
-            let limits = c.resources.as_ref().and_then(|r| r.limits.as_ref());
-            if resource == "cpu" { cpu_milli(limits) } else { amount(limits, resource) }
-                .filter(|v| *v > 0)
-        };
-        if !all().all(|c| of(c).is_some()) {
-            return None;
-        }
-        let over = spec.overhead.as_ref();
-        let over = if resource == "cpu" { cpu_milli(over) } else { amount(over, resource) };
-        Some(fold(pod, |c| of(c).unwrap_or(0), over.unwrap_or(0)))
-    };
     PodLimits {
         cpu_shares: if qos_class(pod) == "BestEffort" {
             MIN_SHARES
         } else {
             cpu_shares(pod_requests(pod).cpu)
         },
-        cpu_quota: limit("cpu")
+        cpu_quota: pod_limit(pod, "cpu")
             .filter(|_| node.cpu_cfs_quota)
             .map(|milli| cpu_quota(milli, node.cpu_cfs_period_us)),
-        memory: limit("memory"),
+        memory: pod_limit(pod, "memory"),
     }
 }
 
@@ -268,6 +344,48 @@ mod tests {
             pod_limits(&one, &node),
             PodLimits { cpu_shares: 512, cpu_quota: None, memory: None }
         );
+    }
+
+    #[test]
+    fn pods_have_resources_of_their_own() {
+        let node = NodeContext::new("n", vec![]);
+        let pod =
+            pod(r#"{"resources":{"requests":{"cpu":"1"},"limits":{"cpu":"2","memory":"1Gi"}},
+            "containers":[{"name":"a","resources":{"limits":{"memory":"512Mi"}}},{"name":"b"}]}"#);
+        assert_eq!(
+            pod_limits(&pod, &node),
+            PodLimits { cpu_shares: 1024, cpu_quota: Some(200_000), memory: Some(1 << 30) }
+        );
+        // A container without a limit is told the pod's.
+        let given = |n: usize| {
+            let linux = container_resources(&pod, &spec_of(&pod).containers[n], &node, false);
+            (linux.cpu_quota, linux.memory_limit_in_bytes)
+        };
+        assert_eq!([given(0), given(1)], [(200_000, 512 << 20), (200_000, 1 << 30)]);
+    }
+
+    #[test]
+    fn statuses_tell_what_the_pod_has_as_a_whole() {
+        for (spec, expected) in [
+            (r#"{"containers":[{"name":"a"}]}"#, "{}"),
+            (
+                r#"{"containers":[{"name":"a","resources":{"requests":{"cpu":"0.1","memory":"64M"}}}]}"#,
+                r#"{"requests":{"cpu":"0.1","memory":"64M"}}"#,
+            ),
+            (
+                r#"{"containers":[{"name":"a","resources":{"limits":{"cpu":"500m","memory":"64Mi"}}},
+                    {"name":"b","resources":{"limits":{"cpu":"1","memory":"1Gi"},"requests":{"cpu":"250m","ephemeral-storage":"1Gi"}}}]}"#,
+                r#"{"limits":{"cpu":"1500m","memory":"1088Mi"},"requests":{"cpu":"750m","ephemeral-storage":"1Gi","memory":"1088Mi"}}"#,
+            ),
+            (
+                r#"{"resources":{"requests":{"cpu":"1"},"limits":{"memory":"1Gi"}},"overhead":{"cpu":"250m"},
+                    "containers":[{"name":"a","resources":{"requests":{"memory":"1Mi"}}}]}"#,
+                r#"{"limits":{"memory":"1Gi"},"requests":{"cpu":"1250m","memory":"1Mi"}}"#,
+            ),
+        ] {
+            let found = serde_json::to_string(&pod_resources(&pod(spec))).unwrap();
+            assert_eq!(found, expected, "{spec}");
+        }
     }
 
     #[test]

@@ -3,11 +3,17 @@
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
 use super::{StatusInput, initialized, time};
+use crate::pod::allocation::{IN_PROGRESS, PENDING};
+use crate::pod::facts::ResizeFacts;
 use crate::pod::spec::{init_containers, is_sidecar, spec_of};
 
 /// Conditions that the node sets; all others belong to their owners and are kept.
 pub(super) const OWNED: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+fn owned(kind: &str) -> bool {
+    OWNED.contains(&kind) || [PENDING, IN_PROGRESS].contains(&kind)
+}
 
 /// Status, reason and message of a condition.
 type Verdict = (bool, Option<&'static str>, Option<String>);
@@ -61,9 +67,40 @@ pub(super) fn conditions(
             }
         })
         .collect();
+    all.extend(resize(input, before));
     let foreign = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
-    all.extend(foreign.into_iter().flatten().filter(|c| !OWNED.contains(&&*c.type_)).cloned());
+    all.extend(foreign.into_iter().flatten().filter(|c| !owned(&c.type_)).cloned());
     all
+}
+
+/// How far a resize has come; no condition where there is none.
+fn resize(
+    input: StatusInput<'_>,
+    before: impl Fn(&str) -> Option<PodCondition>,
+) -> impl Iterator<Item = PodCondition> {
+    let ResizeFacts { pending, progress, .. } = &input.facts.resize;
+    let condition = |kind: &str, reason: Option<&str>, message: Option<&String>, generation| {
+        let since = before(kind)
+            .filter(|old| old.reason.as_deref() == reason)
+            .and_then(|old| old.last_transition_time);
+        PodCondition {
+            type_: kind.to_owned(),
+            status: "True".to_owned(),
+            reason: reason.map(str::to_owned),
+            message: message.cloned(),
+            last_transition_time: Some(since.unwrap_or_else(|| time(input.now))),
+            last_probe_time: None,
+            observed_generation: generation,
+        }
+    };
+    let pending = pending
+        .as_ref()
+        .map(|p| condition(PENDING, Some(&p.reason), Some(&p.message), p.generation));
+    let progress = progress.as_ref().map(|p| {
+        let reason = p.error.is_some().then_some("Error");
+        condition(IN_PROGRESS, reason, p.error.as_ref(), p.generation)
+    });
+    [pending, progress].into_iter().flatten()
 }
 
 fn list(names: &[&str]) -> String {

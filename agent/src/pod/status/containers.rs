@@ -166,6 +166,11 @@ impl ContainerView<'_> {
             }
         };
         let resources = container.resources.clone();
+        let allocated = resources.as_ref().and_then(|r| r.requests.clone());
+        let resources = match self.input.facts.resize.has.get(&latest.id) {
+            Some(has) if latest.state == ContainerState::Running => has.clone(),
+            _ => resources,
+        };
         ContainerStatus {
             name: container.name.clone(),
             image: latest.image.clone(),
@@ -173,7 +178,7 @@ impl ContainerView<'_> {
             container_id: Some(format!("{runtime}://{}", latest.id)),
             restart_count: i32::try_from(latest.attempt).unwrap_or(i32::MAX),
             state: Some(state),
-            allocated_resources: resources.as_ref().and_then(|r| r.requests.clone()),
+            allocated_resources: allocated,
             resources,
             user: latest.user.as_ref().map(|user| ContainerUser {
                 linux: Some(LinuxContainerUser {

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use super::config::resources::pod_resources;
 use super::facts::Facts;
 use super::observed::Observed;
 use super::plan::{BackingOff, usable_sandbox};
@@ -110,6 +111,7 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
         })
         .collect();
 
+    let resources = pod_resources(pod);
     let mut status = PodStatus {
         observed_generation: pod.metadata.generation,
         qos_class: Some(qos_class(pod).to_owned()),
@@ -119,6 +121,8 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
         init_container_statuses: none_if_empty(init_statuses),
         container_statuses: none_if_empty(main_statuses),
         ephemeral_container_statuses: none_if_empty(ephemeral_statuses),
+        allocated_resources: resources.requests.clone(),
+        resources: Some(resources),
         // The scheduler's and other parties' fields pass through.
         nominated_node_name: previous.and_then(|p| p.nominated_node_name.clone()),
         resource_claim_statuses: previous.and_then(|p| p.resource_claim_statuses.clone()),

@@ -28,6 +28,7 @@ mod converge;
 mod explaining;
 mod lifecycle;
 mod probing;
+mod resizing;
 mod status;
 
 #[derive(Default)]
@@ -260,6 +261,7 @@ async fn begin(
         pod_logs_dir: dir.path().join("logs"),
         container_logs_dir: dir.path().join("links"),
         runtime_rotates_logs: true,
+        allocatable_milli_cpu: 4000,
         ..NodeContext::new("n", vec!["192.168.0.1".parse().unwrap()])
     });
     let sync = SyncLoop::new(

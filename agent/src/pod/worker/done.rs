@@ -2,8 +2,8 @@
 
 use cri_shim::api;
 
-use super::Worker;
 use super::sandbox::Made;
+use super::{Worker, resize};
 use crate::pod::facts::{ReadyImage, Step};
 use crate::pod::images::ImageFailure;
 use crate::pod::observed::{Container, ContainerId, Sandbox, SandboxId};
@@ -35,6 +35,8 @@ pub(super) enum Done {
     Started(Start, Option<Box<api::ContainerStatus>>, Result<(), StartFailure>),
     /// An instance was ended, or not.
     Killed(ContainerId, Result<(), String>),
+    /// Resources were put into effect, or not; with the number of earlier failures.
+    Resized(u32, resize::Job, Result<(), String>),
     /// Work that the pod does not wait for.
     Nothing,
     /// Dead instances and old sandboxes were removed.
@@ -51,6 +53,7 @@ impl Worker {
             Done::Image(name, count, result) => self.image_done(name, count, result),
             Done::Started(start, status, result) => self.started(start, status, result),
             Done::Killed(id, result) => self.killed(id, result),
+            Done::Resized(count, job, result) => self.resize_done(count, job, result),
             Done::Nothing => {}
             Done::Collected(containers, sandboxes) => {
                 self.observed.containers.retain(|c| !containers.contains(&c.id));

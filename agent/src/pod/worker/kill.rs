@@ -139,6 +139,7 @@ fn message(name: &str, cause: KillCause, again: bool) -> (String, bool) {
         KillCause::Changed => {
             (format!("Container {name} definition changed, will be restarted"), true)
         }
+        KillCause::Resized => (format!("Container {name} resize requires restart"), true),
         KillCause::Probe(ProbeKind::Startup) => {
             restarts(format!("Container {name} failed startup probe"))
         }

@@ -13,6 +13,7 @@ use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
+use super::allocation::{Allocation, Pending, Progress};
 use super::deps::Deps;
 use super::explain::Explanation;
 use super::facts::{Facts, Failure, ProbeKind, Step};
@@ -54,7 +55,7 @@ const SANDBOX_PATIENCE: SignedDuration = SignedDuration::from_secs(5);
 #[derive(Debug)]
 pub(crate) enum Message {
     /// The object changed.
-    Pod(Arc<Pod>),
+    Pod(Arc<Pod>, Option<Pending>),
     /// The pod is no longer wanted: end it and leave nothing.
     Remove,
     /// Something happened to this sandbox or container of the pod.
@@ -100,6 +101,8 @@ pub(crate) struct Begin {
     pub(crate) remove: bool,
     /// It is refused.
     pub(crate) verdict: Option<Verdict>,
+    /// It asks for more than it has.
+    pub(crate) pending: Option<Pending>,
     /// Told once the pod uses nothing of the node any more.
     pub(crate) over: mpsc::UnboundedSender<PodUid>,
 }
@@ -152,8 +155,8 @@ pub(crate) struct Worker {
     over: Option<mpsc::UnboundedSender<PodUid>>,
     probes: HashMap<(ContainerId, ProbeKind), probes::Running>,
     objects: Option<broadcast::Receiver<ObjectRef>>,
-    /// Resources that running instances have.
-    resources: HashMap<ContainerId, cri_shim::api::LinuxContainerResources>,
+    /// What the pod's cgroup and running instances have.
+    resources: resize::Given,
 }
 
 impl Worker {
@@ -167,6 +170,12 @@ impl Worker {
         let saved = if begin.adopt { deps.store.load(&uid) } else { None };
         let previous = saved.or_else(|| begin.pod.status.clone());
         let now = deps.clock.now();
+        let conditions = previous.as_ref().and_then(|s| s.conditions.as_ref());
+        // How far an earlier agent came is not known.
+        let progress = Progress::of(conditions);
+        let resources = resize::Given::new(progress.is_some());
+        let mut facts = Facts::default();
+        (facts.resize.pending, facts.resize.progress) = (begin.pending, progress);
         let start_time = previous.as_ref().and_then(|s| s.start_time.as_ref()).map_or(now, |t| t.0);
         Self {
             deps,
@@ -180,7 +189,7 @@ impl Worker {
             verdict: begin.verdict,
             observed: Observed::default(),
             stale: Stale { all: begin.adopt, ..Default::default() },
-            facts: Facts::default(),
+            facts,
             backing_off: Vec::new(),
             shown_backing_off: HashMap::new(),
             previous,
@@ -199,7 +208,7 @@ impl Worker {
             over: Some(begin.over),
             probes: HashMap::new(),
             objects: None,
-            resources: HashMap::new(),
+            resources,
         }
     }
 
@@ -285,7 +294,7 @@ impl Worker {
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Pod(pod) => self.pod_changed(pod),
+            Message::Pod(pod, pending) => self.pod_changed(pod, pending),
             Message::Remove => self.remove = true,
             Message::Look(id) => {
                 self.stale.ids.insert(id);
@@ -310,7 +319,11 @@ impl Worker {
         self.verdict = Some(verdict);
     }
 
-    fn pod_changed(&mut self, pod: Arc<Pod>) {
+    fn pod_changed(&mut self, pod: Arc<Pod>, pending: Option<Pending>) {
+        self.facts.resize.pending = pending;
+        if !Allocation::asked(&self.pod).is_asked_by(&pod) {
+            self.resized(pod.metadata.generation);
+        }
         self.pod = pod;
         if self.state == State::Terminating
             && self.pod.metadata.deletion_timestamp.is_some()
@@ -406,14 +419,14 @@ impl Worker {
         for action in plan.actions {
             self.begin(action);
         }
-        self.reconcile_resources();
+        let resize_at = self.reconcile_resources(now);
         self.reconcile_probes();
         let status = self.publish(now, Ending::Not);
         if is_terminal(status.phase.as_deref()) {
             self.begin_end(now);
             return None;
         }
-        [plan.wake_at, deadline].into_iter().flatten().min()
+        [plan.wake_at, deadline, resize_at].into_iter().flatten().min()
     }
 
     fn begin(&mut self, action: Action) {
@@ -557,7 +570,7 @@ impl Worker {
             self.told = true;
             if self.source.is_some() {
                 self.deps.statuses.publish(&self.pod, status.clone());
-                self.deps.store.save(&self.uid, &status);
+                self.deps.store.save(&self.uid, &status, Allocation::asked(&self.pod));
             }
             self.previous = Some(status.clone());
         }

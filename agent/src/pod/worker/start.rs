@@ -85,6 +85,7 @@ impl Worker {
             outbox: self.outbox.clone(),
             start: start.clone(),
         };
+        self.resources.made(&self.pod, &job.container, &self.deps);
         self.facts.starting.insert(start.name.clone());
         self.begin_task(async move {
             let kind = match start.kind {
