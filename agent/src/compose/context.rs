@@ -242,8 +242,7 @@ fn total_memory() -> Option<u64> {
 fn existing(path: &Path) -> &Path {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
-/// Of the four features that a kubelet 1.36 declares those that are here, in order.
-/// `RestartAllContainersOnContainerExits` is not.
+/// The features that a kubelet 1.36 declares and that are here, in order.
 fn declared_features(streams: bool) -> Vec<String> {
     // The built-in runtime's streaming server speaks what kubelet would have to translate.
     let streams = streams.then_some("ExtendWebSocketsToKubelet");
@@ -252,6 +251,7 @@ fn declared_features(streams: bool) -> Vec<String> {
         .chain([
             "InPlacePodLevelResourcesVerticalScaling",
             "InPlacePodVerticalScalingInitContainers",
+            "RestartAllContainersOnContainerExits",
         ])
         .map(String::from)
         .collect()

@@ -10,7 +10,9 @@ use k8s_openapi::api::core::v1::{
 use super::config::resources::{PodSums, pod_requests};
 use super::config::security::check_apparmor;
 use super::qos::qos_class;
-use super::spec::{has_critical_priority, host_network, init_containers, is_static, spec_of};
+use super::spec::{
+    RESTART_ALL, has_critical_priority, host_network, init_containers, is_static, spec_of,
+};
 use super::status::Verdict;
 use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
@@ -353,7 +355,7 @@ fn unsupported_in(container: &Container) -> Option<String> {
         }
     }
     let rules = container.restart_policy_rules.iter().flatten();
-    if let Some(rule) = rules.into_iter().find(|r| r.action != "Restart") {
+    if let Some(rule) = rules.into_iter().find(|r| !matches!(&*r.action, "Restart" | RESTART_ALL)) {
         return Some(format!("restartPolicyRules action {}", rule.action));
     }
     let from_file = container

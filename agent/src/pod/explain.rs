@@ -533,6 +533,9 @@ fn action(action: &Action) -> String {
         Action::Start(start) => {
             format!("start container {} (restart {})", start.name, start.attempt)
         }
+        Action::Reset { .. } => {
+            "remove all containers, to start the pod again (RestartAllContainers)".to_owned()
+        }
         Action::Kill { name, cause, .. } => {
             let why = match cause {
                 KillCause::Probe(kind) => {
@@ -540,6 +543,9 @@ fn action(action: &Action) -> String {
                 }
                 KillCause::Changed => "the pod names another image".to_owned(),
                 KillCause::Resized => "its new resources need a restart (resizePolicy)".to_owned(),
+                KillCause::RestartAll => {
+                    "the end of another one restarts all (RestartAllContainers)".to_owned()
+                }
                 KillCause::Unknown => "the runtime lost track of it".to_owned(),
                 KillCause::SandboxChanged => "its sandbox is gone".to_owned(),
                 KillCause::PodEnds => "the pod's work is over".to_owned(),

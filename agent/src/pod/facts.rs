@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ResourceRequirements;
 
 use super::allocation::{Pending, Progress};
+use super::backoff::Restart;
 use super::observed::ContainerId;
 
 /// Which of a container's probes.
@@ -125,6 +126,12 @@ pub struct Facts {
     pub known_restarts: BTreeMap<String, u32>,
     /// What the probes say.
     pub probes: ProbeFacts,
+    /// The removal of all instances, so that the whole pod starts again.
+    pub reset: Step,
+    /// Containers whose instances were removed for that and that have none since.
+    pub was_reset: HashSet<String>,
+    /// When those of them may start whose end was the cause, and what wait they carry then.
+    pub waits: BTreeMap<String, Restart>,
     /// Resources that change while containers run.
     pub resize: ResizeFacts,
 }

@@ -10,9 +10,12 @@ use super::facts::{Facts, ProbeKind};
 use super::observed::{Container, ContainerId, ContainerState, Observed, Sandbox, SandboxId};
 use super::spec::{
     ContainerKind, RestartPolicy, container_policy, ephemeral_as_container, host_network,
-    init_containers, init_kind, is_sidecar, restart_policy, restarts_after, spec_of,
+    init_containers, init_kind, is_sidecar, restart_policy, restarts_after, restarts_all, spec_of,
 };
 use super::status::PULL_ERROR_SHOWN_SECONDS;
+
+/// A start that follows no crash.
+const NO_WAIT: Restart = Restart { due: Timestamp::MIN, wait: 0, next: 0 };
 
 /// Why a container is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,6 +26,8 @@ pub enum KillCause {
     Changed,
     /// It has other resources now, and its `resizePolicy` asks for a restart.
     Resized,
+    /// Another one ended by a rule that starts the whole pod again (KEP-5532).
+    RestartAll,
     /// The runtime lost track of it: ended before another is started in its place.
     Unknown,
     /// Its sandbox is gone; it is made anew in another one.
@@ -50,6 +55,13 @@ pub enum Action {
     },
     /// Create and start a container.
     Start(Start),
+    /// Remove all instances, none of which runs, in this order, so that the pod starts again.
+    Reset {
+        /// The instances; those whose end is the cause last, so that it is known until then.
+        ids: Vec<ContainerId>,
+        /// When containers may start that caused it.
+        waits: Vec<(String, Restart)>,
+    },
     /// End one instance.
     Kill {
         /// The instance.
@@ -158,6 +170,17 @@ fn sandbox_wanted(spec: &PodSpec, observed: &Observed, facts: &Facts) -> bool {
     unfinished || running
 }
 
+/// The latest instances whose end starts the whole pod again; none where it goes on as it is.
+pub fn restart_all_causes<'a>(spec: &PodSpec, observed: &'a Observed) -> Vec<&'a Container> {
+    let all = spec.containers.iter().chain(init_containers(spec));
+    all.filter_map(|c| {
+        let latest = observed.latest(&c.name)?;
+        let cause = latest.state == ContainerState::Exited && restarts_all(c, latest.exit_code);
+        cause.then_some(latest)
+    })
+    .collect()
+}
+
 /// Whether an init container failed for good.
 pub fn init_failed(spec: &PodSpec, observed: &Observed) -> bool {
     init_containers(spec).iter().filter(|c| !is_sidecar(c)).any(|c| {
@@ -205,6 +228,11 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn run(&mut self) -> Plan {
         let mut plan = Plan::default();
+        let causes = restart_all_causes(self.spec, self.observed);
+        if !causes.is_empty() {
+            self.restart_all(&mut plan, &causes);
+            return plan;
+        }
         if work_done(self.spec, self.observed, self.facts) {
             self.end_sidecars(&mut plan);
             return plan;
@@ -236,6 +264,44 @@ impl Planner<'_> {
             self.mains(&mut plan, sandbox.as_ref());
         }
         plan
+    }
+
+    /// Ends what still runs, then has all instances removed: without any the pod starts as a new one
+    /// does, in the same sandbox and with the same volumes. Ephemeral containers are left alone.
+    fn restart_all(&self, plan: &mut Plan, causes: &[&Container]) {
+        let inits = init_containers(self.spec);
+        let of = |containers: &[SpecContainer], instance: &Container| {
+            containers.iter().any(|c| c.name == *instance.name)
+        };
+        let own = |i: &&Container| of(&self.spec.containers, i) || of(inits, i);
+        let instances: Vec<&Container> = self.observed.containers.iter().filter(own).collect();
+        let mut alive = !self.facts.starting.is_empty();
+        for instance in &instances {
+            if matches!(instance.state, ContainerState::Running | ContainerState::Unknown) {
+                alive = true;
+                self.kill(plan, instance, KillCause::RestartAll);
+            }
+        }
+        if alive {
+            return;
+        }
+        if !self.facts.reset.due(self.now) {
+            if let Some(at) = self.facts.reset.retry_at() {
+                plan.wake(at);
+            }
+            return;
+        }
+        let cause = |i: &Container| causes.iter().any(|c| c.id == i.id);
+        let mut ids: Vec<_> = instances.iter().map(|i| ((cause(i), of(inits, i)), &i.id)).collect();
+        ids.sort_by_key(|(rank, _)| *rank);
+        let waits = causes.iter().map(|cause| {
+            let wait = plan_restart(cause, cause.finished_at, self.max_backoff);
+            (cause.name.to_string(), wait)
+        });
+        plan.actions.push(Action::Reset {
+            ids: ids.into_iter().map(|(_, id)| id.clone()).collect(),
+            waits: waits.collect(),
+        });
     }
 
     /// The pod's work is over: end its sidecars, the last one first (KEP-753).
@@ -396,11 +462,11 @@ impl Planner<'_> {
         if latest.is_some_and(|i| self.facts.killing.contains(&i.id)) {
             return;
         }
-        let restart = latest
-            .filter(|i| i.state != ContainerState::Created)
-            .map_or(Restart { due: Timestamp::MIN, wait: 0, next: 0 }, |last| {
-                self.restart(last, kind)
-            });
+        let restart = match latest {
+            Some(last) if last.state != ContainerState::Created => self.restart(last, kind),
+            Some(_) => NO_WAIT,
+            None => self.facts.waits.get(name).copied().unwrap_or(NO_WAIT),
+        };
         if restart.due > self.now {
             plan.wake(restart.due);
             let (wait, until) = (restart.wait, restart.due);
@@ -470,7 +536,7 @@ impl Planner<'_> {
         let restart = plan_restart(last, since, self.max_backoff);
         if kind == ContainerKind::Init && last.succeeded() {
             // Runs again for a new sandbox, not because it crashed.
-            return Restart { due: Timestamp::MIN, wait: 0, next: 0 };
+            return NO_WAIT;
         }
         restart
     }
@@ -484,6 +550,7 @@ impl Planner<'_> {
                 return true;
             }
             let failing = self.facts.failures.contains_key(&c.name)
+                || self.facts.waits.get(&c.name).is_some_and(|wait| wait.due > self.now)
                 || matches!(
                     self.facts.images.get(&c.name),
                     Some((super::facts::Step::Failed(_), _))

@@ -1,6 +1,8 @@
 //! Questions about a pod's spec that several decisions ask, answered once.
 
-use k8s_openapi::api::core::v1::{Container, EphemeralContainer, Pod, PodSpec};
+use k8s_openapi::api::core::v1::{
+    Container, ContainerRestartRule, EphemeralContainer, Pod, PodSpec,
+};
 
 /// Whether a finished container is started again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +72,31 @@ pub fn container_policy(spec: &PodSpec, container: &Container) -> RestartPolicy 
     }
 }
 
+/// The action of a rule that starts the whole pod again (KEP-5532).
+pub const RESTART_ALL: &str = "RestartAllContainers";
+
+/// The first of the container's rules that is about this exit code (KEP-5307).
+fn rule_for(container: &Container, exit_code: i32) -> Option<&ContainerRestartRule> {
+    container.restart_policy_rules.iter().flatten().find(|rule| {
+        rule.exit_codes.as_ref().is_some_and(|codes| {
+            let listed = codes.values.iter().flatten().any(|code| *code == exit_code);
+            if codes.operator == "NotIn" { !listed } else { listed }
+        })
+    })
+}
+
+/// Whether all containers of the pod are started again after `container` ended with `exit_code`.
+pub fn restarts_all(container: &Container, exit_code: i32) -> bool {
+    rule_for(container, exit_code).is_some_and(|rule| rule.action == RESTART_ALL)
+}
+
+/// Whether the end of a container may start all of the pod's again.
+pub fn may_restart_all(spec: &PodSpec) -> bool {
+    let all = spec.containers.iter().chain(init_containers(spec));
+    let mut rules = all.flat_map(|c| c.restart_policy_rules.iter().flatten());
+    rules.any(|rule| rule.action == RESTART_ALL)
+}
+
 /// Whether `container` is started again after it ended with `exit_code`. The container's rules
 /// come first, then its policy, then the pod's (KEP-5307).
 pub fn restarts_after(
@@ -81,13 +108,9 @@ pub fn restarts_after(
     if kind == ContainerKind::Ephemeral {
         return false;
     }
-    for rule in container.restart_policy_rules.iter().flatten() {
-        let Some(codes) = &rule.exit_codes else { continue };
-        let listed = codes.values.iter().flatten().any(|code| *code == exit_code);
-        let hit = if codes.operator == "NotIn" { !listed } else { listed };
-        if hit && rule.action == "Restart" {
-            return true;
-        }
+    let again = |rule: &ContainerRestartRule| matches!(&*rule.action, "Restart" | RESTART_ALL);
+    if rule_for(container, exit_code).is_some_and(again) {
+        return true;
     }
     match container_policy(spec, container) {
         RestartPolicy::Always if kind == ContainerKind::Init => exit_code != 0,

@@ -408,3 +408,43 @@ async fn pods_are_resized_in_place() {
     assert_eq!(container(&pod, "c")["containerID"], container(&first, "c")["containerID"]);
     world.end(&["sized", "other"]).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_one_container_starts_all_again() {
+    let world = World::new("pods-restart-all").await;
+    let mount = json!({"volumeMounts": [{"name": "data", "mountPath": "/data"}]});
+    let rules = json!([{"action": "RestartAllContainers", "exitCodes": {"operator": "In", "values": [88]}}]);
+    let watcher = "echo c >> /data/order; while test ! -e /data/again; do sleep 0.1; done; rm /data/again; exit 88";
+    let spec = json!({
+        "restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+        "volumes": [{"name": "data", "emptyDir": {}}],
+        "initContainers": [with(sh("i", "echo i >> /data/order"), mount.clone())],
+        "containers": [
+            with(with(sh("c", watcher), mount.clone()), json!({"restartPolicy": "Never", "restartPolicyRules": rules})),
+            with(sh("d", "echo d >> /data/order; trap '' TERM; while :; do sleep 1; done"), mount)]});
+    let first = world.ready_pod("again", spec).await;
+    assert_eq!(condition(&first, "AllContainersRestarting"), Some("False"));
+    let uid = first["metadata"]["uid"].as_str().unwrap();
+    let data = world
+        .node
+        .path(&format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/data"));
+    std::fs::write(data.join("again"), "").unwrap();
+    let again = world
+        .cluster
+        .pod_until("again", "started again", |p| {
+            ["i", "c", "d"].iter().all(|name| restarts(p, name) == 1)
+                && condition(p, "Ready") == Some("True")
+        })
+        .await;
+    assert_eq!(again["status"]["phase"], "Running");
+    assert_eq!(condition(&again, "AllContainersRestarting"), Some("False"));
+    assert_eq!(again["status"]["podIP"], first["status"]["podIP"], "the sandbox is the same");
+    let last = &container(&again, "d")["lastState"]["terminated"];
+    assert_eq!(last["reason"], "RestartingAllContainers", "{:#}", again["status"]);
+    // The volume is the same, and the order is that of a pod that starts.
+    let order = std::fs::read_to_string(data.join("order")).unwrap();
+    let order: Vec<&str> = order.lines().collect();
+    assert_eq!(order.len(), 6, "{order:?}");
+    assert_eq!((order[0], order[3]), ("i", "i"), "{order:?}");
+    world.end(&["again"]).await;
+}

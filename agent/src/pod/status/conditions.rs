@@ -5,14 +5,18 @@ use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 use super::{StatusInput, initialized, time};
 use crate::pod::allocation::{IN_PROGRESS, PENDING};
 use crate::pod::facts::ResizeFacts;
-use crate::pod::spec::{init_containers, is_sidecar, spec_of};
+use crate::pod::plan::restart_all_causes;
+use crate::pod::spec::{init_containers, is_sidecar, may_restart_all, spec_of};
 
 /// Conditions that the node sets; all others belong to their owners and are kept.
 pub(super) const OWNED: [&str; 5] =
     ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
+/// Condition of pods whose containers may all be started again by the end of one.
+const RESTARTING_ALL: &str = "AllContainersRestarting";
+
 fn owned(kind: &str) -> bool {
-    OWNED.contains(&kind) || [PENDING, IN_PROGRESS].contains(&kind)
+    OWNED.contains(&kind) || [PENDING, IN_PROGRESS, RESTARTING_ALL].contains(&kind)
 }
 
 /// Status, reason and message of a condition.
@@ -67,10 +71,39 @@ pub(super) fn conditions(
             }
         })
         .collect();
+    let since = |kind: &str, status: &str| {
+        let old = before(kind).filter(|c| c.status == status);
+        old.and_then(|c| c.last_transition_time).unwrap_or_else(|| time(input.now))
+    };
+    if may_restart_all(spec_of(input.pod)) {
+        let (on, reason, message) = restarting_all(input, phase);
+        let status = if on { "True" } else { "False" };
+        all.push(PodCondition {
+            type_: RESTARTING_ALL.to_owned(),
+            status: status.to_owned(),
+            reason: reason.map(str::to_owned),
+            message,
+            last_transition_time: Some(since(RESTARTING_ALL, status)),
+            ..PodCondition::default()
+        });
+    }
     all.extend(resize(input, before));
     let foreign = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     all.extend(foreign.into_iter().flatten().filter(|c| !owned(&c.type_)).cloned());
     all
+}
+
+fn restarting_all(input: StatusInput<'_>, phase: &str) -> Verdict {
+    match phase {
+        "Succeeded" => return (false, Some("PodCompleted"), None),
+        "Failed" => return (false, Some("PodFailed"), None),
+        _ => {}
+    }
+    if restart_all_causes(spec_of(input.pod), input.observed).is_empty() {
+        return (false, None, None);
+    }
+    let message = "container exited with restart policy rule".to_owned();
+    (true, Some("RestartAllContainersStarted"), Some(message))
 }
 
 /// How far a resize has come; no condition where there is none.
@@ -174,7 +207,10 @@ fn is_initialized(input: StatusInput<'_>, status: &PodStatus, phase: &str) -> Ve
         .filter(|(c, s)| if is_sidecar(c) { s.started != Some(true) } else { !s.ready })
         .map(|(c, _)| &*c.name)
         .collect();
-    if names.is_empty() {
+    let before = input.previous.and_then(|p| p.conditions.as_ref());
+    let was = before.into_iter().flatten().any(|c| c.type_ == OWNED[1] && c.status == "True");
+    // Initialized once is initialized, though its init containers may run again.
+    if names.is_empty() || was {
         return holds();
     }
     let message = format!("containers with incomplete status: {}", list(&names));

@@ -18,6 +18,9 @@ use crate::pod::status::Ending;
 /// For how many seconds a failed pull is shown as `ErrImagePull`, before `ImagePullBackOff`.
 pub(crate) const PULL_ERROR_SHOWN_SECONDS: i64 = 3;
 
+/// Reason of containers that were removed to start the pod again.
+pub(super) const RESTARTING_ALL: &str = "RestartingAllContainers";
+
 /// Exit code of a container whose own is not known.
 const UNKNOWN_EXIT_CODE: i32 = 137;
 
@@ -84,6 +87,22 @@ impl ContainerView<'_> {
         };
         if let Some(old) = old {
             let state = old.state.clone().unwrap_or_default();
+            let removed = self.input.facts.was_reset.contains(&container.name);
+            if removed && state.waiting.is_none() {
+                let why = "The container is removed because RestartAllContainers in place";
+                status.state = Some(waiting(RESTARTING_ALL, Some(why.into())));
+                status.last_state = Some(ApiState {
+                    terminated: Some(ContainerStateTerminated {
+                        reason: Some(RESTARTING_ALL.into()),
+                        message: Some(why.into()),
+                        exit_code: UNKNOWN_EXIT_CODE,
+                        ..Default::default()
+                    }),
+                    ..Default::default()
+                });
+                status.restart_count = status.restart_count.max(old.restart_count + 1);
+                return status;
+            }
             if state.terminated.is_some() {
                 return old.clone();
             }

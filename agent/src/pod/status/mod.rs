@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::config::resources::pod_resources;
 use super::facts::Facts;
 use super::observed::Observed;
-use super::plan::{BackingOff, usable_sandbox};
+use super::plan::{BackingOff, restart_all_causes, usable_sandbox};
 use super::qos::qos_class;
 use super::spec::{
     ContainerKind, ephemeral_as_container, host_network, init_containers, init_kind, is_sidecar,
@@ -19,7 +19,7 @@ use crate::node_context::NodeContext;
 mod conditions;
 mod containers;
 
-use containers::ContainerView;
+use containers::{ContainerView, RESTARTING_ALL};
 pub(crate) use containers::{PULL_ERROR_SHOWN_SECONDS, pod_label};
 
 /// A decision about the whole pod that its containers do not show.
@@ -192,7 +192,7 @@ fn phase_and_reason(status: &mut PodStatus, input: StatusInput<'_>, spec: &PodSp
         status.message = Some(verdict.message.clone());
         return;
     }
-    status.phase = Some(phase(input.pod, spec, status, input.ending).to_owned());
+    status.phase = Some(phase(input, spec, status).to_owned());
 }
 
 /// Counts of the pod's own containers.
@@ -227,8 +227,16 @@ fn initialized(status: &PodStatus) -> bool {
     status.container_statuses.iter().flatten().any(|s| is_running(s) || last_exit(s).is_some())
 }
 
-fn phase(pod: &Pod, spec: &PodSpec, status: &PodStatus, ending: Ending) -> &'static str {
+fn phase(input: StatusInput<'_>, spec: &PodSpec, status: &PodStatus) -> &'static str {
+    let StatusInput { pod, observed, ending, .. } = input;
     let mut t = Tally::default();
+    // Who is ended or removed to start the whole pod again has not ended for good.
+    let all_again = !restart_all_causes(spec, observed).is_empty();
+    let again = |s: &ContainerStatus| {
+        let ends = [s.state.as_ref(), s.last_state.as_ref()];
+        let mut ends = ends.into_iter().flatten().filter_map(|s| s.terminated.as_ref());
+        all_again || ends.any(|t| t.reason.as_deref() == Some(RESTARTING_ALL))
+    };
     let inits = init_containers(spec);
     for (c, s) in inits.iter().zip(status.init_container_statuses.iter().flatten()) {
         if is_sidecar(c) {
@@ -246,7 +254,7 @@ fn phase(pod: &Pod, spec: &PodSpec, status: &PodStatus, ending: Ending) -> &'sta
             // Waits to run once more (a new sandbox), or ended well before.
             Some(0) | None => t.pending_init += 1,
             Some(code) => {
-                t.init_failed |= !restarts_after(spec, c, ContainerKind::Init, code);
+                t.init_failed |= !again(s) && !restarts_after(spec, c, ContainerKind::Init, code);
             }
         }
     }
@@ -260,8 +268,8 @@ fn phase(pod: &Pod, spec: &PodSpec, status: &PodStatus, ending: Ending) -> &'sta
             Some(code) => {
                 t.stopped += 1;
                 t.succeeded += u32::from(code == 0);
-                let again = restarts_after(spec, c, ContainerKind::Main, code);
-                t.stopped_for_good += u32::from(!again);
+                let more = again(s) || restarts_after(spec, c, ContainerKind::Main, code);
+                t.stopped_for_good += u32::from(!more);
             }
         }
     }

@@ -60,6 +60,14 @@ fn apply(action: Action, observed: &mut Observed, facts: &mut Facts, now: Timest
             observed.containers.push(new);
             facts.images.remove(&start.name);
         }
+        Action::Reset { ids, .. } => {
+            for gone in observed.containers.iter().filter(|c| ids.contains(&c.id)) {
+                assert_ne!(gone.state, ContainerState::Running, "removed while it runs");
+                let known = facts.known_restarts.entry(gone.name.to_string()).or_default();
+                *known = (*known).max(gone.attempt + 1);
+            }
+            observed.containers.retain(|c| !ids.contains(&c.id));
+        }
         Action::Kill { id, .. } => end(observed, &id.0, 143, now),
     }
     observed.sort();

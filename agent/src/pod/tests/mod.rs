@@ -29,6 +29,7 @@ mod explaining;
 mod lifecycle;
 mod probing;
 mod resizing;
+mod restarting;
 mod status;
 
 #[derive(Default)]

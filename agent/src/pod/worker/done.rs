@@ -37,6 +37,8 @@ pub(super) enum Done {
     Killed(ContainerId, Result<(), String>),
     /// Resources were put into effect, or not; with the number of earlier failures.
     Resized(u32, resize::Job, Result<(), String>),
+    /// Instances were removed to start the pod again, all of them or not.
+    Reset(u32, Vec<ContainerId>, Result<(), String>),
     /// Work that the pod does not wait for.
     Nothing,
     /// Dead instances and old sandboxes were removed.
@@ -54,6 +56,7 @@ impl Worker {
             Done::Started(start, status, result) => self.started(start, status, result),
             Done::Killed(id, result) => self.killed(id, result),
             Done::Resized(count, job, result) => self.resize_done(count, job, result),
+            Done::Reset(count, removed, result) => self.reset_done(count, &removed, result),
             Done::Nothing => {}
             Done::Collected(containers, sandboxes) => {
                 self.observed.containers.retain(|c| !containers.contains(&c.id));
@@ -135,6 +138,8 @@ impl Worker {
             Ok(()) => {
                 self.facts.failures.remove(&name);
                 self.facts.known_restarts.remove(&name);
+                self.facts.was_reset.remove(&name);
+                self.facts.waits.remove(&name);
                 self.collect(&name);
             }
             Err(failure) => {

@@ -82,6 +82,8 @@ impl Worker {
             self.observed.container(id)?.annotations.get(names::POD_GRACE)?.parse().ok()
         });
         let seconds = match cause {
+            // Nobody is to have finished anything: the pod begins anew.
+            KillCause::RestartAll => return Duration::ZERO,
             KillCause::PodEnds if self.kill_at.is_some() && container.is_some() => {
                 return self.left();
             }
@@ -139,6 +141,10 @@ fn message(name: &str, cause: KillCause, again: bool) -> (String, bool) {
         KillCause::Changed => {
             (format!("Container {name} definition changed, will be restarted"), true)
         }
+        KillCause::RestartAll => (
+            format!("Stopping container {name}, as all are restarted (RestartAllContainers)"),
+            false,
+        ),
         KillCause::Resized => (format!("Container {name} resize requires restart"), true),
         KillCause::Probe(ProbeKind::Startup) => {
             restarts(format!("Container {name} failed startup probe"))

@@ -436,6 +436,7 @@ impl Worker {
             Action::CreateSandbox { attempt, stop } => self.create_sandbox(attempt, stop),
             Action::EnsureImage { name } => self.ensure_image(&name),
             Action::Start(start) => self.start(start),
+            Action::Reset { ids, waits } => self.reset(&ids, waits),
             Action::Kill { id, name, cause } => self.kill(id, &name, cause),
         }
     }

@@ -7,8 +7,9 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::{Done, State, Step, Worker};
 use crate::ids::PodUid;
+use crate::pod::backoff::Restart;
 use crate::pod::deps::Deps;
-use crate::pod::logs::{remove_container_logs, remove_pod_logs};
+use crate::pod::logs::{remove_container_logs, remove_instance_logs, remove_pod_logs};
 use crate::pod::observed::{Container, ContainerId, ContainerState, SandboxId, names};
 
 impl Worker {
@@ -47,6 +48,69 @@ impl Worker {
             self.deps.statuses.gone(&self.pod);
         }
         self.state = State::Gone;
+    }
+
+    /// Removes all instances, so that the pod starts again in the same sandbox.
+    pub(super) fn reset(&mut self, ids: &[ContainerId], waits: Vec<(String, Restart)>) {
+        let count = match &self.facts.reset {
+            Step::Failed(failure) => failure.count,
+            _ => 0,
+        };
+        self.facts.reset = Step::Busy;
+        self.facts.waits.extend(waits);
+        let gone = ids.iter().filter_map(|id| self.observed.container(id)).cloned();
+        let gone: Vec<Container> = gone.collect();
+        let (deps, pod) = (self.deps.clone(), self.pod.clone());
+        self.begin_task(async move {
+            let mut removed = Vec::new();
+            for instance in gone {
+                match deps.runtime.remove_container(instance.id.as_str()).await {
+                    Ok(()) => {}
+                    Err(error) if error.is_not_found() => {}
+                    Err(error) => {
+                        let text = format!("remove container {}: {error}", instance.name);
+                        return Done::Reset(count, removed, Err(text));
+                    }
+                }
+                // The log of the last instance of each is kept, for whoever asks what happened.
+                let kept = u32::try_from(deps.node.gc.dead_per_container).unwrap_or(u32::MAX);
+                if let Some(old) = instance.attempt.checked_sub(kept.max(1)) {
+                    let name = &instance.name;
+                    remove_instance_logs(&deps.node, &pod, name, old, &instance.id).await;
+                }
+                if let Some(words) = instance.annotations.get(names::MESSAGE_FILE) {
+                    let _ = tokio::fs::remove_file(words).await;
+                }
+                removed.push(instance.id);
+            }
+            Done::Reset(count, removed, Ok(()))
+        });
+    }
+
+    pub(super) fn reset_done(
+        &mut self,
+        count: u32,
+        removed: &[ContainerId],
+        result: Result<(), String>,
+    ) {
+        for id in removed {
+            let Some(instance) = self.observed.container(id) else { continue };
+            let (name, next) = (instance.name.to_string(), instance.attempt + 1);
+            let known = self.facts.known_restarts.entry(name.clone()).or_default();
+            *known = (*known).max(next);
+            self.facts.was_reset.insert(name);
+        }
+        self.observed.containers.retain(|c| !removed.contains(&c.id));
+        self.facts.reset = match result {
+            Ok(()) => {
+                self.facts.failures.clear();
+                Step::Wanted
+            }
+            Err(message) => {
+                tracing::warn!(pod = %self.uid, error = message, "cannot restart all containers");
+                Step::Failed(self.failure("RestartAllContainers", message, count, 1, 60))
+            }
+        };
     }
 
     /// Removes older dead instances of a container that was just started, and sandboxes that
