@@ -58,7 +58,7 @@ const DEFAULTS: &str = r#"{
 "cpuCFSQuotaPeriod": "100ms",
 "nodeStatusMaxImages": 50,
 "maxOpenFiles": 1000000,
-"contentType": "application/json",
+"contentType": "application/vnd.kubernetes.protobuf",
 "kubeAPIQPS": 50,
 "kubeAPIBurst": 100,
 "serializeImagePulls": true,
@@ -83,6 +83,7 @@ const DEFAULTS: &str = r#"{
 "containerLogMonitorInterval": "10s",
 "configMapAndSecretChangeDetectionStrategy": "Watch",
 "enforceNodeAllocatable": ["pods"],
+"podLogsDir": "/var/log/pods",
 "volumePluginDir": "/usr/libexec/kubernetes/kubelet-plugins/volume/exec/",
 "logging": {
     "format": "text",
@@ -106,12 +107,54 @@ const DEFAULTS: &str = r#"{
 "failCgroupV1": false
 }"#;
 
-/// Whether `value` says nothing where there is a default: upstream writes zero for "as usual".
-fn says_nothing(value: &Value) -> bool {
+/// Numbers of which zero is "as usual", as it is of every duration.
+const ZERO_IS_UNSET: [&str; 7] = [
+    "eventBurst",
+    "flushFrequency",
+    "kubeAPIBurst",
+    "maxOpenFiles",
+    "maxPods",
+    "nodeLeaseDurationSeconds",
+    "registryBurst",
+];
+
+/// Whether `value` of field `name` says nothing where there is a default.
+fn says_nothing(name: &str, value: &Value) -> bool {
     match value {
         Value::Null => true,
+        // Pods inherit nothing of the node's resolver then.
+        Value::String(text) if name == "resolvConf" && text.is_empty() => false,
         Value::String(text) => matches!(text.as_str(), "" | "0s"),
+        Value::Number(number) => ZERO_IS_UNSET.contains(&name) && number.as_i64() == Some(0),
         _ => false,
+    }
+}
+
+/// Whether field `name` is written down, and not just for "as usual".
+fn given(written: &Map<String, Value>, name: &str) -> bool {
+    written.get(name).is_some_and(|value| !says_nothing(name, value))
+}
+
+/// Defaults that follow from other fields.
+fn follow(shown: &mut Value, written: &Map<String, Value>) {
+    let Value::Object(fields) = shown else { return };
+    if given(written, "nodeStatusUpdateFrequency") && !given(written, "nodeStatusReportFrequency") {
+        let update = fields.get("nodeStatusUpdateFrequency").cloned().unwrap_or_default();
+        fields.insert("nodeStatusReportFrequency".into(), update);
+    }
+    let parallel = written.get("maxParallelImagePulls").and_then(Value::as_i64);
+    if !given(written, "serializeImagePulls") && parallel.is_some_and(|pulls| pulls >= 2) {
+        fields.insert("serializeImagePulls".into(), false.into());
+    }
+    if fields.get("podPidsLimit").and_then(Value::as_i64).is_some_and(|limit| limit < 0) {
+        fields.insert("podPidsLimit".into(), (-1).into());
+    }
+    let merge = fields.get("mergeDefaultEvictionSettings") == Some(&Value::Bool(true));
+    if let (true, Some(Value::Object(own))) = (merge, written.get("evictionHard")) {
+        let defaults: Value = serde_json::from_str(DEFAULTS).unwrap_or_default();
+        let mut merged = defaults["evictionHard"].as_object().cloned().unwrap_or_default();
+        merged.extend(own.clone());
+        fields.insert("evictionHard".into(), merged.into());
     }
 }
 
@@ -120,7 +163,7 @@ fn lay_over(under: &mut Value, over: Value) {
         (Value::Object(under), Value::Object(over)) => {
             for (name, value) in over {
                 match under.get_mut(&name) {
-                    Some(_) if says_nothing(&value) => {}
+                    Some(_) if says_nothing(&name, &value) => {}
                     // Thresholds are given as a whole.
                     Some(before) if name != "evictionHard" => lay_over(before, value),
                     _ => {
@@ -140,7 +183,8 @@ pub(super) fn shown(
     cgroup_driver: CgroupDriver,
 ) -> Value {
     let mut shown: Value = serde_json::from_str(DEFAULTS).unwrap_or_default();
-    lay_over(&mut shown, Value::Object(written));
+    lay_over(&mut shown, Value::Object(written.clone()));
+    follow(&mut shown, &written);
     if let Value::Object(fields) = &mut shown {
         fields.insert("kind".into(), "KubeletConfiguration".into());
         fields.insert("apiVersion".into(), "kubelet.config.k8s.io/v1beta1".into());
@@ -162,6 +206,66 @@ pub(super) fn shown(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn of(written: Value) -> Value {
+        let Value::Object(written) = written else { unreachable!() };
+        shown(written, "0.0.0.0:10250".parse().unwrap(), CgroupDriver::Systemd)
+    }
+
+    #[test]
+    fn zero_is_the_default_where_upstream_has_it_so() {
+        let shown = of(json!({
+            "logging": {"flushFrequency": 0, "verbosity": 0, "options": {"json": {"infoBufferSize": "0"}}},
+            "eventBurst": 0, "kubeAPIBurst": 0, "maxOpenFiles": 0, "maxPods": 0,
+            "nodeLeaseDurationSeconds": 0, "registryBurst": 0,
+            "registryPullQPS": 0, "healthzPort": 0, "nodeStatusMaxImages": 0, "resolvConf": "",
+        }));
+        assert_eq!(shown["logging"]["flushFrequency"], "5s");
+        assert_eq!(shown["logging"]["verbosity"], 0);
+        for (field, value) in [
+            ("eventBurst", 100),
+            ("kubeAPIBurst", 100),
+            ("maxOpenFiles", 1_000_000),
+            ("maxPods", 110),
+            ("nodeLeaseDurationSeconds", 40),
+            ("registryBurst", 10),
+            // Here zero means none.
+            ("registryPullQPS", 0),
+            ("healthzPort", 0),
+            ("nodeStatusMaxImages", 0),
+        ] {
+            assert_eq!(shown[field], value, "{field}");
+        }
+        assert_eq!(shown["resolvConf"], "");
+        assert_eq!(
+            of(json!({"logging": {"flushFrequency": "1s"}}))["logging"]["flushFrequency"],
+            "1s"
+        );
+    }
+
+    #[test]
+    fn some_defaults_follow_from_other_fields() {
+        let usual = of(json!({}));
+        assert_eq!(usual["nodeStatusReportFrequency"], "5m0s");
+        assert_eq!(
+            (&usual["serializeImagePulls"], &usual["podPidsLimit"]),
+            (&json!(true), &json!(-1))
+        );
+        assert_eq!(usual["podLogsDir"], "/var/log/pods");
+        let shown = of(json!({
+            "nodeStatusUpdateFrequency": "20s", "nodeStatusReportFrequency": "0s",
+            "maxParallelImagePulls": 5, "podPidsLimit": -3,
+            "mergeDefaultEvictionSettings": true, "evictionHard": {"memory.available": "1Gi"},
+        }));
+        assert_eq!(shown["nodeStatusReportFrequency"], "20s");
+        assert_eq!(shown["serializeImagePulls"], false);
+        assert_eq!(shown["podPidsLimit"], -1);
+        assert_eq!(shown["evictionHard"]["memory.available"], "1Gi");
+        assert_eq!(shown["evictionHard"]["nodefs.available"], "10%");
+        let both =
+            of(json!({"nodeStatusUpdateFrequency": "20s", "nodeStatusReportFrequency": "1m"}));
+        assert_eq!(both["nodeStatusReportFrequency"], "1m");
+    }
 
     #[test]
     fn the_file_lies_over_the_defaults_and_zero_says_nothing() {

@@ -81,6 +81,7 @@ pub struct KubeletConfiguration {
     #[serde(rename = "kubeAPIBurst")]
     pub kube_api_burst: Option<u32>,
     pub eviction_hard: Option<BTreeMap<String, String>>,
+    pub merge_default_eviction_settings: Option<bool>,
     pub eviction_pressure_transition_period: Option<Duration>,
     pub container_log_max_size: Option<String>,
     pub container_log_max_files: Option<u32>,
@@ -250,7 +251,7 @@ pub(super) const FIELDS: Fields = &[
     ("evictionPressureTransitionPeriod", Used),
     ("evictionMaxPodGracePeriod", NotBuilt(&["0"])),
     ("evictionMinimumReclaim", NotBuilt(&[])),
-    ("mergeDefaultEvictionSettings", NotBuilt(&["false"])),
+    ("mergeDefaultEvictionSettings", Used),
     ("podsPerCore", NotBuilt(&["0"])),
     ("enableControllerAttachDetach", NotBuilt(&["true"])),
     ("protectKernelDefaults", NotBuilt(&["false"])),

@@ -269,17 +269,23 @@ pub fn resolve(
         ));
     }
     let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
-    let eviction = kubelet.eviction_hard.unwrap_or_else(|| {
-        [
-            ("memory.available", "100Mi"),
-            ("nodefs.available", "10%"),
-            ("nodefs.inodesFree", "5%"),
-            ("imagefs.available", "15%"),
-            ("imagefs.inodesFree", "5%"),
-        ]
-        .map(|(signal, threshold)| (signal.to_owned(), threshold.to_owned()))
-        .into()
-    });
+    let usual: BTreeMap<String, String> = [
+        ("memory.available", "100Mi"),
+        ("nodefs.available", "10%"),
+        ("nodefs.inodesFree", "5%"),
+        ("imagefs.available", "15%"),
+        ("imagefs.inodesFree", "5%"),
+    ]
+    .map(|(signal, threshold)| (signal.to_owned(), threshold.to_owned()))
+    .into();
+    let eviction = match kubelet.eviction_hard {
+        None => usual,
+        Some(own) if kubelet.merge_default_eviction_settings == Some(true) => {
+            usual.into_iter().chain(own).collect()
+        }
+        // What is given replaces the defaults as a whole.
+        Some(own) => own,
+    };
     let eviction_hard = eviction
         .into_iter()
         .map(|(signal, text)| match Threshold::parse(&text) {
@@ -427,7 +433,16 @@ pub fn resolve(
             300,
         ),
         node_status_update_frequency: period(kubelet.node_status_update_frequency, 10),
-        node_status_report_frequency: period(kubelet.node_status_report_frequency, 300),
+        // Whoever sets only how often it is measured means both.
+        node_status_report_frequency: period(
+            kubelet.node_status_report_frequency,
+            match kubelet.node_status_update_frequency.filter(|d| !d.is_negative()) {
+                Some(update) if !Duration::from(update).is_zero() => {
+                    Duration::from(update).as_secs().max(1)
+                }
+                _ => 300,
+            },
+        ),
         node_lease_duration: Duration::from_secs(
             kubelet.node_lease_duration_seconds.filter(|s| *s > 0).unwrap_or(40).into(),
         ),

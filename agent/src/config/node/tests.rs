@@ -283,3 +283,35 @@ fn defaults_are_those_of_the_benchmark() {
         assert!(!name.contains("CBC") && !name.contains("3DES"), "{name}");
     }
 }
+
+#[test]
+fn thresholds_replace_the_defaults_or_join_them() {
+    let of = |text: &str| {
+        let config = resolved("", &format!("{KUBELET}{text}\n")).unwrap();
+        let all: BTreeMap<_, _> = config.eviction_hard.into_iter().collect();
+        (all.len(), all.get("memory.available").copied())
+    };
+    let (small, large) = (Some(Threshold::Absolute(100 << 20)), Some(Threshold::Absolute(1 << 30)));
+    assert_eq!(of(""), (5, small));
+    assert_eq!(of("evictionHard: {memory.available: 1Gi}"), (1, large));
+    let merge = "mergeDefaultEvictionSettings: true\n";
+    assert_eq!(of(&format!("{merge}evictionHard: {{memory.available: 1Gi}}")), (5, large));
+    assert_eq!(of(merge), (5, small));
+}
+
+#[test]
+fn a_status_is_reported_as_often_as_it_is_measured_where_only_that_is_set() {
+    for (text, expected) in [
+        ("", (10, 300)),
+        ("nodeStatusUpdateFrequency: 0s", (10, 300)),
+        ("nodeStatusUpdateFrequency: 20s", (20, 20)),
+        ("nodeStatusUpdateFrequency: 20s\nnodeStatusReportFrequency: 1m", (20, 60)),
+    ] {
+        let config = resolved("", &format!("{KUBELET}{text}\n")).unwrap();
+        let got = (
+            config.node_status_update_frequency.as_secs(),
+            config.node_status_report_frequency.as_secs(),
+        );
+        assert_eq!(got, expected, "{text}");
+    }
+}
