@@ -25,7 +25,7 @@ use super::explain::{self, Explanation};
 use super::images::Images;
 use super::observed::names;
 use super::orphans;
-use super::status::{Verdict, is_terminal};
+use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
@@ -622,7 +622,7 @@ impl Loop {
                 METRICS.pod_rejected(&verdict.reason);
                 let (reason, message) = (&verdict.reason, verdict.message.clone());
                 self.deps.pod_event(pod, EventType::Warning, reason, message);
-                let message = format!("Pod was rejected: {}", verdict.message);
+                let message = format!("{REJECTED}{}", verdict.message);
                 Some(Verdict { message, ..verdict })
             }
         }

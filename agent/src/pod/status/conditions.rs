@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::{ContainerStatus, PodCondition, PodStatus};
 
-use super::{StatusInput, initialized, time};
+use super::{Ending, StatusInput, initialized, time};
 use crate::pod::allocation::{IN_PROGRESS, PENDING};
 use crate::pod::facts::ResizeFacts;
 use crate::pod::plan::restart_all_causes;
@@ -87,7 +87,9 @@ pub(super) fn conditions(
             ..PodCondition::default()
         });
     }
-    all.extend(resize(input, before));
+    if phase != "Succeeded" && phase != "Failed" && input.ending != Ending::Terminated {
+        all.extend(resize(input, before));
+    }
     let foreign = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
     all.extend(foreign.into_iter().flatten().filter(|c| !owned(&c.type_)).cloned());
     all

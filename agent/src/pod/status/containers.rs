@@ -110,18 +110,9 @@ impl ContainerView<'_> {
             status.last_state.clone_from(&old.last_state);
             let had_last = old.last_state.as_ref().is_some_and(|s| s.terminated.is_some());
             if state.running.is_some() && !had_last {
-                let lost = ApiState {
-                    terminated: Some(ContainerStateTerminated {
-                        reason: Some("ContainerStatusUnknown".into()),
-                        message: Some(
-                            "The container could not be located when the pod was deleted.  The container used to be Running"
-                                .into(),
-                        ),
-                        exit_code: UNKNOWN_EXIT_CODE,
-                        ..Default::default()
-                    }),
-                    ..Default::default()
-                };
+                let lost = unknown_end(
+                    "The container could not be located when the pod was deleted.  The container used to be Running",
+                );
                 if self.input.ending == Ending::Not {
                     status.last_state = Some(lost);
                 } else {
@@ -167,18 +158,7 @@ impl ContainerView<'_> {
                 let ran =
                     old.is_some_and(|o| o.state.as_ref().is_some_and(|s| s.running.is_some()));
                 if ran {
-                    ApiState {
-                        terminated: Some(ContainerStateTerminated {
-                            reason: Some("ContainerStatusUnknown".into()),
-                            message: Some(
-                                "The container could not be located when the pod was terminated"
-                                    .into(),
-                            ),
-                            exit_code: UNKNOWN_EXIT_CODE,
-                            ..Default::default()
-                        }),
-                        ..Default::default()
-                    }
+                    unknown_end("The container could not be located when the pod was terminated")
                 } else {
                     waiting(self.default_reason(), None)
                 }
@@ -316,6 +296,19 @@ fn pull_reason(failure: &Failure, container: &SpecContainer, now: Timestamp) -> 
 fn waiting(reason: &str, message: Option<String>) -> ApiState {
     ApiState {
         waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
+        ..Default::default()
+    }
+}
+
+/// The end of a container of which nobody knows how it was.
+pub(super) fn unknown_end(message: &str) -> ApiState {
+    ApiState {
+        terminated: Some(ContainerStateTerminated {
+            reason: Some("ContainerStatusUnknown".into()),
+            message: Some(message.to_owned()),
+            exit_code: UNKNOWN_EXIT_CODE,
+            ..Default::default()
+        }),
         ..Default::default()
     }
 }

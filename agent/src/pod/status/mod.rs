@@ -2,7 +2,9 @@
 //! argument, since transition times and what the runtime has forgotten are kept from it.
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus};
+use k8s_openapi::api::core::v1::{
+    Container, ContainerState, ContainerStatus, HostIP, Pod, PodIP, PodSpec, PodStatus,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::config::resources::pod_resources;
@@ -130,6 +132,10 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
     };
     addresses(&mut status, input);
     phase_and_reason(&mut status, input, spec);
+    let refused = status.message.as_deref().is_some_and(|m| m.starts_with(REJECTED));
+    if input.ending == Ending::Terminated && !refused {
+        account_for_all(&mut status, inits);
+    }
     if is_terminal(status.phase.as_deref()) || input.ending == Ending::Terminated {
         for s in status.container_statuses.iter_mut().flatten() {
             s.ready = false;
@@ -145,6 +151,41 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
     let sandbox_up = usable_sandbox(pod, observed).is_some() && input.ending < Ending::Terminated;
     status.conditions = Some(conditions::conditions(input, &status, sandbox_up));
     status
+}
+
+/// What messages about pods that are not let in begin with.
+pub(crate) const REJECTED: &str = "Pod was rejected: ";
+
+/// A pod that is over has no container that waits: one that nobody knows an end of is taken for
+/// failed. Those that were not to start yet, as initialization had not come so far, are left out.
+fn account_for_all(status: &mut PodStatus, inits: &[Container]) {
+    let terminated = |s: Option<&ContainerState>, code: Option<i32>| {
+        let end = s.and_then(|s| s.terminated.as_ref());
+        end.is_some_and(|end| code.is_none_or(|code| end.exit_code == code))
+    };
+    let begun = |s: &ContainerStatus| {
+        let waits = s.state.as_ref().is_some_and(|s| s.waiting.is_some());
+        !waits || terminated(s.last_state.as_ref(), None)
+    };
+    let lost = |s: &mut ContainerStatus| {
+        if !terminated(s.state.as_ref(), None) {
+            s.state = Some(containers::unknown_end(
+                "The container could not be located when the pod was terminated",
+            ));
+        }
+    };
+    let of_init = status.init_container_statuses.as_deref().unwrap_or_default();
+    let last_done = of_init.last().is_some_and(|s| {
+        terminated(s.state.as_ref(), Some(0)) || terminated(s.last_state.as_ref(), Some(0))
+    });
+    let initialized =
+        inits.is_empty() || last_done || status.container_statuses.iter().flatten().any(begun);
+    if initialized {
+        status.container_statuses.iter_mut().flatten().for_each(lost);
+    }
+    let list = status.init_container_statuses.as_deref_mut().unwrap_or_default();
+    let reached = list.iter().rposition(begun).map_or(1, |at| at + 1);
+    list.iter_mut().take(reached).for_each(lost);
 }
 
 fn none_if_empty<T>(list: Vec<T>) -> Option<Vec<T>> {
@@ -186,13 +227,23 @@ fn phase_and_reason(status: &mut PodStatus, input: StatusInput<'_>, spec: &PodSp
         status.message.clone_from(&previous.message);
         return;
     }
-    if let Some(verdict) = input.verdict {
+    // Failed is told once nothing runs: whoever makes another in its place counts on that.
+    let runs = input.ending != Ending::Terminated
+        && (input.observed.any_alive() || !input.facts.starting.is_empty());
+    if let Some(verdict) = input.verdict.filter(|_| !runs) {
         status.phase = Some("Failed".to_owned());
         status.reason = Some(verdict.reason.clone());
         status.message = Some(verdict.message.clone());
         return;
     }
-    status.phase = Some(phase(input, spec, status).to_owned());
+    let now = phase(input, spec, status);
+    // What somebody said of this phase holds for as long as the phase does (the node's controller
+    // writes NodeLost, say).
+    let told = [input.previous, input.pod.status.as_ref()];
+    let told = || told.into_iter().flatten().filter(|s| s.phase.as_deref() == Some(now));
+    status.reason = told().find_map(|s| s.reason.clone());
+    status.message = told().find_map(|s| s.message.clone());
+    status.phase = Some(now.to_owned());
 }
 
 /// Counts of the pod's own containers.

@@ -595,3 +595,21 @@ async fn pressure_keeps_out_new_pods_and_no_others() {
     rig.set(&named("d", ONE)).await;
     rig.until_ready("d").await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_has_not_failed_before_its_containers_have_ended() {
+    let rig = Rig::new().await;
+    let slow = Behaviour { ends_in: Duration::from_secs(20), ..Behaviour::default() };
+    rig.runtime.behave("c", slow);
+    let spec = r#"{"activeDeadlineSeconds":5,"containers":[
+        {"name":"c","image":"img:1","imagePullPolicy":"Never"}]}"#;
+    rig.set(&named("a", spec)).await;
+    rig.until_ready("a").await;
+    rig.until("told", |r| r.reasons().contains(&"DeadlineExceeded".to_owned())).await;
+    rig.sleep(10).await;
+    let ending = rig.status("a").unwrap();
+    assert_eq!((ending.phase.as_deref(), ending.reason), (Some("Running"), None));
+    rig.until_phase("a", "Failed").await;
+    assert!(rig.runtime.running().is_empty());
+    assert_eq!(rig.status("a").unwrap().reason.as_deref(), Some("DeadlineExceeded"));
+}

@@ -154,3 +154,59 @@ fn a_running_container_that_vanished_is_told_so() {
     let found = status(spec, vec![created], Ending::Not, None, at(3));
     assert!(found.container_statuses.unwrap()[0].state.as_ref().unwrap().waiting.is_some());
 }
+
+#[test]
+fn what_was_said_of_a_phase_stays_with_it() {
+    let spec = r#"{"containers":[{"name":"a"}]}"#;
+    let up = || vec![running("a", 0, at(1))];
+    let lost = PodStatus {
+        phase: Some("Running".into()),
+        reason: Some("NodeLost".into()),
+        message: Some("not heard of".into()),
+        ..PodStatus::default()
+    };
+    let same = status(spec, up(), Ending::Not, Some(&lost), at(3));
+    assert_eq!((same.reason, same.message), (lost.reason.clone(), lost.message.clone()));
+    let pending = PodStatus { phase: Some("Pending".into()), ..lost };
+    let other = status(spec, up(), Ending::Not, Some(&pending), at(3));
+    assert_eq!((other.reason, other.message), (None, None));
+}
+
+#[test]
+fn a_pod_that_is_over_has_no_container_that_waits() {
+    let ends = |status: &PodStatus| -> Vec<(String, Option<i32>)> {
+        let lists = [&status.init_container_statuses, &status.container_statuses];
+        let all = lists.into_iter().flatten().flatten();
+        all.map(|s| {
+            let end = s.state.as_ref().and_then(|s| s.terminated.as_ref());
+            (s.name.clone(), end.map(|t| t.exit_code))
+        })
+        .collect()
+    };
+    let two = r#"{"containers":[{"name":"a"},{"name":"b"}]}"#;
+    let init = r#"{"initContainers":[{"name":"i"},{"name":"j"}],"containers":[{"name":"a"}]}"#;
+    let done = |name: &str, code| exited(name, 0, at(1), at(2), code);
+    for (spec, containers, expected) in [
+        (two, vec![done("a", 143)], vec![("a", Some(143)), ("b", Some(137))]),
+        (two, vec![], vec![("a", Some(137)), ("b", Some(137))]),
+        (init, vec![], vec![("i", Some(137)), ("j", None), ("a", None)]),
+        (init, vec![done("i", 0)], vec![("i", Some(0)), ("j", None), ("a", None)]),
+        (
+            init,
+            vec![done("i", 0), done("j", 0)],
+            vec![("i", Some(0)), ("j", Some(0)), ("a", Some(137))],
+        ),
+    ] {
+        let over = status(spec, containers, Ending::Terminated, None, at(3));
+        let expected: Vec<_> = expected.into_iter().map(|(n, c)| (n.to_owned(), c)).collect();
+        assert_eq!(ends(&over), expected, "{spec}");
+        assert_eq!(over.phase.as_deref(), Some("Failed"), "{spec}");
+    }
+    let refused = PodStatus {
+        phase: Some("Failed".into()),
+        message: Some("Pod was rejected: no".into()),
+        ..PodStatus::default()
+    };
+    let over = status(two, vec![], Ending::Terminated, Some(&refused), at(3));
+    assert_eq!(ends(&over), [("a".to_owned(), None), ("b".to_owned(), None)]);
+}
