@@ -4,12 +4,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::monitor::frame;
-use crate::monitor::protocol::{SpawnMonitor, Spawned, ZygoteRequest};
+use crate::monitor::protocol::{Reply, Request, SpawnMonitor, Spawned, ZygoteRequest};
+
+/// How long a monitor may take to end that has no container yet.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The zygote of this shim.
 #[derive(Clone)]
@@ -75,9 +79,22 @@ impl Zygote {
                 Err(error) => last = Some(error),
             }
             *process = None;
+            if let ZygoteRequest::Spawn(spawn) = request {
+                end_untold(&spawn.socket);
+            }
         }
         Err(last.unwrap_or_else(|| io::Error::other("no zygote")))
     }
+}
+
+/// Ends the monitor that a zygote forked and did not live to tell of: the next one's socket takes
+/// the place of its own, and nobody could reach it any more.
+fn end_untold(socket: &Path) {
+    // Nobody listens unless the zygote died between the two.
+    let Ok(monitor) = UnixStream::connect(socket) else { return };
+    let _ = monitor.set_read_timeout(Some(PATIENCE));
+    let _ = frame::send(&monitor, &Request::Exit { force: true }, &[]);
+    while let Ok(Some(_)) = frame::receive::<Reply>(&monitor) {}
 }
 
 fn execute(exe: &PathBuf) -> io::Result<Process> {

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use nix::sys::prctl;
 use nix::sys::signal::Signal;
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdin, dup2_stdout, getpid, getppid, setsid};
 
 use super::protocol::{SpawnMonitor, Spawned, ZygoteRequest};
 use super::{frame, namespaces, pod, sys, userns};
@@ -32,18 +32,20 @@ pub(super) fn run() -> io::Result<()> {
         };
         point("zygote: asked");
         let (ours, theirs) = UnixStream::pair()?;
+        let zygote = getpid();
         match sys::fork() {
             Ok(Some(_)) => {
                 drop(theirs);
                 point("zygote: forked");
                 let spawned = frame::receive::<Spawned>(&ours)?
                     .unwrap_or(Spawned { error: "the monitor died before it listened".to_owned() });
+                point("zygote: told");
                 frame::send(&requests, &spawned, &[])?;
             }
             Ok(None) => {
                 drop(ours);
                 drop(requests);
-                sys::exit(become_monitor(&spawn, theirs));
+                sys::exit(become_monitor(&spawn, zygote, theirs));
             }
             Err(error) => {
                 let spawned = Spawned { error: format!("fork: {error}") };
@@ -63,10 +65,14 @@ fn quiet_stdio() -> io::Result<()> {
     Ok(())
 }
 
-fn become_monitor(spawn: &SpawnMonitor, answer: UnixStream) -> i32 {
+fn become_monitor(spawn: &SpawnMonitor, zygote: Pid, answer: UnixStream) -> i32 {
     sys::default_action(Signal::SIGCHLD);
-    // Without the zygote nobody is told of this monitor, and another is made in its place.
+    // Without the zygote nobody is told of this monitor, and another is made in its place, whose
+    // socket this one must not take.
     let _ = prctl::set_pdeathsig(Some(Signal::SIGKILL));
+    if getppid() != zygote {
+        return 1;
+    }
     match prepare(spawn) {
         Ok((listener, init)) => {
             let _ = prctl::set_pdeathsig(None);
