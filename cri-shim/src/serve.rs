@@ -151,6 +151,13 @@ async fn open(config: Config, urls: Arc<Urls>) -> Result<Shim, ServeError> {
     let snapshots = SnapshotStore::open(&config.state_dir)?;
     let network = open_network(&config).await?;
     let selinux = SeLinux::open();
+    let layers = selinux.defaults.as_ref().and_then(|defaults| defaults.layers());
+    if let Some(label) = layers.filter(|_| selinux.enabled)
+        && let Err(error) = snapshots.label_layers(&label.to_string())
+    {
+        // A policy may let containers read them all the same.
+        tracing::error!(%error, "labelling the images' layers; containers may not be able to run");
+    }
     Ok(Shim {
         host: Host { selinux: selinux.enabled, ..look_at_host(&cgroups) },
         selinux,

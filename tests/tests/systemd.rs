@@ -36,8 +36,9 @@ fn must(command: &mut Command) -> Result<()> {
 fn payload(work: &Path) -> Result<PathBuf> {
     let tests = workspace().join("tests/vm");
     let payload = work.join("payload");
-    let late = payload.join("manifests/late");
-    std::fs::create_dir_all(&late)?;
+    for folder in ["late", "selinux"] {
+        std::fs::create_dir_all(payload.join("manifests").join(folder))?;
+    }
     // A debug build is ten times as large with its symbols, and packing is quick where it need not
     // be small.
     let strip = |from: &Path, to: &Path| must(Command::new("strip").arg("-o").arg(to).arg(from));
@@ -65,6 +66,7 @@ fn payload(work: &Path) -> Result<PathBuf> {
         (tests.join("manifests"), "stranger.yaml", "manifests"),
         (tests.join("manifests"), "late.yaml", "manifests/late"),
         (tests.join("manifests"), "apparmor.yaml", "manifests/late"),
+        (tests.join("manifests"), "selinux.yaml", "manifests/selinux"),
         (tests, "guest.sh", "."),
     ] {
         std::fs::copy(from.join(name), payload.join(to).join(name))?;
@@ -79,7 +81,8 @@ fn payload(work: &Path) -> Result<PathBuf> {
 struct Machine(Child);
 
 impl Machine {
-    fn boot(base: &Path, work: &Path, payload: &Path) -> Result<Machine> {
+    /// `more` is of the kernel's command line.
+    fn boot(base: &Path, work: &Path, payload: &Path, more: &str) -> Result<Machine> {
         let disk = work.join("disk.qcow2");
         let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"];
         must(Command::new("qemu-img").args(create).arg(base.join("base.img")).arg(&disk))?;
@@ -87,10 +90,12 @@ impl Machine {
             format!("file={},{options},if=virtio,cache=unsafe", file.display())
         };
         // A getty on the console would hang it up for the test's output.
-        let kernel = "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service";
+        let kernel = format!(
+            "root=/dev/vda rw console=ttyS0 quiet systemd.mask=serial-getty@ttyS0.service {more}"
+        );
         let child = Command::new("qemu-system-x86_64")
             .args(["-accel", "tcg,thread=multi", "-smp", "2", "-m", "2048", "-nographic"])
-            .args(["-nic", "none", "-append", kernel])
+            .args(["-nic", "none", "-append", &kernel])
             .arg("-kernel")
             .arg(base.join("vmlinuz"))
             .arg("-initrd")
@@ -124,15 +129,14 @@ fn lines_of(console: ChildStdout) -> Receiver<String> {
     received
 }
 
-#[test]
-#[ignore = "boots an emulated machine twice, which takes minutes: make test-vm"]
-fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
+/// Boots a machine and reads its results to its end.
+fn run(more: &str) -> Result<()> {
     let base = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm");
     must(Command::new(workspace().join("tests/vm/base.sh")).arg(&base))?;
     let work = tempfile::tempdir()?;
     let payload = payload(work.path())?;
     let start = Instant::now();
-    let mut machine = Machine::boot(&base, work.path(), &payload)?;
+    let mut machine = Machine::boot(&base, work.path(), &payload, more)?;
     let received = lines_of(machine.0.stdout.take().context("no console")?);
 
     let mut console = Vec::new();
@@ -155,4 +159,16 @@ fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
         console.split_off(console.len().saturating_sub(LAST_WORDS)).join("\n")
     });
     Ok(())
+}
+
+#[test]
+#[ignore = "boots an emulated machine twice, which takes minutes: make test-vm"]
+fn unit_package_watchdog_reboot_and_reset() -> Result<()> {
+    run("")
+}
+
+#[test]
+#[ignore = "boots an emulated machine, which takes minutes: make test-vm"]
+fn containers_and_their_files_are_labelled_under_selinux() -> Result<()> {
+    run("security=selinux selinux=1 enforcing=1")
 }

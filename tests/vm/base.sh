@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
 # Made again when what it is made of changed.
-made_of=$(cat "$here/base.sh" "$here/vm-test.service" | sha256sum)
+made_of=$(cat "$here/base.sh" "$here/vm-test.service" "$here/container.cil" | sha256sum)
 [ -f "$out/base.img" ] && [ "$(cat "$out/made-of" 2>/dev/null)" = "$made_of" ] && exit 0
 rm -f "$out/base.img"
 work=$(mktemp -d)
@@ -15,6 +15,8 @@ mmdebstrap --quiet --variant=minbase --format=tar \
     --include=systemd,systemd-sysv,udev,dbus,linux-image-cloud-amd64,nftables,iptables,iproute2,libseccomp2,curl,kmod,procps,apparmor,selinux-policy-default \
     --aptopt='APT::Install-Recommends "false"' \
     --customize-hook="install -m 0644 $here/vm-test.service \$1/etc/systemd/system/vm-test.service" \
+    --customize-hook="install -m 0644 $here/container.cil \$1/root/container.cil" \
+    --customize-hook='chroot "$1" semodule --noreload --install /root/container.cil' \
     --customize-hook='ln -s ../vm-test.service $1/etc/systemd/system/multi-user.target.wants/vm-test.service' \
     --customize-hook='printf "/dev/vda / ext4 defaults 0 1\n/dev/vdb /opt ext4 ro 0 0\n" > $1/etc/fstab' \
     --customize-hook='echo test-machine > $1/etc/hostname' \

@@ -9,6 +9,8 @@ state=/var/lib/vm-test
 mkdir -p "$state"
 boot=$(cat "$state/boot" 2>/dev/null || echo 0)
 echo $((boot + 1)) >"$state/boot"
+# A machine with SELinux is another, which boots once.
+! grep -q security=selinux /proc/cmdline || boot=selinux
 manifests=/etc/kubernetes/manifests
 cgroups=/sys/fs/cgroup
 failures=0
@@ -61,6 +63,7 @@ no_sleeper() { [ -z "$(sleeper)" ]; }
 # The last line that a container said: said POD CONTAINER
 said() { cat /var/log/pods/default_"$1"-*/"$2"/*.log | tail -n 1 | cut -d ' ' -f 4-; }
 says() { equal "$(said "$1" "$2")" "$3"; }
+said_like() { said "$1" "$2" | grep -E "$3" || { said "$1" "$2"; return 1; }; }
 status_has() { longshore status | tr -s ' ' | grep -E "$1" || { longshore status; return 1; }; }
 # No cgroup of a pod with limits is left; those of one driver the other never looks at.
 no_limits() { ! grep -rlx 67108864 $cgroups/kubepods* --include=memory.max; }
@@ -113,6 +116,9 @@ apparmor_confines() {
     # What the profile denies by name is denied without a word: the rest of the pods' day is allowed.
     check apparmor-allows-the-rest sh -c '! dmesg | grep "apparmor=\"DENIED\"" | grep longshore-default'
 }
+label_of() { stat -c %C "$1"; }
+# A pod's volume called data: volume_of POD
+volume_of() { ls -d /var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/data | grep "$(basename "$(ls -d /var/log/pods/default_"$1"-*)" | sed 's/.*_//')"; }
 no_pods() { ! find $cgroups/kubepods* -path '*pod*pod*' -type d 2>/dev/null | grep .; }
 options() { echo "LONGSHORE_OPTIONS=\"$*\"" >/etc/default/longshore; }
 standalone="--standalone --manifests $manifests --node-ip 192.0.2.10"
@@ -137,6 +143,42 @@ nothing_left() {
 }
 
 case $boot in
+selinux)
+    check enforcing equal "$(cat /sys/fs/selinux/enforce)" 1
+    check install dpkg -i /opt/longshore.deb
+    check import longshore image import /opt/image.tar
+    mkdir -p $manifests /srv/node
+    echo of-the-node >/srv/node/secret
+    chcon system_u:object_r:etc_t:s0 /srv/node /srv/node/secret
+    cp /opt/manifests/selinux/*.yaml $manifests/
+    options $standalone
+    check start systemctl enable --now longshore
+    # The label is the policy's, with categories of the pod's own; both containers have the same.
+    check own-files within 120 said_like labelled probe '^system_u:system_r:container_t:s0:c[0-9]*,c[0-9]* own yes image yes node no$'
+    check pods-level within 60 says labelled second "$(said labelled probe)"
+    check exec within 60 status_has 'labelled-test-machine 2/2 Running'
+    level=$(said labelled probe | cut -d ' ' -f 1 | cut -d : -f 4-)
+    check volume equal "$(label_of "$(volume_of labelled)/file")" "system_u:object_r:container_file_t:$level"
+    check level within 60 says level probe system_u:system_r:container_t:s0:c123,c456
+    check level-of-files equal "$(label_of "$(volume_of level)/file")" system_u:object_r:container_file_t:s0:c123,c456
+    check privileged within 60 said_like privileged probe ':kernel_t:s0 of-the-node$'
+    check unheard within 60 status_has 'unheard-test-machine 0/1 (RunContainerError|CreateContainerError|CrashLoopBackOff)'
+    check unheard-said sh -c 'journalctl -u longshore | grep -q "unheard_of_t"'
+    # Nothing is denied but the node's file.
+    check allows-the-rest sh -c 'journalctl -k | grep "avc:  denied" | grep scontext=system_u:system_r:container_t | grep -v -e "name=\"secret\"" -e "name=\"node\"" | (! grep .)'
+    pid=$(main_pid)
+    kill -9 "$pid"
+    check restarted-after-kill within 60 new_main "$pid"
+    check kept-after-kill within 60 status_has 'labelled-test-machine 2/2 Running 0 '
+    cp $manifests/selinux.yaml /root/again.yaml
+    sed -i 's/name: level}/name: later}/' /root/again.yaml
+    cp /root/again.yaml $manifests/selinux.yaml
+    check pod-after-restart within 60 says later probe system_u:system_r:container_t:s0:c123,c456
+    check reset longshore reset --yes
+    nothing_left
+    echo "RESULT done ok"
+    finish systemctl poweroff
+    ;;
 0)
     check install dpkg -i /opt/longshore.deb
     check conffile test -f /etc/default/longshore

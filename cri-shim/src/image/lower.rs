@@ -146,7 +146,7 @@ impl Layer<'_> {
     /// The folder that `path` leads to by links of the layers below; none if it leads to none.
     fn resolve(&self, path: &Path) -> Result<Option<PathBuf>, UnpackError> {
         let merged = self.merged();
-        snapshot::mount_read_only(self.below, &merged).map_err(|error| {
+        snapshot::mount_read_only(self.below, &merged, None).map_err(|error| {
             io_disk("mount the layers below at", &merged)(io::Error::other(error))
         })?;
         let root = open_folder(&merged)?;

@@ -1,7 +1,8 @@
 //! Image volumes: the files of an image, read-only, where a pod wants them.
 //!
 //! They are mounted in the container's own mount namespace before anything is bound from there, like
-//! its root file system: the node's mount table never has them and nothing is left to unmount.
+//! its root file system: the node's mount table never has them and nothing is left to unmount. Under
+//! SELinux they have the label of the container's own files, which on disk no layer has.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -35,7 +36,8 @@ fn mount_one(volume: &ImageVolume, userns: Option<&File>, spec: &mut Spec) -> Re
     if let Some(userns) = userns {
         staging::map_folder(&mut layers, userns, &area)?;
     }
-    crate::snapshot::mount_read_only(&layers, target).map_err(|e| e.to_string())?;
+    let label = spec.linux().as_ref().and_then(|linux| linux.mount_label().as_deref());
+    crate::snapshot::mount_read_only(&layers, target, label).map_err(|e| e.to_string())?;
     if userns.is_some() {
         // Not mounted for an image without layers.
         let _ = umount2(&area, MntFlags::MNT_DETACH);

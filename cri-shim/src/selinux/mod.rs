@@ -95,6 +95,21 @@ pub fn relabel(path: &Path, label: &str) -> Result<(), RelabelError> {
     })
 }
 
+/// Gives one folder a label, and nothing that is in it.
+///
+/// # Errors
+/// The kernel's.
+pub fn label_folder(path: &Path, label: &str) -> Result<(), RelabelError> {
+    let file = fs::File::open(path).and_then(|folder| label_one(&folder, label));
+    let said = |source| RelabelError::Io { path: path.into(), label: label.to_owned(), source };
+    file.map_err(said)
+}
+
+/// Whether what is at a path has just this label.
+pub fn has_label(path: &Path, label: &str) -> bool {
+    path.to_str().and_then(sys::label).is_some_and(|is| is == label.as_bytes())
+}
+
 enum Walk {
     Deep,
     Io(io::Error),

@@ -22,6 +22,7 @@ pub use mount::{is_mounted, mount, mount_read_only, unmount};
 pub(crate) use remove::{entries, remove_tree, remove_tree_at};
 
 use crate::image::{Image, layout::Layout, layout::write_whole};
+use crate::selinux::{self, RelabelError};
 
 const VERSION: u32 = 1;
 const RECORD: &str = "snapshot.json";
@@ -107,6 +108,25 @@ impl SnapshotStore {
             }
         }
         Ok(store)
+    }
+
+    /// Gives all layers, and what is made beside them from now on, a label for SELinux. Costs a walk
+    /// over all files where the folder of the layers has another.
+    ///
+    /// # Errors
+    /// [`RelabelError`]; the next call tries again.
+    pub fn label_layers(&self, label: &str) -> Result<(), RelabelError> {
+        // New layers and upper folders take after the folder that they are made in.
+        selinux::label_folder(&self.layout.tmp(), label)?;
+        selinux::label_folder(&self.layout.snapshots(), label)?;
+        let layers = self.layout.layers();
+        if selinux::has_label(&layers, label) {
+            return Ok(());
+        }
+        let folders = fs::read_dir(&layers).into_iter().flatten().flatten();
+        folders.map(|layer| layer.path()).try_for_each(|layer| selinux::relabel(&layer, label))?;
+        // Last, as it stands for all.
+        selinux::label_folder(&layers, label)
     }
 
     /// Makes the folders of `container`'s root filesystem. One that is there already is returned as it is.
@@ -298,4 +318,36 @@ fn read_record(folder: &Path) -> io::Result<Option<Record>> {
         return Err(io::Error::other(format!("unknown snapshot version {}", record.version)));
     }
     Ok(Some(record))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    const LABEL: &str = "system_u:object_r:container_ro_file_t:s0";
+
+    /// A kernel without SELinux keeps the attribute as any other.
+    #[test]
+    fn layers_are_labelled_whole_and_once() {
+        let state = tempfile::tempdir().unwrap();
+        let snapshots = SnapshotStore::open(state.path()).unwrap();
+        let layers = snapshots.layout.layers();
+        let file = layers.join("one/d/bin/file");
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(&file, "").unwrap();
+        snapshots.label_layers(LABEL).unwrap();
+        let labelled = |path: &Path| selinux::has_label(path, LABEL);
+        let folders = [snapshots.layout.tmp(), snapshots.layout.snapshots(), layers.clone()];
+        assert!(folders.iter().chain([&file]).all(|path| labelled(path)));
+
+        // What came since took after its folder; nothing is walked again.
+        fs::write(layers.join("one/d/other"), "").unwrap();
+        snapshots.label_layers(LABEL).unwrap();
+        assert!(!labelled(&layers.join("one/d/other")));
+        // Somebody has relabelled the folder, and so perhaps what is in it.
+        selinux::label_folder(&layers, "a:b:c:s0").unwrap();
+        snapshots.label_layers(LABEL).unwrap();
+        assert!(labelled(&layers) && labelled(&layers.join("one/d/other")));
+    }
 }

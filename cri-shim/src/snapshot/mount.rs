@@ -17,7 +17,7 @@ use nix::{
 };
 
 use super::{Rootfs, SnapshotError};
-use crate::mount::{Detached, attr, context_option};
+use crate::mount::{Detached, attr, context, context_option};
 use crate::selinux::label_one;
 
 /// Mounts `rootfs` at its `merged` folder in the caller's mount namespace. An image without layers
@@ -31,12 +31,12 @@ use crate::selinux::label_one;
 pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
     // What a volatile mount leaves behind; it would refuse to be mounted again, as after a reboot.
     let _ = fs::remove_dir_all(rootfs.work.join("work/incompat"));
+    if let Some(label) = &rootfs.label {
+        let failed = SnapshotError::io("label", &rootfs.upper);
+        let upper = fs::File::open(&rootfs.upper);
+        upper.and_then(|upper| label_one(&upper, label)).map_err(failed)?;
+    }
     if rootfs.lowerdirs.is_empty() {
-        if let Some(label) = &rootfs.label {
-            let failed = SnapshotError::io("label", &rootfs.upper);
-            let upper = fs::File::open(&rootfs.upper);
-            upper.and_then(|upper| label_one(&upper, label)).map_err(failed)?;
-        }
         return nix::mount::mount(
             Some(&rootfs.upper),
             &rootfs.merged,
@@ -53,45 +53,58 @@ pub fn mount(rootfs: &Rootfs) -> Result<(), SnapshotError> {
     mounted.map_err(SnapshotError::io("mount overlay", &rootfs.merged))
 }
 
-/// Mounts an image's files, topmost layer first, so that nobody can change them.
+/// Mounts an image's files, topmost layer first, so that nobody can change them, all of them with an
+/// SELinux label if one is given. `target` is an empty folder.
 ///
 /// # Errors
 /// [`SnapshotError::Io`] with the kernel's reason.
-pub fn mount_read_only(lowerdirs: &[PathBuf], target: &Path) -> Result<(), SnapshotError> {
-    let kind = Some("overlay");
-    let (none, read_only) = (None::<&str>, MsFlags::MS_RDONLY);
-    let mounted = match lowerdirs {
-        [] => nix::mount::mount(Some("none"), target, Some("tmpfs"), read_only, none)
-            .map_err(io::Error::from),
-        // An overlay needs two layers, or one to write to.
-        [only] => {
-            let bind = MsFlags::MS_BIND;
-            nix::mount::mount(Some(only), target, none, bind, none)
-                .and_then(|()| {
-                    nix::mount::mount(
-                        none,
-                        target,
-                        none,
-                        bind | MsFlags::MS_REMOUNT | read_only,
-                        none,
-                    )
-                })
+pub fn mount_read_only(
+    lowerdirs: &[PathBuf],
+    target: &Path,
+    label: Option<&str>,
+) -> Result<(), SnapshotError> {
+    let mounted = match (lowerdirs, label) {
+        ([], _) => {
+            let size = format!("size=4k{}", label.map(context_option).unwrap_or_default());
+            let (kind, flags) = (Some("tmpfs"), MsFlags::MS_RDONLY);
+            nix::mount::mount(Some("none"), target, kind, flags, Some(size.as_str()))
                 .map_err(io::Error::from)
         }
-        [first, ..] => match (first.parent().and_then(Path::parent), lower_option(lowerdirs)) {
-            (Some(folder), Some(text)) if text.len() < PAGE => in_folder(folder, || {
-                Ok(nix::mount::mount(kind, target, kind, read_only, Some(text.as_str()))?)
-            }),
-            _ => {
-                let layer = |path: &PathBuf| format!("lowerdir+={}", path.display());
-                let layers: Vec<String> = lowerdirs.iter().map(layer).collect();
-                Detached::new("overlay", "overlay", &layers, attr::RDONLY)
-                    .and_then(|made| made.attach_at(target))
-                    .map_err(explain)
-            }
-        },
+        // An overlay needs two layers, or one to write to.
+        ([only], None) => bind_read_only(only, target),
+        ([only], Some(_)) => {
+            overlay_read_only(&[only.clone(), target.to_path_buf()], target, label)
+        }
+        (layers, _) => overlay_read_only(layers, target, label),
     };
     mounted.map_err(SnapshotError::io("mount image", target))
+}
+
+fn bind_read_only(source: &Path, target: &Path) -> io::Result<()> {
+    let mount = |source: Option<&Path>, more: MsFlags| {
+        nix::mount::mount(source, target, None::<&str>, MsFlags::MS_BIND | more, None::<&str>)
+    };
+    mount(Some(source), MsFlags::empty())?;
+    Ok(mount(None, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY)?)
+}
+
+fn overlay_read_only(layers: &[PathBuf], target: &Path, label: Option<&str>) -> io::Result<()> {
+    let kind = Some("overlay");
+    let folder = layers.first().and_then(|first| first.parent()?.parent());
+    let text = lower_option(layers)
+        .map(|text| text + &label.map(context_option).unwrap_or_default())
+        .filter(|text| text.len() < PAGE);
+    if let (Some(folder), Some(text)) = (folder, text) {
+        return in_folder(folder, || {
+            let flags = MsFlags::MS_RDONLY;
+            Ok(nix::mount::mount(kind, target, kind, flags, Some(text.as_str()))?)
+        });
+    }
+    let layers = layers.iter().map(|path| format!("lowerdir+={}", path.display()));
+    let options: Vec<String> = layers.chain(label.map(context)).collect();
+    Detached::new("overlay", "overlay", &options, attr::RDONLY)
+        .and_then(|made| made.attach_at(target))
+        .map_err(explain)
 }
 
 /// What mount(2) takes of options, with the byte that ends them.

@@ -49,6 +49,8 @@ impl fmt::Display for Label {
 pub struct Defaults {
     process: Label,
     file: Label,
+    /// Of what all containers may read and run and none may change.
+    shared: Option<Label>,
 }
 
 impl Defaults {
@@ -64,6 +66,7 @@ impl Defaults {
         Defaults {
             process: label("system_r", "container_t"),
             file: label("object_r", "container_file_t"),
+            shared: None,
         }
     }
 
@@ -76,7 +79,14 @@ impl Defaults {
             })?;
             Label::parse(value)
         };
-        Some(Defaults { process: value("process")?, file: value("file")? })
+        let shared = value("ro_file");
+        Some(Defaults { process: value("process")?, file: value("file")?, shared })
+    }
+
+    /// The label of images' layers on disk, where the policy has one. Containers see their own
+    /// label on every file, but what a program maps is checked against the file on disk too.
+    pub fn layers(&self) -> Option<&Label> {
+        self.shared.as_ref()
     }
 }
 
@@ -272,7 +282,8 @@ mod tests {
 
     const POLICY: &str = "process = \"system_u:system_r:svirt_lxc_net_t:s0\"\n\
         content = \"system_u:object_r:virt_var_lib_t:s0\"\n\
-        file = \"system_u:object_r:svirt_lxc_file_t:s0\"\nsandbox_lxc_process = \"x\"\n";
+        file = \"system_u:object_r:svirt_lxc_file_t:s0\"\nsandbox_lxc_process = \"x\"\n\
+        ro_file = \"system_u:object_r:svirt_lxc_ro_t:s0\"\n";
 
     #[test]
     fn labels_are_taken_apart_and_put_together() {
@@ -285,6 +296,9 @@ mod tests {
         }
         let file = Defaults::parse(POLICY).unwrap().file;
         assert_eq!(file.to_string(), "system_u:object_r:svirt_lxc_file_t:s0");
+        let layers = |text: &str| Defaults::parse(text).unwrap().layers().map(Label::to_string);
+        assert_eq!(layers(POLICY).as_deref(), Some("system_u:object_r:svirt_lxc_ro_t:s0"));
+        assert_eq!(layers("process=\"a:b:c\"\nfile=\"a:b:c\""), None);
         assert_eq!(Defaults::parse("process = \"a:b:c\"\n"), None);
     }
 
