@@ -17,6 +17,7 @@ mod flags;
 mod image;
 mod join;
 mod man;
+mod places;
 mod proxy;
 mod proxy_flags;
 mod pull_progress;

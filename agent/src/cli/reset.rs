@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
+use super::places::Places;
 use super::{Output, UsageError};
 use crate::join::files::Paths;
 use crate::reset::{ResetRequest, Step, noted, reset};
@@ -16,27 +17,14 @@ pub struct ResetArgs {
     /// Do not ask
     #[arg(short, long, visible_alias = "force")]
     yes: bool,
-    /// Directory of kubelet.conf
-    #[arg(long, value_name = "DIR", default_value = "/etc/kubernetes")]
-    kubernetes_dir: PathBuf,
-    /// Directory of pods and certificates [default: as joined, else /var/lib/kubelet]
-    #[arg(long, value_name = "DIR")]
-    root_dir: Option<PathBuf>,
-    /// State of the CRI shim
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/longshore")]
-    state_dir: PathBuf,
-    /// Sockets and network namespaces of the CRI shim
-    #[arg(long, value_name = "DIR", default_value = "/run/longshore")]
-    run_dir: PathBuf,
+    #[command(flatten)]
+    places: Places,
     /// Logs of pods
     #[arg(long, value_name = "DIR", default_value = "/var/log/pods")]
     pod_logs_dir: PathBuf,
     /// Links to the logs of containers
     #[arg(long, value_name = "DIR", default_value = "/var/log/containers")]
     container_logs_dir: PathBuf,
-    /// CRI endpoint if not the built-in runtime [default: as joined]
-    #[arg(long, value_name = "ENDPOINT", visible_alias = "cri-socket")]
-    container_runtime_endpoint: Option<String>,
     /// Cgroup that holds `kubepods`
     #[arg(long, value_name = "CGROUP", default_value = "/")]
     cgroup_root: String,
@@ -89,22 +77,17 @@ fn dash(text: &str) -> &'static str {
 }
 
 fn request(args: ResetArgs) -> anyhow::Result<ResetRequest> {
-    let kubernetes_dir = std::path::absolute(args.kubernetes_dir)?;
+    let places = args.places;
+    let kubernetes_dir = std::path::absolute(&places.kubernetes_dir)?;
     let noted = noted(&kubernetes_dir);
-    let root_dir = args
-        .root_dir
-        .or_else(|| noted.as_ref().map(|n| n.root_dir.clone()))
-        .unwrap_or_else(|| PathBuf::from("/var/lib/kubelet"));
-    let root_dir = std::path::absolute(root_dir)?;
+    let root_dir = std::path::absolute(places.root_dir(noted.as_ref()))?;
     let request = ResetRequest {
+        container_runtime_endpoint: places.runtime(noted.as_ref()),
         paths: Paths { kubernetes_dir, root_dir },
-        state_dir: std::path::absolute(args.state_dir)?,
-        run_dir: std::path::absolute(args.run_dir)?,
+        state_dir: std::path::absolute(places.state_dir)?,
+        run_dir: std::path::absolute(places.run_dir)?,
         pod_logs_dir: std::path::absolute(args.pod_logs_dir)?,
         container_logs_dir: std::path::absolute(args.container_logs_dir)?,
-        container_runtime_endpoint: args
-            .container_runtime_endpoint
-            .or_else(|| noted.and_then(|n| n.container_runtime_endpoint)),
         cgroup_root: args.cgroup_root,
         bridge: "longshore0".to_owned(),
     };

@@ -63,32 +63,18 @@ impl Watched {
     /// Nothing yet.
     pub fn new(config: &NodeConfig) -> Self {
         Self {
-            node_name: config.node_name.clone(),
-            node_ips: Vec::new(),
-            standalone: config.standalone,
-            started: Timestamp::now(),
-            runtime_endpoint: String::new(),
             manifest_path: config.pod_manifest_path.clone(),
-            sync: None,
-            proxy: None,
-            asker: None,
-            usage: None,
-            recent: None,
-            store: None,
-            node: None,
-            errors: None,
-            manifests: None,
             notes: config.notes.clone(),
+            ..Self::of_nothing(&config.node_name, config.standalone)
         }
     }
 
     /// Of a node that runs nothing.
-    #[cfg(test)]
-    pub(crate) fn of_nothing(node_name: &str) -> Self {
+    pub(crate) fn of_nothing(node_name: &str, standalone: bool) -> Self {
         Self {
             node_name: node_name.to_owned(),
             node_ips: Vec::new(),
-            standalone: true,
+            standalone,
             started: Timestamp::now(),
             runtime_endpoint: String::new(),
             manifest_path: None,

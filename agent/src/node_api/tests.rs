@@ -193,7 +193,7 @@ async fn hurried(change: impl FnOnce(&mut NodeApiConfig), hurry: Hurry) -> Rig {
     let node = Arc::new(node);
     let sync = SyncHandle::idle();
     let rules = Arc::new(Rules::default());
-    let watched = Watched::of_nothing(NODE);
+    let watched = Watched::of_nothing(NODE, true);
     let api = NodeApi {
         node,
         names: vec![NODE.into()],

@@ -220,6 +220,18 @@ impl Cluster {
     /// # Errors
     /// When the join fails.
     pub async fn join(&self, node: &mut Node, run: &[&str]) -> Result<()> {
+        self.join_only(node).await?;
+        node.start(run)?;
+        node.ready().await;
+        self.node_ready(node.name()).await;
+        node.import_example_image()
+    }
+
+    /// Writes what makes `node` a member, and starts nothing.
+    ///
+    /// # Errors
+    /// When the join fails.
+    pub async fn join_only(&self, node: &Node) -> Result<()> {
         let (server, token, pin) =
             (self.server.to_string(), self.token(3600).await?, self.ca_pin()?);
         let output = node.longshore(&[
@@ -236,11 +248,7 @@ impl Cluster {
             "--no-start",
         ])?;
         super::command::checked("longshore join", &output)?;
-        node.leave_the_machine_room()?;
-        node.start(run)?;
-        node.ready().await;
-        self.node_ready(node.name()).await;
-        node.import_example_image()
+        node.lower_eviction_thresholds()
     }
 
     /// Waits until the node is Ready.

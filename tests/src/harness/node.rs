@@ -268,7 +268,7 @@ impl Node {
     ///
     /// # Errors
     /// When the node has not joined yet.
-    pub fn leave_the_machine_room(&self) -> Result<()> {
+    pub fn lower_eviction_thresholds(&self) -> Result<()> {
         let path = self.path("/var/lib/kubelet/config.yaml");
         let text = std::fs::read_to_string(&path).context("read the node's configuration")?;
         let mut config: serde_json::Value = serde_saphyr::from_str(&text)?;

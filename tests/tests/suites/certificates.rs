@@ -53,26 +53,8 @@ async fn expired_while_the_node_was_off_it_is_replaced_and_pods_run_on() {
         eprintln!("not on a real control plane: it is not told for how long to sign");
         return cluster.end(&[]).await;
     };
-    let (server, token, pin) = (
-        cluster.server().to_string(),
-        cluster.token(3600).await.unwrap(),
-        cluster.ca_pin().unwrap(),
-    );
     plane.sign_for(1);
-    let output = node
-        .longshore(&[
-            "join",
-            &server,
-            "--token",
-            &token,
-            "--discovery-token-ca-cert-hash",
-            &pin,
-            "--node-name",
-            node.name(),
-            "--no-start",
-        ])
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.join_only(&node).await.unwrap();
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     plane.sign_for(3600);
     node.start(&[]).unwrap();
@@ -88,6 +70,7 @@ async fn expired_while_the_node_was_off_it_is_replaced_and_pods_run_on() {
         }
     })
     .await;
+    let (server, token) = (cluster.server(), cluster.token(3600).await.unwrap());
     let ca = STANDARD.encode(std::fs::read(node.path("/etc/kubernetes/pki/ca.crt")).unwrap());
     let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
         "clusters": [{"name": "k", "cluster": {"server": format!("https://{server}"),
