@@ -1,4 +1,5 @@
-//! systemd: READY when the node works, WATCHDOG while its loops go round.
+//! systemd: READY when the node works, WATCHDOG while its loops go round. Ready is also when the start
+//! is over, and what it needed can be let go of.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,18 @@ use super::check::Watched;
 
 /// How often readiness is looked at before it is told.
 const STEP: Duration = Duration::from_millis(100);
+
+/// How long after the node is ready the code of its start is taken for done with, at first and then
+/// once more, when the first pods have started, too.
+const SETTLED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
+
+/// Lets go of what only the start has used.
+async fn settle() {
+    for wait in SETTLED {
+        tokio::time::sleep(wait).await;
+        crate::sys::unmap_unused_text();
+    }
+}
 
 /// Tells systemd, if it listens, until `shutdown`.
 pub async fn run(watched: Arc<Watched>, mut shutdown: watch::Receiver<bool>) -> anyhow::Result<()> {
@@ -26,6 +39,7 @@ pub async fn run(watched: Arc<Watched>, mut shutdown: watch::Receiver<bool>) -> 
                 ready = true;
                 tracing::info!("ready");
                 tell(&[NotifyState::Ready, NotifyState::Status("ready")]);
+                tokio::spawn(settle());
                 Vec::new()
             }
             Ok(()) => Vec::new(),
