@@ -8,15 +8,16 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use common::{endpoint, pod_ip, service, slice};
-use nft::{Data, Fake, Family, Key};
+use common::{as_before, endpoint, pod_ip, service, slice};
+use nft::{Data, Fake, Family, Key, Verdict};
 use proptest::prelude::*;
 use proxy::backend::Environment;
 use proxy::config::LocalTraffic;
 use proxy::model::{Model, PlanChange};
 use proxy::nftables::base::Structure;
-use proxy::nftables::entries::Slots;
-use proxy::nftables::names::{MapId, Origin, Policy, Pool};
+use proxy::nftables::entries::{Slots, Target};
+use proxy::nftables::kinds::{Kind, number_of};
+use proxy::nftables::names::{Dispatch, MapId, Policy, Pool};
 use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, Service, TrafficPolicy};
 
@@ -41,17 +42,34 @@ fn structure(family: Family) -> Structure {
 struct Side {
     ruleset: Ruleset,
     kernel: Fake,
+    /// What numbers mean, if the kernel is told what the version before would have told it.
+    before: Option<BTreeMap<Key, Data>>,
 }
 
 impl Side {
     fn new(family: Family) -> Side {
-        let mut ruleset = Ruleset::new(structure(family));
-        let mut kernel = Fake::new();
-        for planned in ruleset.plan_repair(None, &Observed::new(), false) {
-            kernel.apply(&planned.transaction).unwrap();
-            ruleset.commit_repair(planned);
+        Side::of(family, None)
+    }
+
+    fn of(family: Family, before: Option<BTreeMap<Key, Data>>) -> Side {
+        let ruleset = Ruleset::new(structure(family));
+        let mut side = Side { ruleset, kernel: Fake::new(), before };
+        for planned in side.ruleset.plan_repair(None, &Observed::new(), false) {
+            side.apply(&planned.transaction);
+            side.ruleset.commit_repair(planned);
         }
-        Side { ruleset, kernel }
+        side
+    }
+
+    fn apply(&mut self, transaction: &nft::Transaction) {
+        let applied = match &mut self.before {
+            None => self.kernel.apply(transaction),
+            Some(kinds) => {
+                let before = as_before(transaction, &self.ruleset.structure, kinds);
+                self.kernel.apply(&before)
+            }
+        };
+        assert_eq!(applied, Ok(()), "{transaction:#?}");
     }
 
     fn change(&mut self, changes: &[PlanChange]) -> usize {
@@ -59,8 +77,7 @@ impl Side {
         let planned = self.ruleset.plan_changes(changes);
         let elements = planned.elements();
         if !planned.transaction.is_empty() {
-            let refused = self.kernel.apply(&planned.transaction);
-            assert_eq!(refused, Ok(()), "{:#?}", planned.transaction);
+            self.apply(&planned.transaction);
         }
         self.ruleset.commit(planned);
         elements
@@ -69,8 +86,14 @@ impl Side {
     /// What the kernel has is what the ruleset thinks that it has.
     fn check(&self) {
         let mut wanted: BTreeMap<(MapId, Key), Option<Data>> = BTreeMap::new();
+        let numbers: BTreeMap<Kind, u32> = self.ruleset.kinds().into_iter().collect();
         for entry in self.ruleset.entries() {
-            wanted.insert((entry.map, entry.key), entry.data);
+            let data = entry.data(|kind| numbers[&kind]);
+            wanted.insert((entry.map, entry.key), data);
+        }
+        for (kind, number) in numbers {
+            let key = Key::new().number(number);
+            wanted.insert((kind.map(), key), Some(Data::Verdict(kind.verdict())));
         }
         let mut found = BTreeMap::new();
         for map in MapId::all() {
@@ -89,13 +112,16 @@ impl Side {
                 matches!(entry.map, MapId::Endpoints(_) | MapId::Kept(_) | MapId::Picks(_));
             let len = entry.key.bytes().len() - if indexed { 4 } else { 0 };
             // With affinity, verdicts tell slots, which history decides.
-            let data = match entry.data {
-                Some(Data::Verdict(verdict)) => {
-                    let text = format!("{verdict:?}");
-                    (!text.contains("sticky") && !text.contains("slot-"))
-                        .then_some(Data::Verdict(verdict))
-                }
-                other => other,
+            let history = |verdict: Verdict| {
+                let text = format!("{verdict:?}");
+                let told = text.contains("sticky") || text.contains("slot-");
+                (!told).then_some(Data::Verdict(verdict))
+            };
+            let data = match entry.target {
+                Some(Target::Data(Data::Value(value))) => Some(Data::Value(value)),
+                Some(Target::Data(Data::Verdict(verdict))) => history(verdict),
+                Some(Target::Kind(kind)) => history(kind.verdict()),
+                None => None,
             };
             all.entry((entry.map, entry.key.bytes()[..len].to_vec())).or_default().push(data);
         }
@@ -109,22 +135,30 @@ fn observe(kernel: &Fake, table: &nft::Table) -> Observed {
         let elements = kernel.elements(table, &map.to_string());
         (map, elements.into_iter().map(|e| (e.key, (e.key_end, e.data))).collect())
     };
-    MapId::all().into_iter().map(of).collect()
+    MapId::all().into_iter().chain(MapId::before()).map(of).collect()
 }
 
 /// What packets to an address or port meet: the verdict, and the endpoints that it chooses from.
-type Served = BTreeMap<(MapId, Key), (Option<Data>, BTreeMap<String, Vec<Data>>)>;
+type Served = BTreeMap<(Dispatch, Key), (Option<Data>, BTreeMap<String, Vec<Data>>)>;
 
-fn served(kernel: &Fake, table: &nft::Table) -> Served {
-    let observed = observe(kernel, table);
+fn served(kernel: &Fake, ruleset: &Ruleset) -> Served {
+    let table = ruleset.table();
+    let observed = observe(kernel, &table);
+    let looks_before = ruleset.structure.looks_before(&kernel.read_table(&table).unwrap());
     let mut served = Served::new();
-    for (map, elements) in &observed {
-        let origin = match map {
-            MapId::Services | MapId::Inside(Origin::Vip) => Origin::Vip,
-            MapId::NodePorts | MapId::Inside(Origin::NodePort) => Origin::NodePort,
-            _ => continue,
-        };
-        for (key, (_, verdict)) in elements {
+    for dispatch in Dispatch::ALL {
+        let origin = dispatch.origin();
+        let mut verdicts: BTreeMap<&Key, Data> = BTreeMap::new();
+        if looks_before {
+            let elements = &observed[&MapId::Before(dispatch)];
+            verdicts.extend(elements.iter().map(|(k, (_, data))| (k, data.clone().unwrap())));
+        }
+        for (key, (_, data)) in &observed[&dispatch.now()] {
+            let number = Key::new().number(number_of(data.as_ref().unwrap()).unwrap());
+            let (_, verdict) = &observed[&dispatch.leads_by()][&number];
+            verdicts.insert(key, verdict.clone().unwrap());
+        }
+        for (key, verdict) in verdicts {
             let mut endpoints: BTreeMap<String, Vec<Data>> = BTreeMap::new();
             let mut look = |map: MapId, key: &Key| {
                 let mut slots: Vec<_> = observed[&map]
@@ -143,12 +177,12 @@ fn served(kernel: &Fake, table: &nft::Table) -> Served {
                     look(MapId::Kept(policy), &id);
                     look(MapId::Picks(policy), &id);
                 }
-            } else {
+            } else if !matches!(dispatch, Dispatch::NoEndpoints(_)) {
                 for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
                     look(MapId::Endpoints(pool), key);
                 }
             }
-            served.insert((*map, key.clone()), (verdict.clone(), endpoints));
+            served.insert((dispatch, key.clone()), (Some(verdict), endpoints));
         }
     }
     served
@@ -269,31 +303,50 @@ proptest! {
     fn a_repair_in_small_batches_keeps_every_service_whole(
         before in proptest::collection::vec(wish(), 1..6),
         after in proptest::collection::vec(wish(), 1..6),
+        // Whether the version before made what is found.
+        upgraded in any::<bool>(),
+        // After how many batches the process dies and another one begins.
+        dies in 0..12_usize,
     ) {
         for family in [Family::Ip, Family::Ip6] {
-            let mut side = Side::new(family);
+            let mut side = Side::of(family, upgraded.then(BTreeMap::new));
             let mut model = Model::new("node");
             before.iter().for_each(|wish| tell(&mut model, wish));
             side.change(&model.take_changes());
-            // The next process finds what this one left, and is told something else.
-            let (kernel, table) = (&mut side.kernel, side.ruleset.table());
-            let mut ruleset = Ruleset::new(structure(family));
-            ruleset.batch = 1;
-            let observed = observe(kernel, &table);
-            ruleset.take_hints(&observed);
             let mut model = Model::new("node");
             after.iter().for_each(|wish| tell(&mut model, wish));
             model.take_changes();
-            model.plans().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
-            let was = served(kernel, &table);
-            let state = kernel.read_table(&table);
+            // The next process finds what this one left, and is told something else.
+            let mut kernel = side.kernel;
+            let start = |kernel: &Fake| {
+                let mut ruleset = Ruleset::new(structure(family));
+                ruleset.batch = 1;
+                ruleset.take_hints(&observe(kernel, &ruleset.table()));
+                model.plans().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
+                ruleset
+            };
+            let mut ruleset = start(&kernel);
+            let table = ruleset.table();
+            let was = served(&kernel, &ruleset);
             let mut steps = vec![was.clone()];
-            for planned in ruleset.plan_repair(state.as_ref(), &observed, false) {
+            let mut state = kernel.read_table(&table);
+            let first = ruleset.plan_repair(state.as_ref(), &observe(&kernel, &table), false);
+            let cut = first.len() > dies;
+            for planned in first.into_iter().take(dies) {
                 prop_assert_eq!(kernel.apply(&planned.transaction), Ok(()));
                 ruleset.commit_repair(planned);
-                steps.push(served(kernel, &table));
+                steps.push(served(&kernel, &ruleset));
             }
-            let will = served(kernel, &table);
+            if cut {
+                ruleset = start(&kernel);
+                state = kernel.read_table(&table);
+                for planned in ruleset.plan_repair(state.as_ref(), &observe(&kernel, &table), false) {
+                    prop_assert_eq!(kernel.apply(&planned.transaction), Ok(()));
+                    ruleset.commit_repair(planned);
+                    steps.push(served(&kernel, &ruleset));
+                }
+            }
+            let will = served(&kernel, &ruleset);
             for step in &steps {
                 for key in was.keys().chain(will.keys()).chain(step.keys()) {
                     let now = step.get(key);
@@ -303,8 +356,14 @@ proptest! {
                     );
                 }
             }
-            let side = Side { ruleset, kernel: side.kernel };
+            for tx in ruleset.plan_sweep(&state.unwrap()) {
+                prop_assert_eq!(kernel.apply(&tx), Ok(()));
+            }
+            let state = kernel.read_table(&table).unwrap();
+            prop_assert!(MapId::before().iter().all(|map| !state.sets.contains_key(&map.to_string())));
+            let side = Side { ruleset, kernel, before: None };
             side.check();
+            prop_assert_eq!(served(&side.kernel, &side.ruleset), will);
         }
     }
 

@@ -3,15 +3,19 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Net, service, sh, slices};
+use common::{Net, as_before, service, sh, slices};
 use proxy::backend::{Backend, Environment};
 use proxy::config::LocalTraffic;
 use proxy::iptables::Iptables;
 use proxy::model::Model;
 use proxy::nftables::backend::Nftables;
+use proxy::nftables::base::Structure;
+use proxy::nftables::names::MapId;
+use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, NamespacedName, TrafficPolicy};
 use proxy::plan::ServicePlan;
 
@@ -101,6 +105,69 @@ fn nftables_repairs_only_what_is_wrong() {
             "nft add chain ip longshore-proxy pick-77",
         ],
     );
+}
+
+/// A listing whatever its order.
+fn sorted(text: String) -> Vec<String> {
+    let words = text.split([',', '\n', '{', '}']).map(|line| line.trim().to_owned());
+    let mut lines: Vec<String> = words.filter(|line| !line.is_empty()).collect();
+    lines.sort();
+    lines
+}
+
+/// What the version before left is changed into what this one wants, and nothing is done twice.
+#[test]
+fn nftables_takes_over_from_the_version_before() {
+    let _net = Net::new(0);
+    let mut model = Model::new("node");
+    let plans = plans(&mut model);
+    let mut client = nft::Client::new().unwrap();
+    for family in [nft::Family::Ip, nft::Family::Ip6] {
+        let mut ruleset = Ruleset::new(Structure { family, environment: environment() });
+        plans.iter().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
+        let mut kinds = BTreeMap::new();
+        for planned in ruleset.plan_repair(None, &Observed::new(), false) {
+            let before = as_before(&planned.transaction, &ruleset.structure, &mut kinds);
+            client.apply(&before).unwrap();
+        }
+    }
+    let mut backend = Nftables::new(&environment()).unwrap();
+    assert!(backend.take_over().unwrap());
+    // It is told before anything is done, and is true.
+    let told = backend.describe(&proxy::question::Describe::Difference).unwrap();
+    assert!(told.contains("flush chain ip longshore-proxy services"), "{told}");
+    let outcome = backend.repair(&plans).unwrap();
+    assert!(outcome.refused.is_empty() && outcome.errors.is_empty(), "{outcome:?}");
+    assert_eq!(outcome.cleanup_failures, [0, 0]);
+    assert!(outcome.written > 20, "{outcome:?}");
+    assert_eq!(backend.repair(&plans).unwrap().written, 0);
+    let listed = sh("nft list ruleset");
+    for map in MapId::before() {
+        assert!(!listed.contains(&format!("map {map} {{")), "{map}: {listed}");
+    }
+    // As a table that this version made.
+    sh("nft flush ruleset");
+    let mut anew = Nftables::new(&environment()).unwrap();
+    anew.repair(&plans).unwrap();
+    assert_eq!(sorted(listed), sorted(sh("nft list ruleset")));
+}
+
+/// A number that leads elsewhere is led back at once.
+#[test]
+fn a_number_that_leads_elsewhere_is_put_right() {
+    let _net = Net::new(0);
+    let mut model = Model::new("node");
+    let plans = plans(&mut model);
+    let mut backend = Nftables::new(&environment()).unwrap();
+    backend.repair(&plans).unwrap();
+    let whole = sh("nft list map ip longshore-proxy kinds");
+    sh("nft delete element ip longshore-proxy kinds '{ 0x00000003 }'
+        nft add element ip longshore-proxy kinds '{ 0x00000003 : drop }'
+        nft add element ip longshore-proxy kinds '{ 0x00000777 : drop }'");
+    let outcome = backend.repair(&plans).unwrap();
+    assert!(outcome.refused.is_empty() && outcome.errors.is_empty(), "{outcome:?}");
+    assert_eq!(outcome.written, 3);
+    assert_eq!(sorted(sh("nft list map ip longshore-proxy kinds")), sorted(whole));
 }
 
 #[test]

@@ -259,6 +259,16 @@ fn write_set(out: &mut Writer, table: &str, set: &Set, id: u32) {
         }
     });
     out.u32(10, id);
+    // Without this `nft` prints a number with its bytes turned round.
+    if set.key == [DataType::Mark] {
+        out.bytes(13, &host_order());
+    }
+}
+
+/// That a set's key is in host byte order, as `nft` keeps it: type (0, the key's), length, order (1).
+fn host_order() -> [u8; 6] {
+    let [a, b, c, d] = 1_u32.to_ne_bytes();
+    [0, 4, a, b, c, d]
 }
 
 fn write_element(out: &mut Writer, element: &Element) {

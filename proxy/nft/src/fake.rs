@@ -76,6 +76,15 @@ impl Fake {
                 reason,
             })?;
         }
+        if let Some(content) = &content {
+            validate(content).map_err(|(chain, reason)| FakeError {
+                op: transaction.ops.len().saturating_sub(1),
+                element: None,
+                table: transaction.table.to_string(),
+                object: format!("chain {chain}"),
+                reason,
+            })?;
+        }
         match content {
             Some(content) => self.tables.insert(transaction.table.clone(), content),
             None => self.tables.remove(&transaction.table),
@@ -351,13 +360,70 @@ fn check_rule(table: &TableContent, rule: &Rule) -> Result<(), Refusal> {
                     return wrong(format!("chain {target} cannot be jumped to"));
                 }
             }
-            Expr::Masquerade { .. } if base.is_some_and(|b| b.hook != Hook::Postrouting) => {
-                return wrong("masquerade works in postrouting only".into());
+            other => {
+                if let Some(reason) = base.and_then(|base| misplaced(other, base)) {
+                    return wrong(reason.to_owned());
+                }
             }
-            Expr::Nat { .. } if base.is_some_and(|b| b.chain_type != ChainType::Nat) => {
-                return wrong("nat works in nat chains only".into());
+        }
+    }
+    Ok(())
+}
+
+/// Why an expression cannot be met by packets that a hook sends.
+fn misplaced(expr: &Expr, base: BaseChain) -> Option<&'static str> {
+    match expr {
+        Expr::Masquerade { .. } if base.hook != Hook::Postrouting => {
+            Some("masquerade works in postrouting only")
+        }
+        Expr::Nat { .. } if base.chain_type != ChainType::Nat => {
+            Some("nat works in nat chains only")
+        }
+        Expr::Reject(_) if base.hook == Hook::Postrouting => {
+            Some("reject works before routing only")
+        }
+        _ => None,
+    }
+}
+
+/// Whether all that packets from any hook may meet is allowed there: rules, and the chains of every
+/// element of a verdict map that a rule looks into. Tells the chain that is wrong, and why.
+fn validate(table: &TableContent) -> Result<(), (String, String)> {
+    let mut targets: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (name, (_, elements)) in &table.sets {
+        let mut chains: Vec<&str> = elements
+            .values()
+            .filter_map(|element| match &element.data {
+                Some(Data::Verdict(verdict)) => target_of(verdict),
+                _ => None,
+            })
+            .collect();
+        chains.sort_unstable();
+        chains.dedup();
+        targets.insert(name, chains);
+    }
+    for (start, base) in table.chains.iter().filter_map(|(name, (base, _))| Some((name, (*base)?)))
+    {
+        let mut met: Vec<&str> = vec![start];
+        let mut next = 0;
+        while let Some(name) = met.get(next).copied() {
+            next += 1;
+            let Some((_, rules)) = table.chains.get(name) else { continue };
+            for expr in rules.iter().flat_map(|(_, rule)| &rule.exprs) {
+                if let Some(reason) = misplaced(expr, base) {
+                    return Err((name.to_owned(), format!("{reason}, and {start} leads here")));
+                }
+                let more: &[&str] = match expr {
+                    Expr::Verdict(verdict) => &target_of(verdict).into_iter().collect::<Vec<_>>(),
+                    Expr::LookupVerdict { set, .. } => {
+                        targets.get(set.as_str()).map(Vec::as_slice).unwrap_or_default()
+                    }
+                    _ => &[],
+                };
+                let new: Vec<&str> =
+                    more.iter().filter(|name| !met.contains(name)).copied().collect();
+                met.extend(new);
             }
-            _ => {}
         }
     }
     Ok(())

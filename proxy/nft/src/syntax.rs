@@ -115,7 +115,16 @@ impl Registers {
         let mut parts = Vec::new();
         let (mut at, end) = (first(register), first(register) + len);
         while at < end {
-            let Some((what, words)) = self.0.get(&at) else { break };
+            let Some((what, words)) = self.0.get(&at) else {
+                // A part of what began before: the end of what a map tells.
+                let whole = (first(1)..at).rev().find_map(|r| Some((r, self.0.get(&r)?)));
+                if let Some((r, (what, words))) = whole.filter(|(r, (_, words))| r + words > at) {
+                    parts.push(what.as_str());
+                    at = r + words;
+                    continue;
+                }
+                break;
+            };
             parts.push(what.as_str());
             at += words;
         }

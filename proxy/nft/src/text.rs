@@ -53,7 +53,11 @@ fn parts(types: &[DataType], mut bytes: &[u8]) -> Vec<String> {
             (DataType::InetProto, [132, ..]) => "sctp".into(),
             (DataType::InetService, [a, b, ..]) => u16::from_be_bytes([*a, *b]).to_string(),
             (DataType::Mark | DataType::Integer, [a, b, c, d]) => {
-                u32::from_ne_bytes([*a, *b, *c, *d]).to_string()
+                match u32::from_ne_bytes([*a, *b, *c, *d]) {
+                    // An index or a count; others are read by their digits.
+                    few @ 0..0x1_0000 => few.to_string(),
+                    number => format!("{number:#010x}"),
+                }
             }
             (_, f) => hex(f),
         });

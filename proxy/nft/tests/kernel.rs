@@ -167,6 +167,62 @@ fn keyed_maps_and_affinity_are_taken_and_printed() {
     }
 }
 
+/// What a map tells is the key of another map. `nft` knows no length of it and shows what it saw put
+/// into the register before, so the number is the second part of the value.
+#[test]
+fn a_verdict_is_found_by_way_of_a_number() {
+    let mut client = own_namespace();
+    let vip = [DataType::Ipv4Addr, DataType::InetProto, DataType::InetService];
+    let table = Table::new(Family::Ip, "longshore-test");
+    let mut tx = Transaction::new(table.clone());
+    tx.add_table();
+    tx.add_chain("output", Some(NAT_OUTPUT));
+    tx.add_chain("refuse", Some(BaseChain { chain_type: ChainType::Filter, ..NAT_OUTPUT }));
+    tx.add_chain("pick-4", None);
+    tx.add_set(Set::map("services", &vip, &[DataType::Mark, DataType::Mark]));
+    tx.add_set(Set::verdict_map("kinds", &[DataType::Mark]));
+    let key =
+        [Expr::ip4(Address::Destination, REG + 1), Expr::l4proto(REG + 2), Expr::dport(REG + 3)];
+    let lookups = [
+        Expr::LookupMap { set: "services".into(), sreg: REG + 1, dreg: REG },
+        Expr::LookupVerdict { set: "kinds".into(), sreg: REG + 1 },
+    ];
+    tx.add_rule("refuse", [&key[..], &lookups[..]].concat());
+    let to = |port: u16| Key::new().address([127, 0, 0, 1].into()).protocol(6).port(port);
+    let value = |number: u32| Key::new().number(0).number(number);
+    tx.add_element("kinds", Element::verdict(Key::new().number(4), Verdict::Goto("pick-4".into())));
+    tx.add_element("kinds", Element::verdict(Key::new().number(5), Verdict::Drop));
+    tx.add_rule("pick-4", vec![Expr::Reject(RejectKind::TcpReset)]);
+    tx.add_element("services", Element::value(to(80), value(4)));
+    tx.add_element("services", Element::value(to(81), value(5)));
+    tx.add_element("services", Element::value(to(82), value(6)));
+    client.apply(&tx).unwrap();
+    let text = listing();
+    for part in
+        ["ip daddr vmap @kinds", "0x00000004 : goto pick-4", "tcp . 81 : 0x00000000 . 0x00000005"]
+    {
+        assert!(text.contains(part), "{part} is not in\n{text}");
+    }
+    let sets = [Set::map("services", &vip, &[DataType::Mark, DataType::Mark])];
+    let words = nft::commands(&tx, &sets);
+    let whole = "ip daddr . meta l4proto . th dport map @services vmap @kinds";
+    assert!(words.contains(whole), "{words}");
+    // What packets meet, on the namespace's own loopback.
+    assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+    let listen = |port| std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    let _kept = [80, 81, 82, 83].map(listen);
+    let met = |port: u16| {
+        let to = std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let wait = std::time::Duration::from_millis(500);
+        std::net::TcpStream::connect_timeout(&to, wait).map(|_| ()).map_err(|e| e.kind())
+    };
+    use std::io::ErrorKind::{ConnectionRefused, TimedOut};
+    assert_eq!(met(80), Err(ConnectionRefused));
+    assert_eq!(met(81), Err(TimedOut));
+    // A number without a verdict, and a port without a number.
+    assert_eq!([met(82), met(83)], [Ok(()), Ok(())]);
+}
+
 fn ports_set(client: &mut Client) -> Table {
     let table = Table::new(Family::Ip, "longshore-test");
     let mut tx = Transaction::new(table.clone());

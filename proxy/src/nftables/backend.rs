@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use nft::{Client, Error, Family, Table, Transaction};
+use nft::{Client, Error, Family, Table, TableState, Transaction};
 
 use super::base::Structure;
 use super::names::{MapId, TABLE};
@@ -83,9 +83,19 @@ impl Nftables {
         Ok(())
     }
 
-    fn observe(client: &mut Client, table: &Table) -> Result<Observed, Error> {
+    /// The elements of all maps that are there, those of the version before too.
+    fn observe(client: &mut Client, table: &Table, state: &TableState) -> Result<Observed, Error> {
+        let there = |map: &MapId| state.sets.contains_key(&map.to_string());
+        Self::read(client, table, MapId::all().into_iter().chain(MapId::before()).filter(there))
+    }
+
+    fn read(
+        client: &mut Client,
+        table: &Table,
+        maps: impl IntoIterator<Item = MapId>,
+    ) -> Result<Observed, Error> {
         let mut observed = Observed::new();
-        for map in MapId::all() {
+        for map in maps {
             let elements = client.elements(table, &map.to_string())?;
             let by_key: HashMap<_, _> =
                 elements.into_iter().map(|e| (e.key, (e.key_end, e.data))).collect();
@@ -158,7 +168,7 @@ fn repair_family(
     for attempt in 0..ATTEMPTS {
         let state = client.read_table(&table)?;
         let observed = match &state {
-            Some(_) => Nftables::observe(client, &table)?,
+            Some(state) => Nftables::observe(client, &table, state)?,
             None => Observed::new(),
         };
         let last = attempt + 1 == ATTEMPTS;
@@ -273,7 +283,7 @@ impl Backend for Nftables {
             let table = ruleset.table();
             if there.contains(&table) {
                 any = true;
-                let observed = Self::observe(&mut self.client, &table)?;
+                let observed = Self::read(&mut self.client, &table, MapId::with_slots())?;
                 ruleset.take_hints(&observed);
             }
         }
@@ -334,7 +344,7 @@ impl Backend for Nftables {
                     let table = ruleset.table();
                     let state = self.client.read_table(&table)?;
                     let observed = match &state {
-                        Some(_) => Self::observe(&mut self.client, &table)?,
+                        Some(state) => Self::observe(&mut self.client, &table, state)?,
                         None => Observed::new(),
                     };
                     ruleset.plan_only(state.as_ref(), &observed)

@@ -9,7 +9,7 @@ use nft::{
 
 use super::chains::{key, load, mark, words};
 use super::entries::REJECT;
-use super::names::{MapId, Origin};
+use super::names::{Dispatch, MapId, Origin};
 use crate::backend::Environment;
 use crate::config::LocalTraffic;
 use crate::object::Cidr;
@@ -23,8 +23,17 @@ pub struct Structure {
     pub environment: Environment,
 }
 
-/// A fixed chain: name, hook, rules with what each is for.
-pub type FixedChain = (&'static str, Option<BaseChain>, Vec<(&'static str, Vec<Expr>)>);
+/// A rule with what it is for.
+pub type Described = (&'static str, Vec<Expr>);
+
+/// A fixed chain: name, hook, rules.
+pub type FixedChain = (&'static str, Option<BaseChain>, Vec<Described>);
+
+/// The chain where traffic to Services begins.
+const SERVICES: &str = "services";
+
+/// What its rule for addresses is for, in the words of the version before.
+const SERVICES_BEFORE: &str = "services";
 
 fn base(chain_type: ChainType, hook: Hook, priority: i32) -> Option<BaseChain> {
     Some(BaseChain { chain_type, hook, priority })
@@ -46,10 +55,34 @@ impl Structure {
         cidrs.iter().filter(move |cidr| cidr.address.is_ipv4() == ipv4)
     }
 
-    fn lookup(&self, origin: Origin, map: MapId) -> Vec<Expr> {
-        let (mut exprs, _) = key(origin, self.family, REG);
-        exprs.push(Expr::LookupVerdict { set: map.to_string(), sreg: REG });
-        exprs
+    /// The rules that find what packets meet: the key's number, then the number's chain. As long as
+    /// the maps of the version `before` are there, what is not in the new ones is in them.
+    fn lookups(&self, what: [&'static str; 2], dispatch: Dispatch, before: bool) -> Vec<Described> {
+        let origin = dispatch.origin();
+        // One register is left before the key, see `kinds::value`.
+        let (mut exprs, _) = key(origin, self.family, REG + 1);
+        exprs.extend([
+            Expr::LookupMap { set: dispatch.now().to_string(), sreg: REG + 1, dreg: REG },
+            Expr::LookupVerdict { set: dispatch.leads_by().to_string(), sreg: REG + 1 },
+        ]);
+        let [now, then] = what;
+        let mut rules = vec![(now, exprs)];
+        if before {
+            let (mut exprs, _) = key(origin, self.family, REG);
+            let set = MapId::Before(dispatch).to_string();
+            exprs.push(Expr::LookupVerdict { set, sreg: REG });
+            rules.push((then, exprs));
+        }
+        rules
+    }
+
+    /// Whether the rules that were found are those of the version before, or still look into its maps.
+    pub fn looks_before(&self, state: &nft::TableState) -> bool {
+        let rules = state.chains.get(SERVICES).map(|(_, rules)| rules.as_slice());
+        rules.unwrap_or_default().iter().any(|rule| {
+            let comment = rule.comment.as_deref().unwrap_or_default();
+            comment.strip_prefix(SERVICES_BEFORE).is_some_and(|rest| rest.starts_with(" #"))
+        })
     }
 
     /// One list of conditions for each kind of traffic from this node or its pods.
@@ -120,8 +153,9 @@ impl Structure {
         ]
     }
 
-    /// Every fixed chain; a chain comes after those that it jumps to.
-    pub fn chains(&self) -> Vec<FixedChain> {
+    /// Every fixed chain; a chain comes after those that it jumps to. With `before`, its rules look
+    /// into the maps of the version before as well.
+    pub fn chains(&self, before: bool) -> Vec<FixedChain> {
         let family = self.family;
         let mut services = Vec::new();
         let to_cluster_ip = self.daddr_in(MapId::ClusterIps);
@@ -136,18 +170,28 @@ impl Structure {
         }
         let mut node_ports = Vec::new();
         for inside in self.inside() {
-            let vip = self.lookup(Origin::Vip, MapId::Inside(Origin::Vip));
-            let port = self.lookup(Origin::NodePort, MapId::Inside(Origin::NodePort));
-            services.push(("from this node or its pods", [inside.clone(), vip].concat()));
-            node_ports.push(("from this node or its pods", [inside, port].concat()));
+            let within = |what, dispatch| -> Vec<Described> {
+                let found = self.lookups([what, "from this node or its pods"], dispatch, before);
+                found.into_iter().map(|(w, exprs)| (w, [inside.clone(), exprs].concat())).collect()
+            };
+            let vips = "from this node or its pods, by map @inside-service-kinds";
+            let ports = "from this node or its pods, by map @inside-node-port-kinds";
+            services.extend(within(vips, Dispatch::Inside(Origin::Vip)));
+            node_ports.extend(within(ports, Dispatch::Inside(Origin::NodePort)));
         }
-        services.push(("services", self.lookup(Origin::Vip, MapId::Services)));
-        node_ports.push(("NodePorts", self.lookup(Origin::NodePort, MapId::NodePorts)));
+        let vips = ["services, by map @service-kinds", SERVICES_BEFORE];
+        services.extend(self.lookups(vips, Dispatch::Services, before));
+        let ports = ["NodePorts, by map @node-port-kinds", "NodePorts"];
+        node_ports.extend(self.lookups(ports, Dispatch::NodePorts, before));
         let mut no_node_ports = Vec::new();
         for at_node in self.at_node() {
             services.push(("to this node", [at_node.clone(), vec![jump("node-ports")]].concat()));
-            let lookup = self.lookup(Origin::NodePort, MapId::NoEndpoints(Origin::NodePort));
-            no_node_ports.push(("NodePorts without endpoints", [at_node, lookup].concat()));
+            let none = "NodePorts without endpoints, by map @no-endpoint-node-port-kinds";
+            let what = [none, "NodePorts without endpoints"];
+            let found = self.lookups(what, Dispatch::NoEndpoints(Origin::NodePort), before);
+            for (what, exprs) in found {
+                no_node_ports.push((what, [at_node.clone(), exprs].concat()));
+            }
         }
 
         let (mut firewalled, after) = key(Origin::Vip, family, REG);
@@ -169,7 +213,9 @@ impl Structure {
             cluster_ips.push(("cluster IPs that no Service has", exprs));
         }
 
-        let no_endpoints = self.lookup(Origin::Vip, MapId::NoEndpoints(Origin::Vip));
+        let none = "services without endpoints, by map @no-endpoint-kinds";
+        let what = [none, "services without endpoints"];
+        let no_endpoints = self.lookups(what, Dispatch::NoEndpoints(Origin::Vip), before);
         let mut pre_dnat = Vec::new();
         if self.environment.localhost && family == Family::Ip {
             // The kernel lets 127.0.0.0/8 in from other interfaces once NodePorts are served
@@ -185,11 +231,11 @@ impl Structure {
         vec![
             (REJECT, None, vec![("reject", vec![Expr::Reject(RejectKind::PortUnreachable)])]),
             ("firewall", None, vec![("source ranges", firewalled)]),
-            ("no-endpoints", None, vec![("services without endpoints", no_endpoints)]),
+            ("no-endpoints", None, no_endpoints),
             ("no-endpoints-node-ports", None, no_node_ports),
             ("cluster-ips", None, cluster_ips),
             ("node-ports", None, node_ports),
-            ("services", None, services),
+            (SERVICES, None, services),
             ("masquerading", None, self.masquerading()),
             ("filter-prerouting-pre-dnat", base(filter, Hook::Prerouting, -110), pre_dnat),
             (

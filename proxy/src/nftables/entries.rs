@@ -6,12 +6,22 @@ use std::sync::Arc;
 
 use nft::{Data, Element, Family, Key, Verdict};
 
+use super::kinds::{Kind, first_free, hash, number_of, value};
 use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool};
 use crate::object::{Cidr, NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
 /// Name of the chain that rejects; `reject` alone is a word of `nft`.
 pub const REJECT: &str = "rejecting";
+
+/// What an element maps to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Data.
+    Data(Data),
+    /// A kind, by its number.
+    Kind(Kind),
+}
 
 /// An element of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,16 +33,41 @@ pub struct Entry {
     /// End of the range, in the set of source ranges.
     pub key_end: Option<Key>,
     /// What it maps to.
-    pub data: Option<Data>,
+    pub target: Option<Target>,
 }
 
 impl Entry {
-    /// As an element.
-    pub fn element(&self) -> Element {
+    /// The kind that it leads to, if it leads to one.
+    pub fn kind(&self) -> Option<Kind> {
+        match self.target {
+            Some(Target::Kind(kind)) => Some(kind),
+            _ => None,
+        }
+    }
+
+    /// What it maps to in the kernel, where kinds have these numbers.
+    pub fn data(&self, number: impl FnOnce(Kind) -> u32) -> Option<Data> {
+        self.target.as_ref().map(|target| match target {
+            Target::Data(data) => data.clone(),
+            Target::Kind(kind) => value(number(*kind)),
+        })
+    }
+
+    /// Whether it maps to what the kernel has, where kinds have these numbers.
+    pub fn leads_to(&self, found: &Option<Data>, number: impl FnOnce(Kind) -> u32) -> bool {
+        match (&self.target, found) {
+            (Some(Target::Kind(kind)), Some(found)) => number_of(found) == Some(number(*kind)),
+            (Some(Target::Data(data)), Some(found)) => data == found,
+            (target, found) => target.is_none() && found.is_none(),
+        }
+    }
+
+    /// As an element, where kinds have these numbers.
+    pub fn element(&self, number: impl FnOnce(Kind) -> u32) -> Element {
         Element {
             key: self.key.clone(),
             key_end: self.key_end.clone(),
-            data: self.data.clone(),
+            data: self.data(number),
             timeout: None,
         }
     }
@@ -148,22 +183,9 @@ impl SlottedPort {
     }
 }
 
-/// A number for a port with affinity: the same after a restart, unless another port has it. FNV-1a.
-fn number(service: &NamespacedName, port: &PortPlan, taken: impl Fn(&u32) -> bool) -> u32 {
-    let text = format!("{service} {} {}", port.protocol, port.port);
-    let hash = text
-        .bytes()
-        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
-    first_free(hash, taken)
-}
-
-/// The first number from `wanted` on that is not taken.
-fn first_free(wanted: u32, taken: impl Fn(&u32) -> bool) -> u32 {
-    let mut number = wanted;
-    while taken(&number) {
-        number = number.wrapping_add(1);
-    }
-    number
+/// A number for a port with affinity: the same after a restart, unless another port has it.
+fn number(service: &NamespacedName, port: &PortPlan, taken: impl Fn(u32) -> bool) -> u32 {
+    first_free(hash(&format!("{service} {} {}", port.protocol, port.port)), taken)
 }
 
 /// Two lists of slots as one: where the first has nothing, what the second has.
@@ -193,7 +215,7 @@ pub fn assign_slots(
             let id = port.affinity.map(|_| {
                 let id = before.and_then(|before| before.id);
                 id.unwrap_or_else(|| {
-                    number(service, port, |id| taken.contains(id) || new.contains(id))
+                    number(service, port, |id| taken.contains(&id) || new.contains(&id))
                 })
             });
             new.extend(id);
@@ -267,15 +289,15 @@ pub struct Collected {
 
 impl Collected {
     fn set(&mut self, map: MapId, key: Key) {
-        self.entries.push(Entry { map, key, key_end: None, data: None });
+        self.entries.push(Entry { map, key, key_end: None, target: None });
     }
 
     fn data(&mut self, map: MapId, key: Key, data: Data) {
-        self.entries.push(Entry { map, key, key_end: None, data: Some(data) });
+        self.entries.push(Entry { map, key, key_end: None, target: Some(Target::Data(data)) });
     }
 
-    fn verdict(&mut self, map: MapId, key: Key, verdict: Verdict) {
-        self.entries.push(Entry { map, key, key_end: None, data: Some(Data::Verdict(verdict)) });
+    fn kind(&mut self, map: MapId, key: Key, kind: Kind) {
+        self.entries.push(Entry { map, key, key_end: None, target: Some(Target::Kind(kind)) });
     }
 
     /// The endpoints of a key in a pool; tells the behaviour that picks one.
@@ -285,7 +307,7 @@ impl Collected {
         pool: Pool,
         key: &Key,
         masquerade: Masquerade,
-    ) -> Verdict {
+    ) -> Kind {
         let slots = port.slots(pool.policy);
         let (pool, choice) = match port.id.zip(port.plan().affinity) {
             None => {
@@ -302,11 +324,8 @@ impl Collected {
                     let key = |n| Key::new().number(id).number(n);
                     self.data(MapId::Kept(policy), key(slot), target(endpoint));
                     let chain = Behaviour::Slot { id, policy, timeout, slot };
-                    self.verdict(
-                        MapId::Picks(policy),
-                        key(count),
-                        Verdict::Goto(chain.to_string()),
-                    );
+                    let verdict = Data::Verdict(Verdict::Goto(chain.to_string()));
+                    self.data(MapId::Picks(policy), key(count), verdict);
                     count += 1;
                 }
                 let slots = (slots.0.len() as u32).next_power_of_two();
@@ -315,7 +334,7 @@ impl Collected {
         };
         let behaviour = Behaviour::Pick { pool, choice, masquerade };
         self.behaviours.push(behaviour);
-        Verdict::Goto(behaviour.to_string())
+        Kind::Chain(behaviour)
     }
 
     /// What a port programs.
@@ -323,16 +342,14 @@ impl Collected {
         let plan = port.plan();
         self.set(MapId::ClusterIps, Key::new().address(plan.cluster_ip));
         let key = vip(plan.cluster_ip, plan.protocol, plan.port);
-        let nothing = |any: bool| {
-            if any { Verdict::Drop } else { Verdict::Goto(REJECT.to_owned()) }
-        };
+        let nothing = if plan.has_endpoints { Kind::Drop } else { Kind::Reject };
         if plan.has_internal_endpoints() {
             let policy = if plan.internal_local { Policy::Local } else { Policy::Cluster };
             let pool = Pool { origin: Origin::Vip, policy };
-            let verdict = self.endpoints(port, pool, &key, Masquerade::Never);
-            self.verdict(MapId::Services, key, verdict);
+            let kind = self.endpoints(port, pool, &key, Masquerade::Never);
+            self.kind(MapId::Services, key, kind);
         } else {
-            self.verdict(MapId::NoEndpoints(Origin::Vip), key, nothing(plan.has_endpoints));
+            self.kind(MapId::NoEndpoints(Origin::Vip), key, nothing);
         }
         for address in &plan.external_ips {
             // The cluster IP as an external IP: the cluster IP's rules are there already.
@@ -351,7 +368,7 @@ impl Collected {
                     map: MapId::FirewallSources,
                     key: key.clone().address(range.address),
                     key_end: Some(key.clone().address(last_of(*range))),
-                    data: None,
+                    target: None,
                 });
             }
         }
@@ -365,24 +382,23 @@ impl Collected {
             Origin::NodePort => MapId::NodePorts,
         };
         if !plan.has_external_endpoints() {
-            let verdict =
-                if plan.has_endpoints { Verdict::Drop } else { Verdict::Goto(REJECT.to_owned()) };
-            self.verdict(MapId::NoEndpoints(origin), key.clone(), verdict);
+            let kind = if plan.has_endpoints { Kind::Drop } else { Kind::Reject };
+            self.kind(MapId::NoEndpoints(origin), key.clone(), kind);
         }
         if !plan.cluster.is_empty() {
             let pool = Pool { origin, policy: Policy::Cluster };
             if plan.external_local {
-                let verdict = self.endpoints(port, pool, &key, Masquerade::IfNode);
-                self.verdict(MapId::Inside(origin), key.clone(), verdict);
+                let kind = self.endpoints(port, pool, &key, Masquerade::IfNode);
+                self.kind(MapId::Inside(origin), key.clone(), kind);
             } else {
-                let verdict = self.endpoints(port, pool, &key, Masquerade::Always);
-                self.verdict(services, key.clone(), verdict);
+                let kind = self.endpoints(port, pool, &key, Masquerade::Always);
+                self.kind(services, key.clone(), kind);
             }
         }
         if plan.external_local && !plan.local.is_empty() {
             let pool = Pool { origin, policy: Policy::Local };
-            let verdict = self.endpoints(port, pool, &key, Masquerade::Never);
-            self.verdict(services, key, verdict);
+            let kind = self.endpoints(port, pool, &key, Masquerade::Never);
+            self.kind(services, key, kind);
         }
     }
 
@@ -422,16 +438,4 @@ pub fn hairpins(ports: &[SlottedPort]) -> Vec<Key> {
     keys.sort_unstable();
     keys.dedup();
     keys
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_number_that_is_taken_is_not_given_again() {
-        assert_eq!(first_free(7, |_| false), 7);
-        assert_eq!(first_free(7, |id| [7, 8].contains(id)), 9);
-        assert_eq!(first_free(u32::MAX, |id| *id == u32::MAX), 0);
-    }
 }

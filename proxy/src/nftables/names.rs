@@ -75,6 +75,11 @@ pub enum MapId {
     Kept(Policy),
     /// With affinity: which slot chain an index means.
     Picks(Policy),
+    /// Chain by number of a [`Kind`](super::kinds::Kind) that picks an endpoint.
+    Kinds,
+    /// Reject or drop by number. It is a map of its own, as the kernel holds all chains of a map to what
+    /// the hooks allow from which any rule looks into it: no translation where packets are filtered.
+    Refusals,
     /// Cluster IPs that are in use.
     ClusterIps,
     /// Local endpoints, as source and destination: a pod that talks to itself.
@@ -83,14 +88,68 @@ pub enum MapId {
     FirewallSources,
     /// Load-balancer addresses with source ranges.
     Firewalled,
-    /// Behaviour by address, protocol, port.
+    /// Number of the kind by address, protocol, port.
     Services,
-    /// Behaviour for traffic of this node and its pods, where policy Local makes it differ.
+    /// Number for traffic of this node and its pods, where policy Local makes it differ.
     Inside(Origin),
-    /// Behaviour by protocol and port of the node.
+    /// Number by protocol and port of the node.
     NodePorts,
-    /// What has no endpoints: reject or drop.
+    /// What has no endpoints: number of reject or drop.
     NoEndpoints(Origin),
+    /// What the version before had instead: verdicts. They are only ever taken over from.
+    Before(Dispatch),
+}
+
+/// The maps that tell what packets meet, as the version before had them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dispatch {
+    /// Addresses.
+    Services,
+    /// Traffic of this node and its pods.
+    Inside(Origin),
+    /// Ports of the node.
+    NodePorts,
+    /// What has no endpoints.
+    NoEndpoints(Origin),
+}
+
+impl Dispatch {
+    /// All six.
+    pub const ALL: [Dispatch; 6] = [
+        Dispatch::Services,
+        Dispatch::Inside(Origin::Vip),
+        Dispatch::Inside(Origin::NodePort),
+        Dispatch::NodePorts,
+        Dispatch::NoEndpoints(Origin::Vip),
+        Dispatch::NoEndpoints(Origin::NodePort),
+    ];
+
+    /// What is there instead now.
+    pub fn now(self) -> MapId {
+        match self {
+            Dispatch::Services => MapId::Services,
+            Dispatch::Inside(origin) => MapId::Inside(origin),
+            Dispatch::NodePorts => MapId::NodePorts,
+            Dispatch::NoEndpoints(origin) => MapId::NoEndpoints(origin),
+        }
+    }
+
+    /// The map by which its numbers lead on.
+    pub fn leads_by(self) -> MapId {
+        match self {
+            Dispatch::NoEndpoints(_) => MapId::Refusals,
+            Dispatch::Services | Dispatch::Inside(_) | Dispatch::NodePorts => MapId::Kinds,
+        }
+    }
+
+    /// Its key.
+    pub fn origin(self) -> Origin {
+        match self {
+            Dispatch::Services => Origin::Vip,
+            Dispatch::NodePorts => Origin::NodePort,
+            Dispatch::Inside(origin) | Dispatch::NoEndpoints(origin) => origin,
+        }
+    }
 }
 
 impl fmt::Display for MapId {
@@ -99,28 +158,51 @@ impl fmt::Display for MapId {
             MapId::Endpoints(pool) => write!(f, "{}endpoints", pool.prefix()),
             MapId::Kept(policy) => write!(f, "{}kept", Pool::kept(*policy).prefix()),
             MapId::Picks(policy) => write!(f, "{}picks", Pool::kept(*policy).prefix()),
+            MapId::Kinds => f.write_str("kinds"),
+            MapId::Refusals => f.write_str("refusals"),
             MapId::ClusterIps => f.write_str("cluster-ips"),
             MapId::Hairpin => f.write_str("hairpin"),
             MapId::FirewallSources => f.write_str("firewall-sources"),
             MapId::Firewalled => f.write_str("firewalled"),
-            MapId::Services => f.write_str("services"),
-            MapId::Inside(Origin::Vip) => f.write_str("inside-services"),
-            MapId::Inside(Origin::NodePort) => f.write_str("inside-node-ports"),
-            MapId::NodePorts => f.write_str("node-ports"),
-            MapId::NoEndpoints(Origin::Vip) => f.write_str("no-endpoints"),
-            MapId::NoEndpoints(Origin::NodePort) => f.write_str("no-endpoints-node-ports"),
+            MapId::Services => f.write_str("service-kinds"),
+            MapId::Inside(Origin::Vip) => f.write_str("inside-service-kinds"),
+            MapId::Inside(Origin::NodePort) => f.write_str("inside-node-port-kinds"),
+            MapId::NodePorts => f.write_str("node-port-kinds"),
+            MapId::NoEndpoints(Origin::Vip) => f.write_str("no-endpoint-kinds"),
+            MapId::NoEndpoints(Origin::NodePort) => f.write_str("no-endpoint-node-port-kinds"),
+            MapId::Before(dispatch) => f.write_str(match dispatch {
+                Dispatch::Services => "services",
+                Dispatch::Inside(Origin::Vip) => "inside-services",
+                Dispatch::Inside(Origin::NodePort) => "inside-node-ports",
+                Dispatch::NodePorts => "node-ports",
+                Dispatch::NoEndpoints(Origin::Vip) => "no-endpoints",
+                Dispatch::NoEndpoints(Origin::NodePort) => "no-endpoints-node-ports",
+            }),
         }
     }
 }
 
 impl MapId {
-    /// Every map.
+    /// The maps that tell which slot each endpoint has.
+    pub fn with_slots() -> Vec<MapId> {
+        let kept = Policy::ALL.map(MapId::Kept);
+        Pool::ALL.map(MapId::Endpoints).into_iter().chain(kept).collect()
+    }
+
+    /// The maps of the version before that this one has not.
+    pub fn before() -> [MapId; 6] {
+        Dispatch::ALL.map(MapId::Before)
+    }
+
+    /// Every map that this version makes.
     pub fn all() -> Vec<MapId> {
         let mut all = Vec::new();
         all.extend(Pool::ALL.map(MapId::Endpoints));
         all.extend(Policy::ALL.map(MapId::Kept));
         all.extend(Policy::ALL.map(MapId::Picks));
         all.extend([
+            MapId::Kinds,
+            MapId::Refusals,
             MapId::ClusterIps,
             MapId::Hairpin,
             MapId::FirewallSources,
@@ -140,7 +222,10 @@ impl MapId {
         let name = self.to_string();
         let address = address_type(family);
         let vip = key_types(Origin::Vip, family);
-        let verdicts = |origin| Set::verdict_map(name.clone(), &key_types(origin, family));
+        let numbers = |origin| {
+            let key = key_types(origin, family);
+            Set::map(name.clone(), &key, &[DataType::Mark, DataType::Mark])
+        };
         match self {
             MapId::Endpoints(pool) => Set::map(
                 name,
@@ -157,9 +242,13 @@ impl MapId {
                 Set { interval: true, ..Set::plain(name, &[vip, vec![address]].concat()) }
             }
             MapId::Firewalled => Set::plain(name, &vip),
-            MapId::Services => verdicts(Origin::Vip),
-            MapId::NodePorts => verdicts(Origin::NodePort),
-            MapId::Inside(origin) | MapId::NoEndpoints(origin) => verdicts(origin),
+            MapId::Kinds | MapId::Refusals => Set::verdict_map(name, &[DataType::Mark]),
+            MapId::Services => numbers(Origin::Vip),
+            MapId::NodePorts => numbers(Origin::NodePort),
+            MapId::Inside(origin) | MapId::NoEndpoints(origin) => numbers(origin),
+            MapId::Before(dispatch) => {
+                Set::verdict_map(name, &key_types(dispatch.origin(), family))
+            }
         }
     }
 }
