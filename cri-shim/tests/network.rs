@@ -29,6 +29,12 @@ fn sandboxes_talk_to_each_other_the_host_and_outside() {
     assert_eq!(ips_b[0], "10.88.0.3".parse::<IpAddr>().unwrap());
     assert_eq!(host.setup(&network, &a).unwrap(), ips_a, "setup is idempotent");
     host.status(&network).unwrap();
+    // No address is still being tried, as none could be forwarded under meanwhile (IFA_F_TENTATIVE).
+    let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap();
+    let bridge = addresses.lines().filter(|line| line.ends_with("longshore0"));
+    let flags = bridge.map(|line| line.split_whitespace().nth(4).unwrap());
+    let flags: Vec<_> = flags.map(|hex| u32::from_str_radix(hex, 16).unwrap()).collect();
+    assert!(flags.len() == 2 && flags.iter().all(|flags| flags & 0x40 == 0), "{addresses}");
     serve(&b.netns, 80);
     serve(&host.outside(), 80);
     // Pod to pod with its own address, host to pod, pod to outside under the host's address.

@@ -457,6 +457,9 @@ fn sysctls(bridge: &str, cidrs: &[Cidr]) -> Result<(), NetworkError> {
     if cidrs.iter().any(|cidr| !cidr.is_ipv4()) {
         keep_advertised_routes();
         set("ipv6/conf/all/forwarding".to_owned(), "1")?;
+        // What is forwarded to a pod waits for its link address, which the kernel asks for under the
+        // bridge's link-local address, and not before that has been found to be unique.
+        set(format!("ipv6/conf/{bridge}/accept_dad"), "0")?;
     }
     Ok(())
 }
