@@ -368,6 +368,22 @@ impl Loop {
         if self.state == State::Holding && self.model.synced {
             self.state = State::Repairing;
         }
+        self.sweep_when_programmed();
+    }
+
+    /// Removes what another mode and upstream's proxy left, once: their rules serve until all that
+    /// was told is in the kernel, and until then not all has been told.
+    fn sweep_when_programmed(&mut self) {
+        let programmed = self.state == State::Serving
+            && self.busy.is_none()
+            && self.model.synced
+            && !self.model.is_dirty();
+        if self.swept || !programmed {
+            return;
+        }
+        self.swept = true;
+        let mode = if self.programs { Mode::Iptables } else { Mode::Nftables };
+        self.sweep = Some(tokio::task::spawn_blocking(move || sweep_other(mode)));
     }
 
     fn asked(&mut self, question: Question) {
@@ -630,11 +646,7 @@ impl Loop {
                         "programmed"
                     );
                 }
-                if done.full && !self.swept {
-                    self.swept = true;
-                    let mode = if iptables { Mode::Iptables } else { Mode::Nftables };
-                    self.sweep = Some(tokio::task::spawn_blocking(move || sweep_other(mode)));
-                }
+                self.sweep_when_programmed();
                 if !again {
                     self.clean_flows(done.full).await;
                 }
