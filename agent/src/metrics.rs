@@ -128,7 +128,7 @@ struct Eviction {
 /// Why a pod was not let in.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Rejection {
-    reason: String,
+    reason: &'static str,
 }
 
 /// The kind of a container.
@@ -387,16 +387,15 @@ impl Metrics {
 
     /// A pod was not let in. Reasons that upstream does not list are counted as `Other`.
     pub fn pod_rejected(&self, reason: &str) {
-        let listed = matches!(
-            reason,
-            "AppArmor"
-                | "Evicted"
-                | "OutOfcpu"
-                | "OutOfmemory"
-                | "OutOfephemeral-storage"
-                | "OutOfpods"
-        );
-        let reason = if listed { reason } else { "Other" }.to_owned();
+        const LISTED: [&str; 6] = [
+            "AppArmor",
+            "Evicted",
+            "OutOfcpu",
+            "OutOfmemory",
+            "OutOfephemeral-storage",
+            "OutOfpods",
+        ];
+        let reason = LISTED.into_iter().find(|listed| *listed == reason).unwrap_or("Other");
         self.rejections.get_or_create(&Rejection { reason }).inc();
     }
 

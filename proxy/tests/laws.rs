@@ -153,7 +153,7 @@ fn served(kernel: &Fake, ruleset: &Ruleset) -> Served {
             let elements = &observed[&MapId::Before(dispatch)];
             verdicts.extend(elements.iter().map(|(k, (_, data))| (k, data.clone().unwrap())));
         }
-        for (key, (_, data)) in &observed[&dispatch.now()] {
+        for (key, (_, data)) in &observed[&MapId::Numbers(dispatch)] {
             let number = Key::new().number(number_of(data.as_ref().unwrap()).unwrap());
             let (_, verdict) = &observed[&dispatch.leads_by()][&number];
             verdicts.insert(key, verdict.clone().unwrap());

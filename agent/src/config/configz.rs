@@ -149,23 +149,18 @@ fn follow(shown: &mut Value, written: &Map<String, Value>) {
     if fields.get("podPidsLimit").and_then(Value::as_i64).is_some_and(|limit| limit < 0) {
         fields.insert("podPidsLimit".into(), (-1).into());
     }
-    let merge = fields.get("mergeDefaultEvictionSettings") == Some(&Value::Bool(true));
-    if let (true, Some(Value::Object(own))) = (merge, written.get("evictionHard")) {
-        let defaults: Value = serde_json::from_str(DEFAULTS).unwrap_or_default();
-        let mut merged = defaults["evictionHard"].as_object().cloned().unwrap_or_default();
-        merged.extend(own.clone());
-        fields.insert("evictionHard".into(), merged.into());
-    }
 }
 
-fn lay_over(under: &mut Value, over: Value) {
+/// Lays what is written over the defaults; thresholds `join` theirs, or take their place as a whole.
+fn lay_over(under: &mut Value, over: Value, join: bool) {
     match (under, over) {
         (Value::Object(under), Value::Object(over)) => {
             for (name, value) in over {
                 match under.get_mut(&name) {
                     Some(_) if says_nothing(&name, &value) => {}
-                    // Thresholds are given as a whole.
-                    Some(before) if name != "evictionHard" => lay_over(before, value),
+                    Some(before) if join || name != "evictionHard" => {
+                        lay_over(before, value, join);
+                    }
                     _ => {
                         under.insert(name, value);
                     }
@@ -183,7 +178,8 @@ pub(super) fn shown(
     cgroup_driver: CgroupDriver,
 ) -> Value {
     let mut shown: Value = serde_json::from_str(DEFAULTS).unwrap_or_default();
-    lay_over(&mut shown, Value::Object(written.clone()));
+    let join = written.get("mergeDefaultEvictionSettings") == Some(&Value::Bool(true));
+    lay_over(&mut shown, Value::Object(written.clone()), join);
     follow(&mut shown, &written);
     if let Value::Object(fields) = &mut shown {
         fields.insert("kind".into(), "KubeletConfiguration".into());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Taint;
 
 use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
-use super::quantity::{Threshold, parse_bytes};
+use super::quantity::{DEFAULT_EVICTION, Threshold, parse_bytes};
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
 };
@@ -269,33 +269,22 @@ pub fn resolve(
         ));
     }
     let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
-    let usual: BTreeMap<String, String> = [
-        ("memory.available", "100Mi"),
-        ("nodefs.available", "10%"),
-        ("nodefs.inodesFree", "5%"),
-        ("imagefs.available", "15%"),
-        ("imagefs.inodesFree", "5%"),
-    ]
-    .map(|(signal, threshold)| (signal.to_owned(), threshold.to_owned()))
-    .into();
-    let eviction = match kubelet.eviction_hard {
-        None => usual,
-        Some(own) if kubelet.merge_default_eviction_settings == Some(true) => {
-            usual.into_iter().chain(own).collect()
-        }
-        // What is given replaces the defaults as a whole.
-        Some(own) => own,
-    };
-    let eviction_hard = eviction
-        .into_iter()
-        .map(|(signal, text)| match Threshold::parse(&text) {
-            Some(threshold) => Ok((signal, threshold)),
-            None => Err(ConfigError::invalid(
+    // What is given replaces the defaults as a whole, unless it is to join them.
+    let joins = kubelet.merge_default_eviction_settings == Some(true);
+    let mut eviction_hard: BTreeMap<String, Threshold> = BTreeMap::new();
+    if joins || kubelet.eviction_hard.is_none() {
+        let usual = DEFAULT_EVICTION.iter();
+        eviction_hard.extend(usual.map(|(signal, threshold)| ((*signal).to_owned(), *threshold)));
+    }
+    for (signal, text) in kubelet.eviction_hard.unwrap_or_default() {
+        let Some(threshold) = Threshold::parse(&text) else {
+            return Err(ConfigError::invalid(
                 format!("KubeletConfiguration.evictionHard.{signal}"),
                 format!("{text:?} is neither a quantity nor a percentage"),
-            )),
-        })
-        .collect::<Result<_, _>>()?;
+            ));
+        };
+        eviction_hard.insert(signal, threshold);
+    }
     let mut taints = kubelet.register_with_taints.unwrap_or_default();
     if !flags.register_with_taints.is_empty() {
         taints = flags
@@ -459,7 +448,7 @@ pub fn resolve(
         })?,
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
-        eviction_hard,
+        eviction_hard: eviction_hard.into_iter().collect(),
         eviction_pressure_transition: period(kubelet.eviction_pressure_transition_period, 300),
         system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),

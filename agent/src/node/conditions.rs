@@ -5,16 +5,7 @@ use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::machine::{FileSystem, Measured};
-use crate::config::Threshold;
-
-/// Default hard eviction thresholds of kubelet on Linux.
-pub const DEFAULT_EVICTION: [(&str, Threshold); 5] = [
-    ("memory.available", Threshold::Absolute(100 << 20)),
-    ("nodefs.available", Threshold::Share(0.10)),
-    ("nodefs.inodesFree", Threshold::Share(0.05)),
-    ("imagefs.available", Threshold::Share(0.15)),
-    ("imagefs.inodesFree", Threshold::Share(0.05)),
-];
+use crate::config::{DEFAULT_EVICTION, Threshold};
 
 /// Which pressures there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

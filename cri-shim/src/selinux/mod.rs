@@ -106,8 +106,8 @@ pub fn label_folder(path: &Path, label: &str) -> Result<(), RelabelError> {
 }
 
 /// Whether what is at a path has just this label.
-pub fn has_label(path: &Path, label: &str) -> bool {
-    path.to_str().and_then(sys::label).is_some_and(|is| is == label.as_bytes())
+pub fn has_label(path: impl AsRef<Path>, label: &str) -> bool {
+    path.as_ref().to_str().and_then(sys::label).is_some_and(|is| is == label.as_bytes())
 }
 
 enum Walk {
@@ -180,7 +180,7 @@ fn descriptor(file: &impl AsFd) -> String {
 pub fn label_one(file: &impl AsFd, label: &str) -> io::Result<()> {
     // A descriptor of the kind that only names something has no fsetxattr(2).
     let path = descriptor(file);
-    if sys::label(&path).is_some_and(|old| old == label.as_bytes()) {
+    if has_label(&path, label) {
         return Ok(());
     }
     match sys::set_label(&path, label) {

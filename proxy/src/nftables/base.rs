@@ -62,7 +62,7 @@ impl Structure {
         // One register is left before the key, see `kinds::value`.
         let (mut exprs, _) = key(origin, self.family, REG + 1);
         exprs.extend([
-            Expr::LookupMap { set: dispatch.now().to_string(), sreg: REG + 1, dreg: REG },
+            Expr::LookupMap { set: MapId::Numbers(dispatch).to_string(), sreg: REG + 1, dreg: REG },
             Expr::LookupVerdict { set: dispatch.leads_by().to_string(), sreg: REG + 1 },
         ]);
         let [now, then] = what;

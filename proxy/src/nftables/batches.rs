@@ -48,10 +48,8 @@ fn place(map: MapId, key: &Key) -> Option<(Origin, Key)> {
         MapId::Endpoints(pool) => (pool.origin, bytes.len() - 4),
         // The number of a port with affinity, which is no address.
         MapId::Kept(_) | MapId::Picks(_) => (Origin::Vip, 4),
-        MapId::Services | MapId::Firewalled => (Origin::Vip, bytes.len()),
-        MapId::NodePorts => (Origin::NodePort, bytes.len()),
-        MapId::Inside(origin) | MapId::NoEndpoints(origin) => (origin, bytes.len()),
-        MapId::Before(dispatch) => (dispatch.origin(), bytes.len()),
+        MapId::Firewalled => (Origin::Vip, bytes.len()),
+        MapId::Numbers(dispatch) | MapId::Before(dispatch) => (dispatch.origin(), bytes.len()),
         // Address, protocol and port; then the source, as long as the address.
         MapId::FirewallSources => (Origin::Vip, if bytes.len() > 24 { 24 } else { 12 }),
         MapId::Kinds | MapId::Refusals | MapId::ClusterIps | MapId::Hairpin => return None,

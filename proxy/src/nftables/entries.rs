@@ -7,7 +7,7 @@ use std::sync::Arc;
 use nft::{Data, Element, Family, Key, Verdict};
 
 use super::kinds::{Kind, first_free, hash, number_of, value};
-use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool};
+use super::names::{Behaviour, Choice, Dispatch, MapId, Masquerade, Origin, Policy, Pool};
 use crate::object::{Cidr, NamespacedName, Protocol};
 use crate::plan::{PortPlan, ServicePlan};
 
@@ -296,8 +296,9 @@ impl Collected {
         self.entries.push(Entry { map, key, key_end: None, target: Some(Target::Data(data)) });
     }
 
-    fn kind(&mut self, map: MapId, key: Key, kind: Kind) {
-        self.entries.push(Entry { map, key, key_end: None, target: Some(Target::Kind(kind)) });
+    fn kind(&mut self, dispatch: Dispatch, key: Key, kind: Kind) {
+        let (map, target) = (MapId::Numbers(dispatch), Some(Target::Kind(kind)));
+        self.entries.push(Entry { map, key, key_end: None, target });
     }
 
     /// The endpoints of a key in a pool; tells the behaviour that picks one.
@@ -347,9 +348,9 @@ impl Collected {
             let policy = if plan.internal_local { Policy::Local } else { Policy::Cluster };
             let pool = Pool { origin: Origin::Vip, policy };
             let kind = self.endpoints(port, pool, &key, Masquerade::Never);
-            self.kind(MapId::Services, key, kind);
+            self.kind(Dispatch::Services, key, kind);
         } else {
-            self.kind(MapId::NoEndpoints(Origin::Vip), key, nothing);
+            self.kind(Dispatch::NoEndpoints(Origin::Vip), key, nothing);
         }
         for address in &plan.external_ips {
             // The cluster IP as an external IP: the cluster IP's rules are there already.
@@ -378,18 +379,18 @@ impl Collected {
     fn external(&mut self, port: &SlottedPort, origin: Origin, key: Key) {
         let plan = port.plan();
         let services = match origin {
-            Origin::Vip => MapId::Services,
-            Origin::NodePort => MapId::NodePorts,
+            Origin::Vip => Dispatch::Services,
+            Origin::NodePort => Dispatch::NodePorts,
         };
         if !plan.has_external_endpoints() {
             let kind = if plan.has_endpoints { Kind::Drop } else { Kind::Reject };
-            self.kind(MapId::NoEndpoints(origin), key.clone(), kind);
+            self.kind(Dispatch::NoEndpoints(origin), key.clone(), kind);
         }
         if !plan.cluster.is_empty() {
             let pool = Pool { origin, policy: Policy::Cluster };
             if plan.external_local {
                 let kind = self.endpoints(port, pool, &key, Masquerade::IfNode);
-                self.kind(MapId::Inside(origin), key.clone(), kind);
+                self.kind(Dispatch::Inside(origin), key.clone(), kind);
             } else {
                 let kind = self.endpoints(port, pool, &key, Masquerade::Always);
                 self.kind(services, key.clone(), kind);

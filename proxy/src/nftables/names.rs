@@ -88,28 +88,22 @@ pub enum MapId {
     FirewallSources,
     /// Load-balancer addresses with source ranges.
     Firewalled,
-    /// Number of the kind by address, protocol, port.
-    Services,
-    /// Number for traffic of this node and its pods, where policy Local makes it differ.
-    Inside(Origin),
-    /// Number by protocol and port of the node.
-    NodePorts,
-    /// What has no endpoints: number of reject or drop.
-    NoEndpoints(Origin),
+    /// Number of the kind that packets meet.
+    Numbers(Dispatch),
     /// What the version before had instead: verdicts. They are only ever taken over from.
     Before(Dispatch),
 }
 
-/// The maps that tell what packets meet, as the version before had them.
+/// What is looked up to tell what packets meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dispatch {
-    /// Addresses.
+    /// Addresses, with protocol and port.
     Services,
-    /// Traffic of this node and its pods.
+    /// Traffic of this node and its pods, where policy Local makes it differ.
     Inside(Origin),
-    /// Ports of the node.
+    /// Ports of the node, with protocol.
     NodePorts,
-    /// What has no endpoints.
+    /// What has no endpoints: it is rejected or dropped.
     NoEndpoints(Origin),
 }
 
@@ -124,13 +118,17 @@ impl Dispatch {
         Dispatch::NoEndpoints(Origin::NodePort),
     ];
 
-    /// What is there instead now.
-    pub fn now(self) -> MapId {
+    /// Names of its map of numbers, and of the map of verdicts that the version before had.
+    fn names(self) -> (&'static str, &'static str) {
         match self {
-            Dispatch::Services => MapId::Services,
-            Dispatch::Inside(origin) => MapId::Inside(origin),
-            Dispatch::NodePorts => MapId::NodePorts,
-            Dispatch::NoEndpoints(origin) => MapId::NoEndpoints(origin),
+            Dispatch::Services => ("service-kinds", "services"),
+            Dispatch::Inside(Origin::Vip) => ("inside-service-kinds", "inside-services"),
+            Dispatch::Inside(Origin::NodePort) => ("inside-node-port-kinds", "inside-node-ports"),
+            Dispatch::NodePorts => ("node-port-kinds", "node-ports"),
+            Dispatch::NoEndpoints(Origin::Vip) => ("no-endpoint-kinds", "no-endpoints"),
+            Dispatch::NoEndpoints(Origin::NodePort) => {
+                ("no-endpoint-node-port-kinds", "no-endpoints-node-ports")
+            }
         }
     }
 
@@ -164,20 +162,8 @@ impl fmt::Display for MapId {
             MapId::Hairpin => f.write_str("hairpin"),
             MapId::FirewallSources => f.write_str("firewall-sources"),
             MapId::Firewalled => f.write_str("firewalled"),
-            MapId::Services => f.write_str("service-kinds"),
-            MapId::Inside(Origin::Vip) => f.write_str("inside-service-kinds"),
-            MapId::Inside(Origin::NodePort) => f.write_str("inside-node-port-kinds"),
-            MapId::NodePorts => f.write_str("node-port-kinds"),
-            MapId::NoEndpoints(Origin::Vip) => f.write_str("no-endpoint-kinds"),
-            MapId::NoEndpoints(Origin::NodePort) => f.write_str("no-endpoint-node-port-kinds"),
-            MapId::Before(dispatch) => f.write_str(match dispatch {
-                Dispatch::Services => "services",
-                Dispatch::Inside(Origin::Vip) => "inside-services",
-                Dispatch::Inside(Origin::NodePort) => "inside-node-ports",
-                Dispatch::NodePorts => "node-ports",
-                Dispatch::NoEndpoints(Origin::Vip) => "no-endpoints",
-                Dispatch::NoEndpoints(Origin::NodePort) => "no-endpoints-node-ports",
-            }),
+            MapId::Numbers(dispatch) => f.write_str(dispatch.names().0),
+            MapId::Before(dispatch) => f.write_str(dispatch.names().1),
         }
     }
 }
@@ -207,13 +193,8 @@ impl MapId {
             MapId::Hairpin,
             MapId::FirewallSources,
             MapId::Firewalled,
-            MapId::Services,
-            MapId::Inside(Origin::Vip),
-            MapId::Inside(Origin::NodePort),
-            MapId::NodePorts,
-            MapId::NoEndpoints(Origin::Vip),
-            MapId::NoEndpoints(Origin::NodePort),
         ]);
+        all.extend(Dispatch::ALL.map(MapId::Numbers));
         all
     }
 
@@ -222,10 +203,6 @@ impl MapId {
         let name = self.to_string();
         let address = address_type(family);
         let vip = key_types(Origin::Vip, family);
-        let numbers = |origin| {
-            let key = key_types(origin, family);
-            Set::map(name.clone(), &key, &[DataType::Mark, DataType::Mark])
-        };
         match self {
             MapId::Endpoints(pool) => Set::map(
                 name,
@@ -243,9 +220,10 @@ impl MapId {
             }
             MapId::Firewalled => Set::plain(name, &vip),
             MapId::Kinds | MapId::Refusals => Set::verdict_map(name, &[DataType::Mark]),
-            MapId::Services => numbers(Origin::Vip),
-            MapId::NodePorts => numbers(Origin::NodePort),
-            MapId::Inside(origin) | MapId::NoEndpoints(origin) => numbers(origin),
+            MapId::Numbers(dispatch) => {
+                let key = key_types(dispatch.origin(), family);
+                Set::map(name, &key, &[DataType::Mark, DataType::Mark])
+            }
             MapId::Before(dispatch) => {
                 Set::verdict_map(name, &key_types(dispatch.origin(), family))
             }

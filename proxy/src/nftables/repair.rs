@@ -10,7 +10,7 @@ use super::base::{Described, comment};
 use super::batches::{ByMap, NOBODY, Together, adopt_orphans, batches};
 use super::entries::{Collected, Entry, collect};
 use super::kinds::{Kind, Led, Numbers, number_of, number_of_key};
-use super::names::{Behaviour, Dispatch, MapId, affinity_name, id_of, is_affinity};
+use super::names::{Behaviour, MapId, affinity_name, id_of, is_affinity};
 use super::ruleset::{Observed, Planned, Ruleset, all_chains, kind_element, push_elements};
 use crate::object::NamespacedName;
 
@@ -127,7 +127,7 @@ impl Ruleset {
             let now = match map {
                 MapId::Kinds | MapId::Refusals => continue,
                 MapId::Before(_) if !before => continue,
-                MapId::Before(dispatch) => dispatch.now(),
+                MapId::Before(dispatch) => MapId::Numbers(*dispatch),
                 map => *map,
             };
             for (key, found) in elements {
@@ -313,7 +313,10 @@ fn leading(observed: &Observed) -> Led {
 
 /// The map that the version before had for this one.
 fn earlier(map: MapId) -> Option<MapId> {
-    Dispatch::ALL.into_iter().find(|dispatch| dispatch.now() == map).map(MapId::Before)
+    match map {
+        MapId::Numbers(dispatch) => Some(MapId::Before(dispatch)),
+        _ => None,
+    }
 }
 
 /// The Service with affinity, by index, to whose endpoints an element leads, at once or by a number.

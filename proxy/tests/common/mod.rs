@@ -306,7 +306,7 @@ pub fn as_before(
     structure: &Structure,
     kinds: &mut BTreeMap<Key, Data>,
 ) -> nft::Transaction {
-    let now = |set: &str| Dispatch::ALL.into_iter().find(|d| d.now().to_string() == set);
+    let now = |set: &str| Dispatch::ALL.into_iter().find(|d| MapId::Numbers(*d).to_string() == set);
     let small = |set: &str| [MapId::Kinds, MapId::Refusals].iter().any(|m| m.to_string() == set);
     let leads_on = |exprs: &[Expr]| {
         exprs.iter().any(|e| matches!(e, Expr::LookupVerdict { set, .. } if small(set)))

@@ -210,7 +210,7 @@ fn is_initialized(input: StatusInput<'_>, status: &PodStatus, phase: &str) -> Ve
         .map(|(c, _)| &*c.name)
         .collect();
     let before = input.previous.and_then(|p| p.conditions.as_ref());
-    let was = before.into_iter().flatten().any(|c| c.type_ == OWNED[1] && c.status == "True");
+    let was = before.into_iter().flatten().any(|c| c.type_ == "Initialized" && c.status == "True");
     // Initialized once is initialized, though its init containers may run again.
     if names.is_empty() || was {
         return holds();

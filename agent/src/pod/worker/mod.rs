@@ -99,6 +99,8 @@ pub(crate) struct Begin {
     pub(crate) adopt: bool,
     /// It is no longer wanted.
     pub(crate) remove: bool,
+    /// Its status as an earlier agent saved it.
+    pub(crate) saved: Option<PodStatus>,
     /// It is refused.
     pub(crate) verdict: Option<Verdict>,
     /// It asks for more than it has.
@@ -167,8 +169,7 @@ impl Worker {
         outbox: mpsc::UnboundedSender<Message>,
     ) -> Self {
         let uid = PodUid::of(&begin.pod);
-        let saved = if begin.adopt { deps.store.load(&uid) } else { None };
-        let previous = saved.or_else(|| begin.pod.status.clone());
+        let previous = begin.saved.or_else(|| begin.pod.status.clone());
         let now = deps.clock.now();
         let conditions = previous.as_ref().and_then(|s| s.conditions.as_ref());
         // How far an earlier agent came is not known.
