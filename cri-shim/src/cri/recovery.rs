@@ -69,7 +69,7 @@ impl Shim {
         // Subscribed before the exit records are read again, so that no exit falls between.
         for sandbox in self.store.sandboxes() {
             if sandbox.is_ready() && self.watch_monitor(&sandbox).await.is_err() {
-                self.monitor_died(&sandbox);
+                self.monitor_died(&sandbox).await;
             }
             self.refresh(&sandbox);
         }

@@ -47,7 +47,7 @@ impl Shim {
                     conversation = again;
                     self.refresh(sandbox);
                 }
-                Err(_) => return self.monitor_died(sandbox),
+                Err(_) => return self.monitor_died(sandbox).await,
             }
         }
     }
@@ -82,15 +82,20 @@ impl Shim {
     }
 
     /// Ends a sandbox whose monitor is gone: nobody would see its containers' exits any more.
-    pub(super) fn monitor_died(&self, sandbox: &Sandbox) {
+    pub(super) async fn monitor_died(&self, sandbox: &Sandbox) {
         tracing::error!(sandbox = sandbox.id, "the pod's monitor died; stopping its containers");
         sandbox.set_not_ready();
         self.refresh(sandbox);
-        for container in self.store.containers_of(&sandbox.id) {
+        let containers = self.store.containers_of(&sandbox.id);
+        for container in &containers {
             let cgroup = container.record().cgroup.clone();
             self.cgroups.kill(&cgroup);
+        }
+        for container in &containers {
+            // A start whose answer came just before the death may not have been noted yet.
+            self.settle(container).await;
             if container.status.borrow().started.is_some() {
-                self.lost(&container);
+                self.lost(container);
             }
         }
         self.emit(ContainerEventType::ContainerStoppedEvent, &sandbox.id, &sandbox.id);
