@@ -39,6 +39,9 @@ impl Shim {
     ) -> Result<(Option<Labels>, Reserved), Status> {
         crate::spec::selinux::check(options, self.selinux.enabled)
             .map_err(|e| Status::invalid_argument(e.to_string()))?;
+        if !self.selinux.enabled {
+            return Ok((None, Reserved { levels: self.levels.clone(), level: None }));
+        }
         let mut making = self.levels.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut taken = making.clone();
         taken.extend(self.store.sandboxes().iter().filter_map(|sandbox| {
