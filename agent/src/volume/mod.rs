@@ -39,6 +39,10 @@ pub trait Volumes: Send + Sync {
     /// Puts all volumes of the pod in place.
     async fn mount(&self, pod: &Arc<Pod>) -> Result<(), VolumeError>;
 
+    /// The pod's object is now this one: what volumes show of it is brought up to date soon, if they
+    /// are in place. Volumes that show nothing of the pod need not know.
+    fn pod_changed(&self, _pod: &Arc<Pod>) {}
+
     /// The CRI mounts of one container: its `volumeMounts` with `subPath`, `subPathExpr` (expanded
     /// with the container's literal and downward-API environment), `readOnly` and propagation.
     /// `attempt` is the container's restart count; a new attempt resolves its subPaths anew.

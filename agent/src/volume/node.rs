@@ -19,6 +19,7 @@ use super::{VolumeError, Volumes, atomic, empty_dir, host_path, mounts, sub_path
 use crate::ids::{NamespacedName, PodUid};
 use crate::node_context::NodeContext;
 use crate::objects::{ObjectRef, Objects};
+use crate::pod::allocation::Allocation;
 use crate::pod::config::downward::Addresses;
 use crate::pod::config::env::{EnvInput, Sources, environment, references};
 use crate::pod::config::expand::expand;
@@ -31,6 +32,9 @@ pub(super) struct Mounted {
     /// When its volumes must be gathered again, in seconds since the epoch.
     pub(super) due: Option<i64>,
 }
+
+/// A due time that has come.
+const AT_ONCE: i64 = 0;
 
 /// One pod's volumes; its lock keeps mount, refresh and unmount of one pod apart.
 #[derive(Default)]
@@ -143,7 +147,14 @@ impl NodeVolumes {
             // The volume that failed goes on waiting for its objects.
             all_uses.extend(before.uses.iter().cloned());
         }
-        *mounted = Some(Mounted { pod: pod.clone(), uses: all_uses, due: earliest });
+        let mut pod = pod.clone();
+        if let Some(now) = mounted.as_ref().map(|m| &m.pod).filter(|now| !Arc::ptr_eq(now, &pod))
+            && files_only
+        {
+            // It changed meanwhile, and what was gathered is of before.
+            (pod, earliest) = (now.clone(), Some(AT_ONCE));
+        }
+        *mounted = Some(Mounted { pod, uses: all_uses, due: earliest });
         drop(mounted);
         if earliest.is_some() {
             self.rescheduled.notify_one();
@@ -215,6 +226,17 @@ impl Volumes for NodeVolumes {
         let slot = self.slot(&uid);
         let _busy = slot.busy.lock().await;
         self.bring_about(&slot, pod, false).await
+    }
+
+    fn pod_changed(&self, pod: &Arc<Pod>) {
+        let Some(slot) = lock(&self.slots).get(&PodUid::of(pod)).cloned() else { return };
+        let mut mounted = lock(&slot.mounted);
+        let Some(mounted) = mounted.as_mut().filter(|m| !Arc::ptr_eq(&m.pod, pod)) else { return };
+        if shows_change(&mounted.pod, pod) {
+            mounted.due = Some(AT_ONCE);
+            self.rescheduled.notify_one();
+        }
+        mounted.pod = pod.clone();
     }
 
     async fn container_mounts(
@@ -341,6 +363,17 @@ fn check_uid(uid: &PodUid) -> Result<(), VolumeError> {
 
 fn volumes_of(pod: &Pod) -> impl Iterator<Item = &Volume> {
     pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten())
+}
+
+/// Whether a downwardAPI volume of the pod may show what differs between two states of its object:
+/// labels, annotations, and the containers' resources, which an in-place resize changes.
+fn shows_change(before: &Pod, now: &Pod) -> bool {
+    let shows = volumes_of(now).any(|volume| {
+        let sources = volume.projected.iter().flat_map(|p| p.sources.iter().flatten());
+        volume.downward_api.is_some() || sources.into_iter().any(|s| s.downward_api.is_some())
+    });
+    let notes = |pod: &Pod| (pod.metadata.labels.clone(), pod.metadata.annotations.clone());
+    shows && (notes(before) != notes(now) || !Allocation::asked(before).is_asked_by(now))
 }
 
 /// Which directory the volume lies in; `None` for a hostPath, an image and for what is not provided.

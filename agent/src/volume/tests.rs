@@ -260,6 +260,52 @@ fn a_changed_config_map_shows_and_tokens_are_renewed() {
 }
 
 #[test]
+fn a_changed_pod_shows_in_its_downward_api_volumes() {
+    in_namespace(|bench| async move {
+        let described = |note: &str, cpu: &str| {
+            let mut pod = Pod::clone(&pod(serde_json::json!({
+                "containers": [{"name": "c", "resources": {"limits": {"cpu": cpu}}}],
+                "volumes": [
+                    {"name": "down", "downwardAPI": {"items": [
+                        {"path": "notes", "fieldRef": {"fieldPath": "metadata.annotations"}},
+                        {"path": "cpu", "resourceFieldRef": {"containerName": "c", "resource": "limits.cpu"}},
+                    ]}},
+                    {"name": "api", "projected": {"sources": [{"downwardAPI": {"items": [
+                        {"path": "notes", "fieldRef": {"fieldPath": "metadata.annotations"}},
+                    ]}}]}},
+                ],
+            })));
+            pod.metadata.annotations = Some([("note".to_owned(), note.to_owned())].into());
+            Arc::new(pod)
+        };
+        let first = described("one", "1");
+        // Of a pod that has no volumes yet there is nothing to show.
+        bench.volumes.pod_changed(&first);
+        bench.volumes.mount(&first).await.unwrap();
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let refresh = tokio::spawn(run_refresh(bench.volumes.clone(), stopped));
+        let (down, api) = (bench.volume("downward-api", "down"), bench.volume("projected", "api"));
+        let read = |path: PathBuf| fs::read_to_string(path).unwrap();
+        for (note, cpu) in [("two", "1"), ("three", "3"), ("three", "4")] {
+            bench.volumes.pod_changed(&described(note, cpu));
+            let expected = format!("note=\"{note}\"");
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+            while read(down.join("notes")) != expected
+                || read(api.join("notes")) != expected
+                || read(down.join("cpu")) != cpu
+            {
+                assert!(tokio::time::Instant::now() < deadline, "not shown: {note} {cpu}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        assert_eq!(bench.volumes.next_due(), None, "nothing is left to do");
+        stop.send(true).unwrap();
+        refresh.await.unwrap();
+        bench.volumes.unmount(&PodUid::from("uid-1")).await.unwrap();
+    });
+}
+
+#[test]
 fn an_image_is_mounted_by_the_runtime() {
     in_namespace(|bench| async move {
         let with = |image: serde_json::Value| {

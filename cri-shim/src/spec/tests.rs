@@ -200,7 +200,7 @@ fn namespaces_follow_the_pod() {
 #[test]
 fn what_the_kernel_cannot_enforce_is_refused() {
     let selinux = secured(api::LinuxContainerSecurityContext {
-        selinux_options: Some(api::SeLinuxOption { level: "s0:c1".into(), ..Default::default() }),
+        selinux_options: Some(api::SeLinuxOption { r#type: "web_t".into(), ..Default::default() }),
         ..Default::default()
     });
     let error = spec_of(&selinux, &Pod::default(), &host()).unwrap_err();

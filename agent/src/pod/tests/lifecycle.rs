@@ -613,3 +613,20 @@ async fn a_pod_has_not_failed_before_its_containers_have_ended() {
     assert!(rig.runtime.running().is_empty());
     assert_eq!(rig.status("a").unwrap().reason.as_deref(), Some("DeadlineExceeded"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn volumes_are_told_of_a_changed_pod() {
+    let rig = Rig::new().await;
+    let noted = |note: &str| {
+        let mut pod = Pod::clone(&named("a", ONE));
+        pod.metadata.annotations = Some([("note".to_owned(), note.to_owned())].into());
+        Arc::new(pod)
+    };
+    rig.set(&noted("one")).await;
+    rig.until_ready("a").await;
+    rig.set(&noted("two")).await;
+    rig.until("told", |r| r.world.recorded.lock().unwrap().shown.contains(&noted("two"))).await;
+    // Once they were made as well: it may have changed meanwhile.
+    let shown = |r: &Rig| r.world.recorded.lock().unwrap().shown.clone();
+    assert_eq!(shown(&rig).first(), Some(&noted("one")));
+}

@@ -38,6 +38,7 @@ struct Recorded {
     gone: Vec<PodUid>,
     events: Vec<(String, String)>,
     mounted: Vec<PodUid>,
+    shown: Vec<Arc<Pod>>,
     config_maps: BTreeMap<String, Arc<ConfigMap>>,
     mount_fails: bool,
 }
@@ -71,6 +72,9 @@ impl Volumes for World {
         }
         recorded.mounted.push(PodUid::of(pod));
         Ok(())
+    }
+    fn pod_changed(&self, pod: &Arc<Pod>) {
+        self.recorded.lock().unwrap().shown.push(pod.clone());
     }
     async fn container_mounts(
         &self,

@@ -68,7 +68,11 @@ impl Worker {
 
     fn volumes_done(&mut self, count: u32, result: Result<(), VolumeError>) {
         self.facts.volumes = match result {
-            Ok(()) => Step::Done,
+            Ok(()) => {
+                // It may have changed while they were made.
+                self.deps.volumes.pod_changed(&self.pod);
+                Step::Done
+            }
             Err(error) => {
                 self.deps.pod_event(&self.pod, EventType::Warning, "FailedMount", error.event());
                 Step::Failed(self.failure("FailedMount", error.to_string(), count, 1, 2 * MAX_WAIT))

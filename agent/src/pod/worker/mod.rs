@@ -326,6 +326,7 @@ impl Worker {
             self.resized(pod.metadata.generation);
         }
         self.pod = pod;
+        self.deps.volumes.pod_changed(&self.pod);
         if self.state == State::Terminating
             && self.pod.metadata.deletion_timestamp.is_some()
             && let Some(kill_at) = self.kill_at
