@@ -387,8 +387,12 @@ impl Metrics {
 
     /// A pod was not let in. Reasons that upstream does not list are counted as `Other`.
     pub fn pod_rejected(&self, reason: &str) {
-        const LISTED: [&str; 6] = [
+        const LISTED: [&str; 10] = [
             "AppArmor",
+            "PodOSSelectorNodeLabelDoesNotMatch",
+            "PodOSNotSupported",
+            "SupplementalGroupsPolicyNotSupported",
+            "SysctlForbidden",
             "Evicted",
             "OutOfcpu",
             "OutOfmemory",

@@ -13,6 +13,7 @@ use super::{
     ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
+use crate::pod::sysctls;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
 const KUBECONFIG: &str = "/etc/kubernetes/kubelet.conf";
@@ -402,7 +403,7 @@ pub fn resolve(
             .map(Duration::from)
             .filter(|period| !period.is_zero())
             .unwrap_or(Duration::from_millis(100)),
-        allowed_unsafe_sysctls: kubelet.allowed_unsafe_sysctls.unwrap_or_default(),
+        allowed_unsafe_sysctls: unsafe_sysctls(kubelet.allowed_unsafe_sysctls)?,
         container_log_monitor_interval: period(kubelet.container_log_monitor_interval, 10),
         image_maximum_gc_age: kubelet
             .image_maximum_gc_age
@@ -496,6 +497,19 @@ fn ids_per_pod(userns: Option<super::kubelet::UserNamespaces>) -> Result<Option<
     match crate::user_ids::check_per_pod(asked) {
         Ok(_) => Ok(asked),
         Err(error) => Err(ConfigError::invalid("KubeletConfiguration", error)),
+    }
+}
+
+/// The sysctls of `allowedUnsafeSysctls`, which must all be of a pod's own namespaces: any other would
+/// be set for the whole node.
+fn unsafe_sysctls(patterns: Option<Vec<String>>) -> Result<Vec<String>, ConfigError> {
+    let patterns = patterns.unwrap_or_default();
+    match patterns.iter().find(|pattern| sysctls::namespace(pattern).is_none()) {
+        None => Ok(patterns),
+        Some(other) => Err(ConfigError::invalid(
+            "KubeletConfiguration.allowedUnsafeSysctls",
+            format!("{other:?} is not known to be of a pod's own namespaces; take it out"),
+        )),
     }
 }
 

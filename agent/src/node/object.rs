@@ -64,10 +64,11 @@ pub fn handlers(status: &cri::StatusResponse) -> Vec<NodeRuntimeHandler> {
         .collect()
 }
 
-/// What the runtime can do for every pod.
+/// What the runtime can do for every pod. A runtime that says nothing of it is older than all that
+/// there is to say, which pods that ask for it must be told.
 pub fn features(status: &cri::StatusResponse) -> Option<NodeFeatures> {
-    let features = status.features.as_ref()?;
-    Some(NodeFeatures { supplemental_groups_policy: Some(features.supplemental_groups_policy) })
+    let policy = status.features.as_ref().is_some_and(|f| f.supplemental_groups_policy);
+    Some(NodeFeatures { supplemental_groups_policy: Some(policy) })
 }
 
 /// The `max` largest images, with a few of their names each.

@@ -14,6 +14,7 @@ use super::spec::{
     RESTART_ALL, has_critical_priority, host_network, init_containers, is_static, spec_of,
 };
 use super::status::Verdict;
+use super::sysctls;
 use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 
@@ -125,11 +126,16 @@ pub fn admit(
     node: &NodeContext,
     node_object: Option<&Node>,
 ) -> Result<(), Verdict> {
-    if let Some(field) = unsupported(pod, node) {
+    check_os(pod)?;
+    check_groups_policy(pod, node_object)?;
+    if let Some(field) = unsupported(pod) {
         return Err(refuse(
             "UnsupportedField",
             format!("{field} is not supported by this node; take it out of the pod"),
         ));
+    }
+    if let Err(forbidden) = sysctls::check(pod, &node.allowed_unsafe_sysctls) {
+        return Err(refuse("SysctlForbidden", format!("forbidden sysctl: {forbidden}")));
     }
     if taken.pods >= node.max_pods {
         return Err(short("pods", 1, i64::from(taken.pods), i64::from(node.max_pods)));
@@ -183,6 +189,40 @@ pub fn admit(
                 taint.key,
                 taint.value.as_deref().unwrap_or_default()
             ),
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses what is for another operating system, by its label or its field.
+fn check_os(pod: &Pod) -> Result<(), Verdict> {
+    let label = pod.metadata.labels.as_ref().and_then(|l| l.get("kubernetes.io/os"));
+    if label.is_some_and(|os| os != "linux") {
+        return Err(refuse(
+            "PodOSSelectorNodeLabelDoesNotMatch",
+            "Failed to admit pod as the `kubernetes.io/os` label doesn't match node label".into(),
+        ));
+    }
+    if spec_of(pod).os.as_ref().is_some_and(|os| os.name != "linux") {
+        return Err(refuse(
+            "PodOSNotSupported",
+            "Failed to admit pod as the OS field doesn't match node OS".into(),
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses groups by the pod's word alone where the runtime would add those of the image.
+fn check_groups_policy(pod: &Pod, node: Option<&Node>) -> Result<(), Verdict> {
+    let security = spec_of(pod).security_context.as_ref();
+    let policy = security.and_then(|s| s.supplemental_groups_policy.as_deref());
+    // Not said yet: the node's object is new, or of another agent.
+    let features = node.and_then(|n| n.status.as_ref()).and_then(|s| s.features.as_ref());
+    let can = features.and_then(|f| f.supplemental_groups_policy).unwrap_or(true);
+    if policy == Some("Strict") && !can {
+        return Err(refuse(
+            "SupplementalGroupsPolicyNotSupported",
+            "SupplementalGroupsPolicy=Strict is not supported in this node".into(),
         ));
     }
     Ok(())
@@ -280,28 +320,9 @@ fn requirement(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bo
     }
 }
 
-/// Sysctls that kubelet takes without being told to (`safe` ones).
-const SAFE_SYSCTLS: [&str; 12] = [
-    "kernel.shm_rmid_forced",
-    "net.ipv4.ip_local_port_range",
-    "net.ipv4.ip_local_reserved_ports",
-    "net.ipv4.ip_unprivileged_port_start",
-    "net.ipv4.ping_group_range",
-    "net.ipv4.tcp_syncookies",
-    "net.ipv4.tcp_keepalive_time",
-    "net.ipv4.tcp_fin_timeout",
-    "net.ipv4.tcp_keepalive_intvl",
-    "net.ipv4.tcp_keepalive_probes",
-    "net.ipv4.tcp_rmem",
-    "net.ipv4.tcp_wmem",
-];
-
 /// The first field that asks for what this node does not do.
-fn unsupported(pod: &Pod, node: &NodeContext) -> Option<String> {
+fn unsupported(pod: &Pod) -> Option<String> {
     let spec = spec_of(pod);
-    if spec.os.as_ref().is_some_and(|os| os.name != "linux") {
-        return Some("spec.os.name other than linux".into());
-    }
     if spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
         return Some("spec.resourceClaims".into());
     }
@@ -314,20 +335,6 @@ fn unsupported(pod: &Pod, node: &NodeContext) -> Option<String> {
         ];
         if let Some((_, field)) = shared.iter().find(|(set, _)| *set == Some(true)) {
             return Some(format!("spec.hostUsers: false together with {field}"));
-        }
-    }
-    let sysctls = spec.security_context.as_ref().and_then(|c| c.sysctls.as_deref());
-    for sysctl in sysctls.unwrap_or_default() {
-        let name = sysctl.name.replace('/', ".");
-        let allowed = node.allowed_unsafe_sysctls.iter().any(|a| match a.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
-            None => *a == name,
-        });
-        if !allowed && !SAFE_SYSCTLS.contains(&&*name) {
-            return Some(format!("unsafe sysctl {name} (allowedUnsafeSysctls)"));
-        }
-        if host_network(spec) && name.starts_with("net.") {
-            return Some(format!("sysctl {name} together with hostNetwork"));
         }
     }
     let lists = [("containers", &spec.containers[..]), ("initContainers", init_containers(spec))];
@@ -466,6 +473,13 @@ mod tests {
                 "",
                 Some("AppArmor"),
             ),
+            (
+                r#"[{"name":"a"}]"#,
+                r#","securityContext":{"sysctls":[{"name":"kernel.msgmax","value":"1"}]}"#,
+                Some("SysctlForbidden"),
+            ),
+            (r#"[{"name":"a"}]"#, r#","os":{"name":"windows"}"#, Some("PodOSNotSupported")),
+            (r#"[{"name":"a"}]"#, r#","os":{"name":"linux"}"#, None),
             (r#"[{"name":"a"}]"#, r#","hostUsers":false"#, None),
             (r#"[{"name":"a"}]"#, r#","hostUsers":false,"hostPID":true"#, Some("UnsupportedField")),
         ] {
@@ -476,6 +490,26 @@ mod tests {
             reason(r#"{"containers":[{"name":"a"}]}"#, &taken).as_deref(),
             Some("TaintToleration")
         );
+        let strict: Pod = serde_json::from_str(
+            r#"{"spec":{"containers":[],"securityContext":{"supplementalGroupsPolicy":"Strict"}}}"#,
+        )
+        .unwrap();
+        for (status, expected) in [
+            (r#"{"features":{"supplementalGroupsPolicy":true}}"#, true),
+            (r#"{"features":{"supplementalGroupsPolicy":false}}"#, false),
+            ("{}", true),
+        ] {
+            let node = format!(r#"{{"status":{status}}}"#);
+            let node = serde_json::from_str(&node).unwrap();
+            assert_eq!(check_groups_policy(&strict, Some(&node)).is_ok(), expected, "{status}");
+            assert_eq!(check_groups_policy(&Pod::default(), Some(&node)), Ok(()));
+        }
+        assert_eq!(check_groups_policy(&strict, None), Ok(()));
+        let mut labelled = Pod::default();
+        for (os, expected) in [("linux", true), ("windows", false)] {
+            labelled.metadata.labels = Some([("kubernetes.io/os".into(), os.into())].into());
+            assert_eq!(check_os(&labelled).is_ok(), expected, "{os}");
+        }
         taken.add(&Share::default());
         let spec = format!(r#"{{"containers":[{{"name":"a"}}],{tolerant}}}"#);
         assert_eq!(reason(&spec, &taken).as_deref(), Some("OutOfpods"));

@@ -29,6 +29,7 @@ pub mod status;
 mod storage;
 mod store;
 mod sync;
+pub mod sysctls;
 pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -315,3 +315,16 @@ fn a_status_is_reported_as_often_as_it_is_measured_where_only_that_is_set() {
         assert_eq!(got, expected, "{text}");
     }
 }
+
+#[test]
+fn only_sysctls_of_a_pods_own_namespaces_may_be_allowed() {
+    for (list, expected) in
+        [("[kernel.msg*, net.core.somaxconn]", None), ("[kernel.msg*, vm.*]", Some("vm.*"))]
+    {
+        let file = format!("{KUBELET}allowedUnsafeSysctls: {list}\n");
+        let refused = resolved("", &file).err().map(|error| error.to_string());
+        assert_eq!(refused.is_some(), expected.is_some(), "{list}: {refused:?}");
+        let named = |name| refused.as_ref().is_some_and(|text| text.contains(name));
+        assert!(expected.is_none_or(named), "{list}: {refused:?}");
+    }
+}
