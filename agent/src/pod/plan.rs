@@ -230,7 +230,9 @@ impl Planner<'_> {
         let mut plan = Plan::default();
         let causes = restart_all_causes(self.spec, self.observed);
         if !causes.is_empty() {
-            self.restart_all(&mut plan, &causes);
+            if !self.first_starts(&mut plan) {
+                self.restart_all(&mut plan, &causes);
+            }
             return plan;
         }
         if work_done(self.spec, self.observed, self.facts) {
@@ -247,11 +249,7 @@ impl Planner<'_> {
             }
             Some(current) => self.end_strays(&mut plan, current),
         }
-        if self.facts.volumes.due(self.now) {
-            plan.actions.push(Action::MountVolumes);
-        } else if let Some(at) = self.facts.volumes.retry_at() {
-            plan.wake(at);
-        }
+        self.volumes(&mut plan);
         if sandbox.is_some() {
             for ephemeral in self.spec.ephemeral_containers.iter().flatten() {
                 if self.observed.latest(&ephemeral.name).is_none() {
@@ -264,6 +262,49 @@ impl Planner<'_> {
             self.mains(&mut plan, sandbox.as_ref());
         }
         plan
+    }
+
+    /// Starts those of the pod's containers that were never started, once its first was; whether there
+    /// are any. One that ends at once and wants all to start again then finds all there, and each
+    /// counts a restart, as under kubelet, which starts all before it looks at ends. Nobody waits
+    /// for one that cannot start.
+    fn first_starts(&self, plan: &mut Plan) -> bool {
+        let Some(sandbox) = usable_sandbox(self.pod, self.observed).map(|s| &s.id) else {
+            return false;
+        };
+        let containers = &self.spec.containers;
+        let here = |i: &Container| i.sandbox == *sandbox && i.state != ContainerState::Created;
+        if !containers.iter().any(|c| self.observed.latest(&c.name).is_some_and(here)) {
+            return false;
+        }
+        let never = |c: &&SpecContainer| {
+            let latest = self.observed.latest(&c.name);
+            latest.is_none_or(|i| i.state == ContainerState::Created)
+                && !self.facts.known_restarts.contains_key(&c.name)
+                && !self.failing(&c.name)
+        };
+        let waiting: Vec<_> = containers.iter().filter(never).collect();
+        if !waiting.is_empty() {
+            self.volumes(plan);
+        }
+        for container in &waiting {
+            self.start(plan, container, ContainerKind::Main, Some(sandbox));
+        }
+        !waiting.is_empty()
+    }
+
+    fn volumes(&self, plan: &mut Plan) {
+        if self.facts.volumes.due(self.now) {
+            plan.actions.push(Action::MountVolumes);
+        } else if let Some(at) = self.facts.volumes.retry_at() {
+            plan.wake(at);
+        }
+    }
+
+    /// Whether the last try to start a container, or to have its image, failed.
+    fn failing(&self, name: &str) -> bool {
+        self.facts.failures.contains_key(name)
+            || matches!(self.facts.images.get(name), Some((super::facts::Step::Failed(_), _)))
     }
 
     /// Ends what still runs, then has all instances removed: without any the pod starts as a new one
@@ -549,12 +590,8 @@ impl Planner<'_> {
             if self.facts.starting.contains(&c.name) {
                 return true;
             }
-            let failing = self.facts.failures.contains_key(&c.name)
-                || self.facts.waits.get(&c.name).is_some_and(|wait| wait.due > self.now)
-                || matches!(
-                    self.facts.images.get(&c.name),
-                    Some((super::facts::Step::Failed(_), _))
-                );
+            let failing = self.failing(&c.name)
+                || self.facts.waits.get(&c.name).is_some_and(|wait| wait.due > self.now);
             let never_made =
                 self.observed.latest(&c.name).is_none_or(|i| i.state == ContainerState::Created);
             never_made && !failing

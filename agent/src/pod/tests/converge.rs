@@ -145,6 +145,38 @@ fn spec() -> impl Strategy<Value = String> {
     )
 }
 
+/// `a` ends, and wants all to start again, before `b` was started: that comes first.
+#[test]
+fn all_are_started_before_all_restart() {
+    let pod = pod(r#"{"restartPolicy":"Never","containers":[
+            {"name":"a","image":"i","restartPolicy":"Never","restartPolicyRules":[
+                {"action":"RestartAllContainers","exitCodes":{"operator":"In","values":[88]}}]},
+            {"name":"b","image":"i"}]}"#);
+    let (mut observed, mut facts, mut now) = (Observed::default(), Facts::default(), at(0));
+    settle(&pod, &mut observed, &mut facts, &mut now, None);
+    let b = observed.latest("b").unwrap().id.clone();
+    observed.containers.retain(|c| c.id != b);
+    let a = observed.latest("a").unwrap().id.clone();
+    end(&mut observed, a.as_str(), 88, now);
+    let actions = |facts: &Facts| plan(&pod, &observed, facts, now, 300).actions;
+    let is_start = |action: &Action| match action {
+        Action::EnsureImage { name } => name == "b",
+        Action::Start(start) => start.name == "b",
+        _ => false,
+    };
+    let planned = actions(&facts);
+    assert!(!planned.is_empty() && planned.iter().all(is_start), "{planned:?}");
+    // One that was started before and removed is not waited for, nor is any without a sandbox.
+    facts.known_restarts.insert("b".to_owned(), 1);
+    assert!(matches!(&actions(&facts)[..], [Action::Reset { .. }]));
+    let (mut observed, mut facts) = (observed.clone(), Facts::default());
+    settle(&pod, &mut observed, &mut facts, &mut now, None);
+    for name in ["a", "b"] {
+        let latest = observed.latest(name).unwrap();
+        assert_eq!((latest.state, latest.attempt), (ContainerState::Running, 1), "{name}");
+    }
+}
+
 proptest! {
     #[test]
     fn a_pod_comes_up_whenever_the_agent_is_killed(spec in spec(), kill_at in 0..12usize) {

@@ -124,3 +124,38 @@ async fn a_restart_of_the_agent_in_the_midst_changes_nothing() {
     rig.until("gone", |r| r.gone("a")).await;
     assert_eq!(rig.runtime.held(), (0, 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_that_was_not_started_yet_restarts_as_well() {
+    let rig = Rig::new().await;
+    inits_end_well(&rig);
+    // `c` ends while `d` is not made yet.
+    let ends = Behaviour { runs_for: Some(Duration::ZERO), exit_code: 88, ..Behaviour::default() };
+    rig.runtime.behave("c", ends);
+    rig.runtime.delay("CreateContainer", Duration::from_millis(200));
+    rig.set(&named("a", SPEC)).await;
+    let started = |r: &Rig| {
+        let calls = r.runtime.calls();
+        let made = calls.iter().position(|c| c == "CreateContainer c 0");
+        made.is_some_and(|at| calls[at..].iter().any(|c| c.starts_with("StartContainer")))
+    };
+    rig.until("started", started).await;
+    rig.runtime.behave("c", Behaviour::default());
+    ready(&rig, 1).await;
+    assert!(starts(&rig, 0).contains(&"d 0".to_owned()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_cannot_start_holds_no_restart_of_all_back() {
+    let rig = Rig::new().await;
+    inits_end_well(&rig);
+    let spec = SPEC.replace(r#"{"name":"d","image":"img:1""#, r#"{"name":"d","image":"none:1""#);
+    rig.set(&named("a", &spec)).await;
+    let runs = |r: &Rig, restarts| {
+        let c = r.container("a", "c");
+        c.restart_count == restarts && c.state.is_some_and(|state| state.running.is_some())
+    };
+    rig.until("up", |r| r.status("a").is_some_and(|_| runs(r, 0))).await;
+    rig.runtime.exit("c", 88);
+    rig.until("up again", |r| runs(r, 1)).await;
+}
