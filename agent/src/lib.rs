@@ -9,6 +9,7 @@ pub mod cluster;
 mod compose;
 pub mod config;
 pub mod doctor;
+pub mod eviction;
 pub mod health;
 pub mod ids;
 pub mod join;

@@ -114,6 +114,8 @@ pub struct NodeContext {
     pub pull: PullLimits,
     /// Garbage collection.
     pub gc: GcLimits,
+    /// When pods must go for the node.
+    pub eviction: crate::eviction::EvictionConfig,
     /// Longest wait between restarts of a crashing container
     /// (`crashLoopBackOff.maxContainerRestartPeriod`).
     pub max_restart_backoff: Duration,
@@ -166,6 +168,7 @@ impl NodeContext {
             cluster: false,
             pull: PullLimits::default(),
             gc: GcLimits::default(),
+            eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
             relist_period: Duration::from_secs(300),
             container_log_max_size: 10 << 20,

@@ -80,8 +80,8 @@ pub struct ClusterConfig {
     pub reserved: Vec<(String, String)>,
     /// `evictionHard`: signal (`memory.available`, ...) to threshold.
     pub eviction_hard: Vec<(String, Threshold)>,
-    /// `evictionPressureTransitionPeriod`: how long a pressure stays after it was last seen.
-    pub eviction_pressure_transition: Duration,
+    /// When the node is under pressure.
+    pub eviction: crate::eviction::EvictionConfig,
     /// `--provider-id`.
     pub provider_id: Option<String>,
     /// `--cloud-provider=external`: somebody else knows the node's addresses and says when pods may
@@ -127,7 +127,7 @@ impl ClusterConfig {
             max_pods: 110,
             reserved: Vec::new(),
             eviction_hard: Vec::new(),
-            eviction_pressure_transition: Duration::from_secs(300),
+            eviction: crate::eviction::EvictionConfig::default(),
             provider_id: None,
             external_cloud_provider: false,
             max_images: Some(50),

@@ -47,6 +47,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
     let disk = nix::sys::statvfs::statvfs(existing(&config.root_dir))
         .map_or(0, |stat| stat.blocks() * stat.fragment_size());
     NodeContext {
+        eviction: config.eviction.clone(),
         hostname: config.hostname.clone(),
         root_dir: config.root_dir.clone(),
         pod_logs_dir: config.pod_logs_dir.clone(),
@@ -188,7 +189,7 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         max_pods: config.max_pods,
         reserved: config.system_reserved.iter().chain(&config.kube_reserved).cloned().collect(),
         eviction_hard: config.eviction_hard.clone(),
-        eviction_pressure_transition: config.eviction_pressure_transition,
+        eviction: config.eviction.clone(),
         status_update_frequency: config.node_status_update_frequency,
         status_report_frequency: config.node_status_report_frequency,
         lease_duration_seconds: u32::try_from(config.node_lease_duration.as_secs()).unwrap_or(40),

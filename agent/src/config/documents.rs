@@ -285,7 +285,7 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
         };
         assert!(noted("cpuManagerPolicy: static"));
         assert!(!noted("cpuManagerPolicy: none"));
-        assert!(noted("evictionSoft: {memory.available: 1Gi}"));
-        assert!(!noted("evictionSoft: {}"));
+        assert!(noted("qosReserved: {memory: 50%}"));
+        assert!(!noted("qosReserved: {}"));
     }
 }

@@ -8,11 +8,12 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Taint;
 
 use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
-use super::quantity::{DEFAULT_EVICTION, Threshold, parse_bytes};
+use super::quantity::{Threshold, parse_bytes};
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
+use crate::eviction::{DEFAULT_EVICTION_HARD, EvictionConfig, Settings};
 use crate::pod::sysctls;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -122,8 +123,8 @@ pub struct NodeConfig {
     pub seccomp_default: bool,
     /// Signal (`memory.available`, ...) to threshold.
     pub eviction_hard: Vec<(String, Threshold)>,
-    /// How long a pressure stays after it was last seen.
-    pub eviction_pressure_transition: Duration,
+    /// When pods must go for the node.
+    pub eviction: EvictionConfig,
     /// Resource to quantity, as written.
     pub system_reserved: Vec<(String, String)>,
     pub kube_reserved: Vec<(String, String)>,
@@ -272,20 +273,25 @@ pub fn resolve(
     let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
     // What is given replaces the defaults as a whole, unless it is to join them.
     let joins = kubelet.merge_default_eviction_settings == Some(true);
-    let mut eviction_hard: BTreeMap<String, Threshold> = BTreeMap::new();
+    let mut hard = BTreeMap::new();
     if joins || kubelet.eviction_hard.is_none() {
-        let usual = DEFAULT_EVICTION.iter();
-        eviction_hard.extend(usual.map(|(signal, threshold)| ((*signal).to_owned(), *threshold)));
+        let usual = DEFAULT_EVICTION_HARD.iter();
+        hard.extend(usual.map(|(signal, text)| ((*signal).to_owned(), (*text).to_owned())));
     }
-    for (signal, text) in kubelet.eviction_hard.unwrap_or_default() {
-        let Some(threshold) = Threshold::parse(&text) else {
-            return Err(ConfigError::invalid(
-                format!("KubeletConfiguration.evictionHard.{signal}"),
-                format!("{text:?} is neither a quantity nor a percentage"),
-            ));
-        };
-        eviction_hard.insert(signal, threshold);
-    }
+    hard.extend(kubelet.eviction_hard.unwrap_or_default());
+    let settings = Settings {
+        hard,
+        soft: kubelet.eviction_soft.unwrap_or_default(),
+        grace: kubelet.eviction_soft_grace_period.unwrap_or_default(),
+        reclaim: kubelet.eviction_minimum_reclaim.unwrap_or_default(),
+    };
+    let eviction = EvictionConfig {
+        thresholds: settings.thresholds().map_err(|(field, reason)| {
+            ConfigError::invalid(format!("KubeletConfiguration.{field}"), reason)
+        })?,
+        max_pod_grace: kubelet.eviction_max_pod_grace_period.unwrap_or(0).into(),
+        transition: period(kubelet.eviction_pressure_transition_period, 300),
+    };
     let mut taints = kubelet.register_with_taints.unwrap_or_default();
     if !flags.register_with_taints.is_empty() {
         taints = flags
@@ -449,8 +455,13 @@ pub fn resolve(
         })?,
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
-        eviction_hard: eviction_hard.into_iter().collect(),
-        eviction_pressure_transition: period(kubelet.eviction_pressure_transition_period, 300),
+        eviction_hard: eviction
+            .thresholds
+            .iter()
+            .filter(|threshold| threshold.grace.is_zero())
+            .map(|threshold| (threshold.signal.name().to_owned(), threshold.value))
+            .collect(),
+        eviction,
         system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),

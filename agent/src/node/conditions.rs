@@ -4,7 +4,6 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::machine::{FileSystem, Measured};
 use crate::config::{DEFAULT_EVICTION, Threshold};
 
 /// Which pressures there are.
@@ -37,31 +36,6 @@ pub fn threshold(configured: &[(String, Threshold)], signal: &str) -> Option<Thr
         return DEFAULT_EVICTION.iter().find(|(name, _)| *name == signal).map(|(_, t)| *t);
     }
     configured.iter().find(|(name, _)| name == signal).map(|(_, t)| *t)
-}
-
-/// What is below its threshold. `memory` is the machine's, bytes.
-pub fn pressure(measured: &Measured, memory: u64, thresholds: &[(String, Threshold)]) -> Pressure {
-    let below = |signal: &str, left: Option<u64>, capacity: u64| match (
-        threshold(thresholds, signal),
-        left,
-    ) {
-        (Some(threshold), Some(left)) => left < threshold.of(capacity),
-        _ => false,
-    };
-    let full = |fs: Option<FileSystem>, bytes: &str, inodes: &str| {
-        fs.is_some_and(|fs| {
-            below(bytes, Some(fs.available), fs.capacity)
-                || (fs.inodes > 0 && below(inodes, Some(fs.inodes_free), fs.inodes))
-        })
-    };
-    let pid_max = measured.pid_max.unwrap_or(0);
-    let pids_left = measured.pids.map(|pids| pid_max.saturating_sub(pids));
-    Pressure {
-        memory: below("memory.available", measured.memory_available, memory),
-        disk: full(measured.nodefs, "nodefs.available", "nodefs.inodesFree")
-            || full(measured.imagefs, "imagefs.available", "imagefs.inodesFree"),
-        pid: pid_max > 0 && below("pid.available", pids_left, pid_max),
-    }
 }
 
 /// When each pressure was last seen.
@@ -178,45 +152,6 @@ fn condition(
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-
-    const MEMORY: u64 = 8 << 30;
-
-    fn healthy() -> Measured {
-        let fs = FileSystem { capacity: 1000, available: 500, inodes: 100, inodes_free: 50 };
-        Measured {
-            memory_available: Some(4 << 30),
-            nodefs: Some(fs),
-            imagefs: Some(fs),
-            pid_max: Some(1000),
-            pids: Some(10),
-        }
-    }
-
-    #[test]
-    fn pressures_follow_the_default_thresholds() {
-        let fs = healthy().nodefs.unwrap();
-        let full = |available, inodes_free| Some(FileSystem { available, inodes_free, ..fs });
-        let none = Pressure::default();
-        let (memory, disk) = (Pressure { memory: true, ..none }, Pressure { disk: true, ..none });
-        for (measured, expected) in [
-            (healthy(), none),
-            (Measured { memory_available: Some((100 << 20) - 1), ..healthy() }, memory),
-            (Measured { memory_available: Some(100 << 20), ..healthy() }, none),
-            (Measured { memory_available: None, ..healthy() }, none),
-            (Measured { nodefs: full(99, 50), ..healthy() }, disk),
-            (Measured { nodefs: full(100, 50), ..healthy() }, none),
-            (Measured { nodefs: full(500, 4), ..healthy() }, disk),
-            (Measured { imagefs: full(149, 50), ..healthy() }, disk),
-            (Measured { imagefs: full(151, 50), ..healthy() }, none),
-            (Measured { pids: Some(999), ..healthy() }, none),
-            (Measured::default(), none),
-        ] {
-            assert_eq!(pressure(&measured, MEMORY, &[]), expected, "{measured:?}");
-        }
-        let own = [("pid.available".to_owned(), Threshold::Share(0.1))];
-        let crowded = Measured { pids: Some(999), memory_available: Some(0), ..healthy() };
-        assert_eq!(pressure(&crowded, MEMORY, &own), Pressure { pid: true, ..none });
-    }
 
     #[test]
     fn a_pressure_stays_for_as_long_as_configured() {

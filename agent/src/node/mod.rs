@@ -12,19 +12,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{Node, NodeStatus, ObjectReference};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use self::conditions::{LastSeen, Pressure};
+use self::conditions::Pressure;
 use self::machine::{Machine, Measured};
 use self::object::RuntimeFacts;
 use crate::api::backoff::Backoff;
 use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 use crate::cluster::ClusterConfig;
+use crate::eviction::{self, Tracker};
 use crate::report::{EventSink, EventType};
 use crate::runtime::Runtime;
 use crate::source::cluster::Errors;
@@ -69,7 +69,7 @@ pub struct NodeLoop {
     facts: RuntimeFacts,
     images_at: Option<Instant>,
     image_dir: Option<PathBuf>,
-    pressure: LastSeen,
+    pressure: Tracker,
     /// Pod CIDRs that the runtime was told.
     told_cidrs: String,
     runtime_down: bool,
@@ -91,6 +91,7 @@ impl NodeLoop {
         watch: watch::Receiver<Option<Arc<Node>>>,
         told: Told,
     ) -> Self {
+        let pressure = Tracker::new(config.eviction.clone());
         Self {
             config,
             nodes: Api::all(client),
@@ -102,7 +103,7 @@ impl NodeLoop {
             facts: RuntimeFacts::default(),
             images_at: None,
             image_dir: None,
-            pressure: LastSeen::default(),
+            pressure,
             told_cidrs: String::new(),
             runtime_down: false,
             state: State::Unregistered,
@@ -299,11 +300,8 @@ impl NodeLoop {
     fn status(&mut self, not_ready: &[String]) -> NodeStatus {
         let now = jiff::Timestamp::now();
         let measured = Measured::read(&self.config.root_dir, self.image_dir.as_ref());
-        let pressure =
-            conditions::pressure(&measured, self.machine.memory, &self.config.eviction_hard);
-        let transition = SignedDuration::try_from(self.config.eviction_pressure_transition)
-            .unwrap_or(SignedDuration::MAX);
-        let pressure = self.pressure.note(pressure, now, transition);
+        let observed = eviction::observe(&measured, self.machine.memory);
+        let pressure = self.pressure.look(&observed, now).pressure;
         self.told.pressure.send_if_modified(|told| std::mem::replace(told, pressure) != pressure);
         let before = match &self.state {
             State::Registered { node, .. } => node.status.clone().unwrap_or_default(),

@@ -115,7 +115,7 @@ impl Taken {
 }
 
 fn refuse(reason: &str, message: String) -> Verdict {
-    Verdict { reason: reason.to_owned(), message }
+    Verdict { message, ..Verdict::new(reason) }
 }
 
 /// Refuses what must not run here; `node_object` is the API's view of this node, where there is one.

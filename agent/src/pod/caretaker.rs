@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
 use super::deps::Deps;
 use super::image_name::parse_image;
 use super::spec::spec_of;
-use super::status::Verdict;
+use super::worker::Eviction;
 use crate::ids::PodUid;
 use crate::report::EventType;
 
@@ -26,11 +26,13 @@ const IMAGE_PERIOD: Duration = Duration::from_secs(300);
 /// `evictions`.
 pub(super) fn spawn(
     deps: &Arc<Deps>,
-    evictions: mpsc::UnboundedSender<(PodUid, Verdict)>,
+    evictions: mpsc::UnboundedSender<(PodUid, Eviction)>,
 ) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    tasks.spawn(super::storage::watch(deps.clone(), evictions));
-    tasks.spawn(collect_images(deps.clone()));
+    let (reclaim, reclaims) = mpsc::channel(1);
+    tasks.spawn(super::storage::watch(deps.clone(), evictions.clone()));
+    tasks.spawn(super::pressure::watch(deps.clone(), reclaim, evictions));
+    tasks.spawn(collect_images(deps.clone(), reclaims));
     if !deps.node.runtime_rotates_logs && deps.node.container_log_max_size > 0 {
         tasks.spawn(rotate_logs(deps.clone()));
     }
@@ -85,13 +87,22 @@ fn volume_images(pod: &Pod) -> Vec<String> {
     volumes.filter_map(|v| listed(v.image.as_ref()?.reference.as_deref()?)).collect()
 }
 
-async fn collect_images(deps: Arc<Deps>) {
+/// Removes images when it is time, and all that are unused when asked.
+async fn collect_images(deps: Arc<Deps>, mut reclaims: mpsc::Receiver<oneshot::Sender<()>>) {
     let mut seen: HashMap<String, (Timestamp, Timestamp)> = HashMap::new();
     let mut ticks = tokio::time::interval(IMAGE_PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        ticks.tick().await;
-        if let Err(error) = collect_once(&deps, &mut seen).await {
+        let asked = tokio::select! {
+            _ = ticks.tick() => None,
+            Some(done) = reclaims.recv() => Some(done),
+        };
+        let collected = collect_once(&deps, &mut seen, asked.is_some()).await;
+        if let Some(done) = asked {
+            // Who asked may wait no more.
+            let _ = done.send(());
+        }
+        if let Err(error) = collected {
             tracing::warn!(%error, "image garbage collection");
             let node = ObjectReference {
                 kind: Some("Node".into()),
@@ -107,6 +118,7 @@ async fn collect_images(deps: Arc<Deps>) {
 async fn collect_once(
     deps: &Deps,
     seen: &mut HashMap<String, (Timestamp, Timestamp)>,
+    all: bool,
 ) -> Result<(), String> {
     let gc = &deps.node.gc;
     let text = |e: crate::runtime::RuntimeError| e.to_string();
@@ -149,6 +161,7 @@ async fn collect_once(
         .and_then(|fs| fs.fs_id.as_ref())
         .map(|id| PathBuf::from(&id.mountpoint));
     let to_free = match &mountpoint {
+        _ if all => u64::MAX,
         Some(path) => over_by(path, gc.image_high_percent, gc.image_low_percent)?,
         None => 0,
     };

@@ -472,7 +472,7 @@ fn finished(input: &ExplainInput<'_>, phase: &str) -> Option<Reason> {
     if let (Some(reason), message) =
         (reason, input.status.and_then(|s| s.message.clone()).unwrap_or_default())
     {
-        return Some(failed_whole(&Verdict { reason: reason.to_owned(), message }));
+        return Some(failed_whole(&Verdict { message, ..Verdict::new(reason) }));
     }
     if phase == "Succeeded" {
         return Some(Reason::new("pod", "its work is done: all containers ended with 0", "none"));

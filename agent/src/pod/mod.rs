@@ -22,6 +22,7 @@ mod logs;
 pub mod observed;
 mod orphans;
 pub mod plan;
+mod pressure;
 pub mod qos;
 pub mod quantity;
 pub mod spec;

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -19,23 +20,51 @@ use super::quantity::amount;
 use super::spec::{has_critical_priority, spec_of};
 use super::status::Verdict;
 use super::table::PodView;
+use super::worker::Eviction;
+use crate::eviction::{ContainerUsage, PodUsage, Signal};
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
 use crate::source::PodSource;
 
 /// How often usage is measured: kubelet's monitoring interval of evictions.
 const PERIOD: Duration = Duration::from_secs(10);
+/// What a pod that is over its limit has to end.
+const GRACE: SignedDuration = SignedDuration::from_secs(1);
 const RESOURCE: &str = "ephemeral-storage";
 
 /// Bytes on disk of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Usage {
+pub(super) struct Usage {
     /// By volume: emptyDirs that are not in memory.
     empty_dirs: BTreeMap<String, u64>,
     /// By container: its logs and its writable layer.
     containers: BTreeMap<String, u64>,
+    /// By container: its writable layer alone.
+    layers: BTreeMap<String, u64>,
     /// What else the kubelet keeps for the pod (its hosts file).
     other: u64,
+    /// Inodes of volumes and logs.
+    inodes: u64,
+    /// Inodes of writable layers.
+    layer_inodes: u64,
+}
+
+impl Usage {
+    /// What lies on the file system of `signal`; `images_apart` says that layers are not where
+    /// volumes and logs are.
+    pub(super) fn on(&self, signal: Signal, images_apart: bool) -> PodUsage {
+        let layers: u64 = self.layers.values().sum();
+        let all: u64 = self.empty_dirs.values().chain(self.containers.values()).sum();
+        let all = all + self.other;
+        let (disk, inodes) = match signal {
+            _ if !images_apart => (all, self.inodes + self.layer_inodes),
+            Signal::ImageFs | Signal::ImageFsInodes => (layers, self.layer_inodes),
+            _ => (all.saturating_sub(layers), self.inodes),
+        };
+        let container = |disk: &u64| ContainerUsage { memory: 0, disk: *disk };
+        let containers = self.containers.iter().map(|(name, disk)| (name.clone(), container(disk)));
+        PodUsage { disk, inodes, containers: containers.collect(), ..PodUsage::default() }
+    }
 }
 
 /// The emptyDirs of `pod` that lie on disk, with their limits in bytes.
@@ -73,14 +102,14 @@ fn has_limits(pod: &Pod) -> bool {
 }
 
 /// Whether the pod may be evicted at all.
-fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
+pub(super) fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
     source == Some(PodSource::Cluster) && !has_critical_priority(spec_of(pod))
 }
 
 /// Why the pod must go, by kubelet's name of the signal and in its words.
 fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
     let evicted =
-        |signal, message: String| Some((signal, Verdict { reason: "Evicted".to_owned(), message }));
+        |signal, message: String| Some((signal, Verdict { message, ..Verdict::new("Evicted") }));
     for (name, limit) in empty_dirs(pod) {
         let Some((bytes, text)) = limit else { continue };
         if usage.empty_dirs.get(name).is_some_and(|used| *used > bytes) {
@@ -120,7 +149,7 @@ fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
 }
 
 /// Measures pods with limits for ever, and tells which must go.
-pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(PodUid, Verdict)>) {
+pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(PodUid, Eviction)>) {
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -132,28 +161,33 @@ pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(Pod
             let usage = measure(&deps, &view).await;
             let Some((signal, verdict)) = plan_eviction(&view.pod, &usage) else { continue };
             METRICS.evicted(signal);
-            if evictions.send((PodUid::of(&view.pod), verdict)).is_err() {
+            let eviction = Eviction { verdict, grace: GRACE };
+            if evictions.send((PodUid::of(&view.pod), eviction)).is_err() {
                 return;
             }
         }
     }
 }
 
-async fn measure(deps: &Deps, view: &PodView) -> Usage {
+pub(super) async fn measure(deps: &Deps, view: &PodView) -> Usage {
     let uid = PodUid::of(&view.pod);
     let (dir, logs) = (deps.node.pod_dir(&uid), deps.node.pod_log_dir(&view.pod));
     let volumes: Vec<String> = empty_dirs(&view.pod).map(|(name, _)| name.to_owned()).collect();
     let names: Vec<String> = view.containers.keys().cloned().collect();
-    let on_disk = tokio::task::spawn_blocking(move || Usage {
-        empty_dirs: volumes
-            .into_iter()
-            .map(|name| (name.clone(), disk_usage(&crate::volume::empty_dir_path(&dir, &name))))
-            .collect(),
-        containers: names
-            .into_iter()
-            .map(|name| (name.clone(), disk_usage(&logs.join(name))))
-            .collect(),
-        other: disk_usage(&dir.join("etc-hosts")),
+    let on_disk = tokio::task::spawn_blocking(move || {
+        let mut usage = Usage::default();
+        for name in volumes {
+            let (bytes, inodes) = disk_usage(&crate::volume::empty_dir_path(&dir, &name));
+            usage.inodes += inodes;
+            usage.empty_dirs.insert(name, bytes);
+        }
+        for name in names {
+            let (bytes, inodes) = disk_usage(&logs.join(&name));
+            usage.inodes += inodes;
+            usage.containers.insert(name, bytes);
+        }
+        usage.other = disk_usage(&dir.join("etc-hosts")).0;
+        usage
     });
     let mut usage = on_disk.await.unwrap_or_default();
     let Some(sandbox) = &view.sandbox else { return usage };
@@ -161,8 +195,13 @@ async fn measure(deps: &Deps, view: &PodView) -> Usage {
         Ok(stats) => {
             for stat in stats {
                 let name = stat.attributes.and_then(|a| a.metadata).map(|m| m.name);
-                let layer = stat.writable_layer.and_then(|l| l.used_bytes).map_or(0, |b| b.value);
-                *usage.containers.entry(name.unwrap_or_default()).or_default() += layer;
+                let layer = stat.writable_layer.unwrap_or_default();
+                let inodes = layer.inodes_used.map_or(0, |n| n.value);
+                let layer = layer.used_bytes.map_or(0, |b| b.value);
+                usage.layer_inodes += inodes;
+                let name = name.unwrap_or_default();
+                *usage.containers.entry(name.clone()).or_default() += layer;
+                *usage.layers.entry(name).or_default() += layer;
             }
         }
         Err(error) => tracing::debug!(%error, sandbox, "no statistics of writable layers"),
@@ -170,11 +209,11 @@ async fn measure(deps: &Deps, view: &PodView) -> Usage {
     usage
 }
 
-/// Bytes that `path` and all below it take on its own file system. What goes away meanwhile counts
-/// as nothing.
-fn disk_usage(path: &Path) -> u64 {
-    let Ok(top) = path.symlink_metadata() else { return 0 };
-    let mut total = top.blocks() * 512;
+/// Bytes and inodes that `path` and all below it take on its own file system. What goes away
+/// meanwhile counts as nothing.
+fn disk_usage(path: &Path) -> (u64, u64) {
+    let Ok(top) = path.symlink_metadata() else { return (0, 0) };
+    let (mut total, mut inodes) = (top.blocks() * 512, 1);
     let mut folders = if top.is_dir() { vec![path.to_owned()] } else { Vec::new() };
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -182,6 +221,7 @@ fn disk_usage(path: &Path) -> u64 {
             if meta.dev() != top.dev() {
                 continue;
             }
+            inodes += 1;
             // A file of several names counts by its share, as it may be linked within the volume.
             total += if meta.is_dir() {
                 meta.blocks() * 512
@@ -193,7 +233,7 @@ fn disk_usage(path: &Path) -> u64 {
             }
         }
     }
-    total
+    (total, inodes)
 }
 
 #[cfg(test)]
@@ -213,7 +253,7 @@ mod tests {
         let usage = |disk: u64, free: u64, a: u64, b: u64| Usage {
             empty_dirs: [("disk".to_owned(), disk), ("free".to_owned(), free)].into(),
             containers: [("a".to_owned(), a), ("b".to_owned(), b)].into(),
-            other: 0,
+            ..Usage::default()
         };
         let why = |usage| plan_eviction(&limited, &usage).map(|(_, v)| (v.reason, v.message));
         assert_eq!(why(usage(1 << 20, 1 << 20, 2 << 20, 0)), None);
@@ -240,6 +280,28 @@ mod tests {
     }
 
     #[test]
+    fn what_counts_is_what_lies_on_the_file_system_that_is_short() {
+        let usage = Usage {
+            empty_dirs: [("v".to_owned(), 100)].into(),
+            containers: [("a".to_owned(), 30)].into(),
+            layers: [("a".to_owned(), 20)].into(),
+            other: 1,
+            inodes: 5,
+            layer_inodes: 7,
+        };
+        for (signal, apart, expected) in [
+            (Signal::NodeFs, false, (131, 12)),
+            (Signal::ImageFs, false, (131, 12)),
+            (Signal::NodeFsInodes, true, (111, 5)),
+            (Signal::ImageFs, true, (20, 7)),
+        ] {
+            let on = usage.on(signal, apart);
+            assert_eq!((on.disk, on.inodes), expected, "{signal:?} {apart}");
+            assert_eq!(on.containers["a"].disk, 30);
+        }
+    }
+
+    #[test]
     fn static_and_critical_pods_stay() {
         let ordinary = pod(r#"{"priority":1000,"containers":[]}"#);
         assert!(may_be_evicted(&ordinary, Some(PodSource::Cluster)));
@@ -252,14 +314,16 @@ mod tests {
     fn usage_is_what_lies_on_the_disk() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("sub")).unwrap();
-        let empty = disk_usage(dir.path());
+        let (empty, one) = disk_usage(dir.path());
         std::fs::write(dir.path().join("sub/file"), vec![1; 300_000]).unwrap();
         std::fs::hard_link(dir.path().join("sub/file"), dir.path().join("again")).unwrap();
         std::os::unix::fs::symlink("/", dir.path().join("root")).unwrap();
         let sparse = std::fs::File::create(dir.path().join("sparse")).unwrap();
         sparse.set_len(1 << 30).unwrap();
-        let used = disk_usage(dir.path()) - empty;
+        let (used, inodes) = disk_usage(dir.path());
+        let (used, inodes) = (used - empty, inodes - one);
+        assert_eq!(inodes, 4, "each name but that of what was there");
         assert!((300_000..400_000).contains(&used), "{used}");
-        assert_eq!(disk_usage(&dir.path().join("nothing")), 0);
+        assert_eq!(disk_usage(&dir.path().join("nothing")), (0, 0));
     }
 }

@@ -29,7 +29,7 @@ use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
-use super::worker::{Begin, Message, Worker};
+use super::worker::{Begin, Eviction, Message, Worker};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
@@ -437,7 +437,7 @@ struct Loop {
     /// Pods that came back while they were being removed.
     again: HashMap<PodUid, (PodSource, Arc<Pod>)>,
     /// Pods that use more of the node than they may.
-    evictions: mpsc::UnboundedReceiver<(PodUid, Verdict)>,
+    evictions: mpsc::UnboundedReceiver<(PodUid, Eviction)>,
     over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
     relisted: Option<Instant>,
@@ -482,9 +482,9 @@ impl Loop {
                     }
                 }
                 Some(uid) = overs.recv() => self.give_back(&uid),
-                Some((uid, verdict)) = self.evictions.recv() => {
+                Some((uid, eviction)) = self.evictions.recv() => {
                     if let Some(worker) = self.workers.get(&uid) {
-                        let _ = worker.inbox.send(Message::Evict(verdict));
+                        let _ = worker.inbox.send(Message::Evict(eviction));
                     }
                 }
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {

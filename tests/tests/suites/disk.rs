@@ -12,7 +12,10 @@ use crate::support::{World, container, idle, restarts, sh};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_loses_nothing_and_heals() {
     let mut world = World::with_disk("disk-full", "256m").await;
-    let steady = world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
+    // Of what the node may end for room nothing would be left.
+    let critical = json!({"priorityClassName": "system-node-critical", "priority": 2_000_001_000,
+        "containers": [idle("c")]});
+    let steady = world.ready_pod("steady", critical.clone()).await;
     let ends = json!({"restartPolicy": "Never", "containers": [sh("c", "sleep 3; exit 42")]});
     world.ready_pod("ends", ends).await;
 
@@ -51,9 +54,7 @@ async fn a_full_disk_loses_nothing_and_heals() {
     assert_eq!(world.event("refused", "Evicted").await, said);
 
     // One that the system needs is let in, and waits for room.
-    let late = json!({"priorityClassName": "system-node-critical", "priority": 2_000_001_000,
-        "containers": [idle("c")]});
-    world.cluster.pod(&world.node, "late", late).await.unwrap();
+    world.cluster.pod(&world.node, "late", critical).await.unwrap();
     eventually("an Event that says why", async || {
         let events = world.cluster.admin.read(&world.cluster.path("events")).await?;
         let all = events["items"].as_array().cloned().unwrap_or_default();
@@ -73,4 +74,42 @@ async fn a_full_disk_loses_nothing_and_heals() {
     let after = world.cluster.read_pod("steady").await.unwrap();
     assert_eq!(container(&after, "c"), container(&before, "c"), "what runs is left alone");
     world.end(&["steady", "ends", "late", "refused", "after"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_soft_threshold_ends_the_largest_pod_once_its_grace_period_is_over() {
+    let mut world = World::with_disk("disk-soft", "256m").await;
+    let config = world.node.path("/var/lib/kubelet/config.yaml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let mut fields: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
+    fields["evictionSoft"] = json!({"nodefs.available": "100Mi"});
+    fields["evictionSoftGracePeriod"] = json!({"nodefs.available": "5s"});
+    fields["evictionMaxPodGracePeriod"] = json!(3);
+    std::fs::write(&config, fields.to_string()).unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+
+    let volume = json!([{"name": "v", "emptyDir": {}}]);
+    let mut small = idle("c");
+    small["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
+    let steady = json!({"volumes": volume, "containers": [small]});
+    let steady = world.ready_pod("steady", steady).await;
+    let mut fills = sh("c", "dd if=/dev/zero of=/v/fill bs=1M count=170; sleep 1000");
+    fills["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
+    let greedy = json!({"volumes": volume, "containers": [fills]});
+    world.cluster.pod(&world.node, "greedy", greedy).await.unwrap();
+    let gone =
+        world.cluster.pod_until("greedy", "evicted", |p| p["status"]["phase"] == "Failed").await;
+    assert_eq!(gone["status"]["reason"], "Evicted");
+    let said = gone["status"]["message"].as_str().unwrap();
+    let words = "The node was low on resource: ephemeral-storage. Threshold quantity: 100Mi, ";
+    assert!(said.starts_with(words), "{said}");
+    let conditions = gone["status"]["conditions"].as_array().unwrap();
+    let disrupted = conditions.iter().find(|c| c["type"] == "DisruptionTarget").unwrap();
+    assert_eq!(disrupted["reason"], "TerminationByKubelet");
+    assert_eq!(disrupted["message"], said);
+    assert_eq!(world.event("greedy", "Evicted").await, said);
+    let after = world.cluster.read_pod("steady").await.unwrap();
+    assert_eq!(container(&after, "c"), container(&steady, "c"), "one was enough");
+    world.end(&["steady", "greedy"]).await;
 }

@@ -15,6 +15,9 @@ pub(super) const OWNED: [&str; 5] =
 /// Condition of pods whose containers may all be started again by the end of one.
 const RESTARTING_ALL: &str = "AllContainersRestarting";
 
+/// Condition of pods that something else than themselves ends; others set it too.
+const DISRUPTED: &str = "DisruptionTarget";
+
 fn owned(kind: &str) -> bool {
     OWNED.contains(&kind) || [PENDING, IN_PROGRESS, RESTARTING_ALL].contains(&kind)
 }
@@ -90,8 +93,26 @@ pub(super) fn conditions(
     if phase != "Succeeded" && phase != "Failed" && input.ending != Ending::Terminated {
         all.extend(resize(input, before));
     }
+    if let Some(verdict) = input.verdict.filter(|verdict| verdict.disrupts) {
+        all.push(PodCondition {
+            type_: DISRUPTED.to_owned(),
+            status: "True".to_owned(),
+            reason: Some("TerminationByKubelet".to_owned()),
+            message: Some(verdict.message.clone()),
+            last_transition_time: Some(since(DISRUPTED, "True")),
+            last_probe_time: None,
+            observed_generation: input.pod.metadata.generation,
+        });
+    }
+    let ours: Vec<String> = all.iter().map(|c| c.type_.clone()).collect();
     let foreign = input.pod.status.as_ref().and_then(|s| s.conditions.as_ref());
-    all.extend(foreign.into_iter().flatten().filter(|c| !owned(&c.type_)).cloned());
+    all.extend(
+        foreign
+            .into_iter()
+            .flatten()
+            .filter(|c| !owned(&c.type_) && !ours.contains(&c.type_))
+            .cloned(),
+    );
     all
 }
 

@@ -31,6 +31,15 @@ pub struct Verdict {
     pub reason: String,
     /// For people.
     pub message: String,
+    /// Whether the node ends the pod for its own sake: it has the condition `DisruptionTarget` then.
+    pub disrupts: bool,
+}
+
+impl Verdict {
+    /// Without a message.
+    pub fn new(reason: &str) -> Self {
+        Self { reason: reason.to_owned(), message: String::new(), disrupts: false }
+    }
 }
 
 /// How far the pod's end has come.

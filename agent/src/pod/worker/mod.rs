@@ -46,10 +46,17 @@ use done::Done;
 /// How long a pod whose teardown failed waits before it is tried again, in seconds.
 const TEARDOWN_RETRY_SECONDS: i64 = 5;
 
-/// Grace of a pod that is evicted, as kubelet leaves it for limits of local storage.
-const EVICTION_GRACE: SignedDuration = SignedDuration::from_secs(1);
 /// How long the end of a pod waits for a sandbox that is being made.
 const SANDBOX_PATIENCE: SignedDuration = SignedDuration::from_secs(5);
+
+/// Why a pod must go, and how long it has at most.
+#[derive(Clone, Debug)]
+pub(crate) struct Eviction {
+    /// What is told of it.
+    pub(crate) verdict: Verdict,
+    /// At most; the pod's own grace period may be shorter.
+    pub(crate) grace: SignedDuration,
+}
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -62,8 +69,8 @@ pub(crate) enum Message {
     Look(String),
     /// Look at everything of the pod.
     LookAtAll,
-    /// It uses more of the node than it may: end it at once.
-    Evict(Verdict),
+    /// It uses more than it may, or than the node can spare: end it.
+    Evict(Eviction),
     /// A probe's verdict.
     Probe(ContainerId, ProbeKind, bool),
     /// Somebody asks why the pod is as it is.
@@ -301,7 +308,7 @@ impl Worker {
                 self.stale.ids.insert(id);
             }
             Message::LookAtAll => self.stale.all = true,
-            Message::Evict(verdict) => self.evict(verdict),
+            Message::Evict(eviction) => self.evict(eviction),
             Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
             Message::Explain(reply) => {
                 // Whoever asked may not wait any more.
@@ -310,13 +317,13 @@ impl Worker {
         }
     }
 
-    fn evict(&mut self, verdict: Verdict) {
+    fn evict(&mut self, Eviction { verdict, grace }: Eviction) {
         if self.state != State::Running || self.verdict.is_some() {
             return;
         }
         let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
         self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
-        self.grace_limit = Some(EVICTION_GRACE);
+        self.grace_limit = Some(grace);
         self.verdict = Some(verdict);
     }
 
@@ -406,7 +413,7 @@ impl Worker {
                 "Pod was active on the node longer than the specified deadline".to_owned();
             let reason = "DeadlineExceeded".to_owned();
             self.deps.pod_event(&self.pod, EventType::Normal, &reason, message.clone());
-            self.verdict = Some(Verdict { reason, message });
+            self.verdict = Some(Verdict { message, ..Verdict::new(&reason) });
         }
         let over = is_terminal(self.previous.as_ref().and_then(|s| s.phase.as_deref()));
         if self.deleted() || self.verdict.is_some() || over {

@@ -1,0 +1,225 @@
+//! The thresholds, from `evictionHard`, `evictionSoft` and what belongs to them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::Signal;
+use crate::config::{DEFAULT_EVICTION, Threshold};
+
+/// What `evictionHard` is where it is not written down.
+pub const DEFAULT_EVICTION_HARD: [(&str, &str); 5] = [
+    ("imagefs.available", "15%"),
+    ("imagefs.inodesFree", "5%"),
+    ("memory.available", "100Mi"),
+    ("nodefs.available", "10%"),
+    ("nodefs.inodesFree", "5%"),
+];
+
+/// How little may be left of one signal.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EvictionThreshold {
+    /// What is measured.
+    pub signal: Signal,
+    /// Less than this is too little.
+    pub value: Threshold,
+    /// For how long that must be so; zero is a hard threshold.
+    pub grace: Duration,
+    /// What must be free on top before it counts as resolved.
+    pub min_reclaim: Option<Threshold>,
+}
+
+/// All that decides about evictions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvictionConfig {
+    /// The thresholds, hard and soft.
+    pub thresholds: Vec<EvictionThreshold>,
+    /// Most seconds for a pod that goes for a soft threshold; negative leaves it to the pod.
+    pub max_pod_grace: i64,
+    /// How long a pressure stays after it was last seen.
+    pub transition: Duration,
+}
+
+impl Default for EvictionConfig {
+    fn default() -> Self {
+        let hard = |(name, value): &(&str, Threshold)| {
+            let signal = signal(name)?;
+            Some(EvictionThreshold {
+                signal,
+                value: *value,
+                grace: Duration::ZERO,
+                min_reclaim: None,
+            })
+        };
+        Self {
+            thresholds: DEFAULT_EVICTION.iter().filter_map(hard).collect(),
+            max_pod_grace: 0,
+            transition: Duration::from_secs(300),
+        }
+    }
+}
+
+fn signal(name: &str) -> Option<Signal> {
+    Signal::ALL.into_iter().find(|signal| signal.name() == name)
+}
+
+type Written = BTreeMap<String, String>;
+
+/// The fields as written.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// `evictionHard`, the defaults included where they hold.
+    pub hard: Written,
+    /// `evictionSoft`.
+    pub soft: Written,
+    /// `evictionSoftGracePeriod`.
+    pub grace: Written,
+    /// `evictionMinimumReclaim`.
+    pub reclaim: Written,
+}
+
+impl Settings {
+    /// The thresholds; else the field and what is wrong with it.
+    pub fn thresholds(&self) -> Result<Vec<EvictionThreshold>, (String, String)> {
+        let mut graces = BTreeMap::new();
+        for (name, text) in &self.grace {
+            let wrong = |reason| (format!("evictionSoftGracePeriod.{name}"), reason);
+            let signal = known(name).map_err(wrong)?;
+            let period = text.parse::<kube::core::Duration>();
+            let period = period.ok().filter(|period| !period.is_negative());
+            let period =
+                period.ok_or_else(|| wrong(format!("{text:?} is no period such as 1m30s")))?;
+            graces.insert(signal, Duration::from(period));
+        }
+        let mut reclaims = BTreeMap::new();
+        for (name, text) in &self.reclaim {
+            let wrong = |reason| (format!("evictionMinimumReclaim.{name}"), reason);
+            let signal = known(name).map_err(wrong)?;
+            let amount = Threshold::parse(text).filter(|t| *t != Threshold::Share(0.0));
+            let amount = amount.ok_or_else(|| {
+                wrong(format!("{text:?} is neither a quantity nor a percentage above 0"))
+            })?;
+            reclaims.insert(signal, amount);
+        }
+        let mut thresholds = Vec::new();
+        let kinds = [("evictionHard", &self.hard), ("evictionSoft", &self.soft)];
+        for (field, (name, text)) in
+            kinds.into_iter().flat_map(|(field, all)| all.iter().map(move |one| (field, one)))
+        {
+            let wrong = |reason| (format!("{field}.{name}"), reason);
+            let soft = field == "evictionSoft";
+            // The node knows no file system of containers apart; upstream takes what it has for the
+            // others in place of what is written.
+            if name.starts_with("containerfs.") {
+                continue;
+            }
+            let signal = known(name).map_err(wrong)?;
+            let grace = match graces.get(&signal) {
+                _ if !soft => Duration::ZERO,
+                Some(grace) => *grace,
+                None => {
+                    return Err(wrong(format!(
+                        "a soft threshold needs its grace period; add \
+                         evictionSoftGracePeriod: {{{name}: 1m30s}}"
+                    )));
+                }
+            };
+            let Some(value) = Threshold::parse(text) else {
+                return Err(wrong(format!("{text:?} is neither a quantity nor a percentage")));
+            };
+            match value {
+                // The way to say that there is none.
+                Threshold::Share(share) if share <= 0.0 || share >= 1.0 => continue,
+                Threshold::Absolute(0) => {
+                    return Err(wrong(format!("{text:?} must be above 0; 0% is no threshold")));
+                }
+                _ => {}
+            }
+            let min_reclaim = reclaims.get(&signal).copied();
+            thresholds.push(EvictionThreshold { signal, value, grace, min_reclaim });
+        }
+        Ok(thresholds)
+    }
+}
+
+fn known(name: &str) -> Result<Signal, String> {
+    let names = || Signal::ALL.map(Signal::name).join(", ");
+    signal(name).ok_or_else(|| format!("no such signal; there are {}", names()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(all: &[(&str, &str)]) -> Written {
+        all.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect()
+    }
+
+    #[test]
+    fn soft_thresholds_have_a_grace_and_both_kinds_the_reclaim() {
+        let settings = Settings {
+            hard: written(&[("memory.available", "100Mi"), ("nodefs.available", "0%")]),
+            soft: written(&[("memory.available", "20%"), ("pid.available", "100%")]),
+            grace: written(&[("memory.available", "1m30s"), ("pid.available", "1s")]),
+            reclaim: written(&[("memory.available", "10Mi")]),
+        };
+        let hard = EvictionThreshold {
+            signal: Signal::Memory,
+            value: Threshold::Absolute(100 << 20),
+            grace: Duration::ZERO,
+            min_reclaim: Some(Threshold::Absolute(10 << 20)),
+        };
+        let soft = EvictionThreshold {
+            value: Threshold::Share(0.2),
+            grace: Duration::from_secs(90),
+            ..hard
+        };
+        assert_eq!(settings.thresholds(), Ok(vec![hard, soft]));
+    }
+
+    #[test]
+    fn what_upstream_refuses_is_refused_by_name() {
+        let one = |name: &str, text: &str| written(&[(name, text)]);
+        let none = Settings::default;
+        for (settings, field, reason) in [
+            (
+                Settings { soft: one("memory.available", "1Gi"), ..none() },
+                "evictionSoft.memory.available",
+                "grace period",
+            ),
+            (
+                Settings { hard: one("memory", "1Gi"), ..none() },
+                "evictionHard.memory",
+                "no such signal",
+            ),
+            (
+                Settings { hard: one("memory.available", "0"), ..none() },
+                "evictionHard.memory.available",
+                "above 0",
+            ),
+            (
+                Settings { hard: one("memory.available", "101%"), ..none() },
+                "evictionHard.memory.available",
+                "percentage",
+            ),
+            (
+                Settings { grace: one("memory.available", "-1s"), ..none() },
+                "evictionSoftGracePeriod.memory.available",
+                "no period",
+            ),
+            (
+                Settings { grace: one("x", "1s"), ..none() },
+                "evictionSoftGracePeriod.x",
+                "no such signal",
+            ),
+            (
+                Settings { reclaim: one("memory.available", "0%"), ..none() },
+                "evictionMinimumReclaim.memory.available",
+                "above 0",
+            ),
+        ] {
+            let (at, said) = settings.thresholds().unwrap_err();
+            assert_eq!(at, field);
+            assert!(said.contains(reason), "{at}: {said}");
+        }
+    }
+}
