@@ -59,10 +59,9 @@ impl Table {
 pub type ChainKey = (Table, String);
 
 /// Jumps from the kernel's chains to ours, in upstream's words: table, chain, rule. Each is put
-/// before the ones above it.
+/// before the ones above it. They are set one by one, so those that send packets to endpoints come
+/// last: by then such packets are masqueraded, and filtered.
 pub const ANCHORS: [(Table, &str, &str); 14] = [
-    (Table::Nat, "PREROUTING", PORTALS_NAT),
-    (Table::Nat, "OUTPUT", PORTALS_NAT),
     (
         Table::Nat,
         "POSTROUTING",
@@ -87,6 +86,8 @@ pub const ANCHORS: [(Table, &str, &str); 14] = [
     (Table::Filter, "FORWARD", LB_FIREWALL),
     (Table::Filter, "INPUT", "-j KUBE-FIREWALL"),
     (Table::Filter, "OUTPUT", "-j KUBE-FIREWALL"),
+    (Table::Nat, "PREROUTING", PORTALS_NAT),
+    (Table::Nat, "OUTPUT", PORTALS_NAT),
 ];
 const PORTALS_NAT: &str = "-m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES";
 const PORTALS: &str = "-m conntrack --ctstate NEW -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES";
@@ -417,4 +418,18 @@ pub fn of_service(
         builder.shared(Table::Filter, "KUBE-NODEPORTS", rule);
     }
     builder.rules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_reaches_an_endpoint_before_it_is_masqueraded_and_filtered() {
+        let sends = |(table, chain, _): &(Table, &str, &str)| {
+            *table == Table::Nat && *chain != "POSTROUTING"
+        };
+        let first = ANCHORS.iter().position(sends).unwrap_or(0);
+        assert!(first > 0 && ANCHORS[first..].iter().all(sends), "{ANCHORS:?}");
+    }
 }
