@@ -325,6 +325,22 @@ impl Runtime for CriRuntime {
         self.call("UpdateContainerResources", self.timeout, done).await.map(drop)
     }
 
+    async fn update_pod_sandbox_resources(
+        &self,
+        id: &str,
+        overhead: api::LinuxContainerResources,
+        resources: api::LinuxContainerResources,
+    ) -> Result<()> {
+        let mut client = self.runtime.clone();
+        let request = api::UpdatePodSandboxResourcesRequest {
+            pod_sandbox_id: id.to_owned(),
+            overhead: Some(overhead),
+            resources: Some(resources),
+        };
+        let done = client.update_pod_sandbox_resources(request);
+        self.call("UpdatePodSandboxResources", self.timeout, done).await.map(drop)
+    }
+
     async fn reopen_container_log(&self, id: &str) -> Result<()> {
         let mut client = self.runtime.clone();
         let request = api::ReopenContainerLogRequest { container_id: id.to_owned() };

@@ -590,6 +590,16 @@ impl Runtime for FakeRuntime {
         self.enter("UpdateContainerResources", id).await
     }
 
+    async fn update_pod_sandbox_resources(
+        &self,
+        id: &str,
+        _: api::LinuxContainerResources,
+        resources: api::LinuxContainerResources,
+    ) -> Result<()> {
+        let what = format!("{id} {}", resources.memory_limit_in_bytes);
+        self.enter("UpdatePodSandboxResources", &what).await
+    }
+
     async fn reopen_container_log(&self, id: &str) -> Result<()> {
         self.enter("ReopenContainerLog", id).await
     }

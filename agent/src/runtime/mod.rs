@@ -113,6 +113,14 @@ pub trait Runtime: Send + Sync + 'static {
         id: &str,
         resources: api::LinuxContainerResources,
     ) -> Result<()>;
+    /// Tells the runtime what a pod's cgroup will have; for those that size something of their own
+    /// by it, such as a virtual machine.
+    async fn update_pod_sandbox_resources(
+        &self,
+        id: &str,
+        overhead: api::LinuxContainerResources,
+        resources: api::LinuxContainerResources,
+    ) -> Result<()>;
     /// Makes the runtime open the container's log file anew (after a rotation).
     async fn reopen_container_log(&self, id: &str) -> Result<()>;
     /// Runs `command` in a container and waits for it, at most `timeout` (zero: no limit but the

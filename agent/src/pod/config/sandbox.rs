@@ -95,7 +95,8 @@ fn port_mappings(pod: &Pod) -> Vec<api::PortMapping> {
         .collect()
 }
 
-fn overhead(pod: &Pod) -> api::LinuxContainerResources {
+/// What the pod needs besides its containers.
+pub fn overhead(pod: &Pod) -> api::LinuxContainerResources {
     let over = spec_of(pod).overhead.as_ref();
     let milli = cpu_milli(over).unwrap_or(0);
     api::LinuxContainerResources {
@@ -105,7 +106,8 @@ fn overhead(pod: &Pod) -> api::LinuxContainerResources {
     }
 }
 
-fn resources(pod: &Pod, node: &NodeContext) -> api::LinuxContainerResources {
+/// What the pod's cgroup has.
+pub fn resources(pod: &Pod, node: &NodeContext) -> api::LinuxContainerResources {
     let limits = pod_limits(pod, node);
     let requests = pod_requests(pod);
     api::LinuxContainerResources {

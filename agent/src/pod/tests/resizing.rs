@@ -73,6 +73,8 @@ async fn a_resize_waits_until_there_is_room() {
     let of = |r: &Rig, reason: &str| r.reasons().iter().filter(|r| *r == reason).count();
     assert_eq!(of(&rig, "ResizeDeferred"), 1);
 
+    // A runtime that does not know the call stops no resize.
+    rig.runtime.fail_next("UpdatePodSandboxResources", "not implemented yet");
     rig.set(&deleted(&other, 1)).await;
     rig.until("resized", |r| {
         told(r, "a", PENDING).is_none()
@@ -122,10 +124,15 @@ async fn a_resize_that_fails_says_why_and_is_tried_again() {
     rig.runtime.use_memory("c", 1 << 20);
     rig.runtime.fail_next("UpdateContainerResources", "busy");
     rig.restart(&[less]).await;
+    // Nor is one done that the runtime cannot follow.
+    rig.runtime.fail_next("UpdatePodSandboxResources", "no more slots");
     rig.until("done", |r| told(r, "a", IN_PROGRESS).is_none() && resizes(r) == 2).await;
     assert_eq!(memory(&rig), "32Mi");
     assert!(rig.reasons().contains(&"ResizeCompleted".to_owned()));
     assert_eq!(rig.container("a", "c").restart_count, 0);
+    let told = rig.runtime.calls();
+    let told = told.iter().filter(|c| c.starts_with("UpdatePodSandboxResources"));
+    assert!(told.clone().count() > 1 && told.into_iter().all(|c| c.ends_with(" 33554432")));
 }
 
 #[tokio::test(start_paused = true)]

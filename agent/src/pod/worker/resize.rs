@@ -12,12 +12,14 @@ use super::{Done, Step, Worker};
 use crate::ids::PodUid;
 use crate::pod::allocation::{Progress, summary};
 use crate::pod::config::resources::{PodLimits, container_resources, pod_limits};
+use crate::pod::config::sandbox;
 use crate::pod::deps::Deps;
 use crate::pod::observed::{ContainerId, ContainerState, SandboxId};
 use crate::pod::plan::{KillCause, usable_sandbox};
 use crate::pod::qos::qos_class;
 use crate::pod::spec::{init_containers, spec_of};
 use crate::report::EventType;
+use crate::runtime::RuntimeErrorKind;
 
 /// First and longest wait before a resize that failed is tried again, in seconds.
 const RETRY: (i64, i64) = (5, 60);
@@ -235,6 +237,9 @@ async fn apply_resize(
         let set = deps.cgroups.ensure(uid, qos, limits).await;
         set.map(drop).map_err(|e| e.to_string())
     };
+    if job.pod.is_some() {
+        tell_runtime(deps, pod, sandbox).await?;
+    }
     let room = job.pod.map(|(has, wanted)| has.map_or(wanted, |has| has.room_for(wanted)));
     let has = job.pod.and_then(|(has, _)| has);
     if let Some(room) = room.filter(|room| Some(*room) != has) {
@@ -248,6 +253,26 @@ async fn apply_resize(
     }
     match job.pod {
         Some((_, wanted)) if room != Some(wanted) => set(wanted).await,
+        _ => Ok(()),
+    }
+}
+
+/// Tells the runtime what the pod's cgroup will have, before it has it: a runtime that cannot follow
+/// refuses the resize. Not every runtime knows the call.
+async fn tell_runtime(deps: &Deps, pod: &Pod, sandbox: &SandboxId) -> Result<(), String> {
+    let told = deps.runtime.update_pod_sandbox_resources(
+        sandbox.as_str(),
+        sandbox::overhead(pod),
+        sandbox::resources(pod, &deps.node),
+    );
+    match told.await {
+        // containerd 2.2 has no code for it.
+        Err(error)
+            if error.kind != RuntimeErrorKind::Unimplemented
+                && !error.message.contains("not implemented") =>
+        {
+            Err(format!("resize the pod's sandbox: {error}"))
+        }
         _ => Ok(()),
     }
 }
