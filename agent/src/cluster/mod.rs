@@ -30,7 +30,6 @@ use self::objects::{ClusterObjects, Services};
 use self::status_sink::ClusterStatuses;
 use self::store::Store;
 use crate::api::{Api, ApiError};
-use crate::config::Threshold;
 use crate::node::conditions::Pressure;
 use crate::node::{NodeLoop, Told, lease, rotate, serving};
 use crate::objects::Objects;
@@ -78,8 +77,6 @@ pub struct ClusterConfig {
     pub max_pods: u32,
     /// `kubeReserved` and `systemReserved`, resource name to quantity.
     pub reserved: Vec<(String, String)>,
-    /// `evictionHard`: signal (`memory.available`, ...) to threshold.
-    pub eviction_hard: Vec<(String, Threshold)>,
     /// When the node is under pressure.
     pub eviction: crate::eviction::EvictionConfig,
     /// `--provider-id`.
@@ -126,7 +123,6 @@ impl ClusterConfig {
             register_with_taints: Vec::new(),
             max_pods: 110,
             reserved: Vec::new(),
-            eviction_hard: Vec::new(),
             eviction: crate::eviction::EvictionConfig::default(),
             provider_id: None,
             external_cloud_provider: false,

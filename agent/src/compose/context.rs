@@ -10,6 +10,7 @@ use nix::net::if_::InterfaceFlags;
 
 use crate::cluster::ClusterConfig;
 use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
+use crate::eviction::Signal;
 use crate::node::{machine, object};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
 use crate::runtime::Runtime;
@@ -40,10 +41,6 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         };
         lists.into_iter().filter_map(of).sum()
     };
-    let threshold = |signal: &str, capacity: u64| {
-        let found = config.eviction_hard.iter().find(|(name, _)| name == signal);
-        found.map_or(0, |(_, threshold)| threshold.of(capacity))
-    };
     let disk = nix::sys::statvfs::statvfs(existing(&config.root_dir))
         .map_or(0, |stat| stat.blocks() * stat.fragment_size());
     NodeContext {
@@ -69,11 +66,11 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         allocatable_milli_cpu: (cpus * 1000).saturating_sub(reserved("cpu")),
         allocatable_memory: memory
             .saturating_sub(reserved("memory"))
-            .saturating_sub(threshold("memory.available", memory)),
+            .saturating_sub(config.eviction.kept(Signal::Memory, memory)),
         capacity_memory: memory,
         allocatable_ephemeral: disk
             .saturating_sub(reserved("ephemeral-storage"))
-            .saturating_sub(threshold("nodefs.available", disk)),
+            .saturating_sub(config.eviction.kept(Signal::NodeFs, disk)),
         cluster: !standalone,
         pull: PullLimits {
             serialize: config.serialize_image_pulls,
@@ -188,7 +185,6 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         register_with_taints: config.register_with_taints.clone(),
         max_pods: config.max_pods,
         reserved: config.system_reserved.iter().chain(&config.kube_reserved).cloned().collect(),
-        eviction_hard: config.eviction_hard.clone(),
         eviction: config.eviction.clone(),
         status_update_frequency: config.node_status_update_frequency,
         status_report_frequency: config.node_status_report_frequency,

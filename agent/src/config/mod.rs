@@ -21,7 +21,7 @@ pub use kubelet::KubeletConfiguration;
 pub use longshore::{LongshoreConfiguration, RuntimeHandler};
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub use node_api::NodeApiConfig;
-pub use quantity::{DEFAULT_EVICTION, Threshold, parse_bytes};
+pub use quantity::{Threshold, parse_bytes};
 
 /// Something in the configuration that an operator should know, without stopping the node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Taint;
 
 use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
-use super::quantity::{Threshold, parse_bytes};
+use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
-use crate::eviction::{DEFAULT_EVICTION_HARD, EvictionConfig, Settings};
+use crate::eviction::{EvictionConfig, Settings, usual_hard};
 use crate::pod::sysctls;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -121,8 +121,6 @@ pub struct NodeConfig {
     pub container_log_max_size: u64,
     pub container_log_max_files: u32,
     pub seccomp_default: bool,
-    /// Signal (`memory.available`, ...) to threshold.
-    pub eviction_hard: Vec<(String, Threshold)>,
     /// When pods must go for the node.
     pub eviction: EvictionConfig,
     /// Resource to quantity, as written.
@@ -273,11 +271,8 @@ pub fn resolve(
     let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
     // What is given replaces the defaults as a whole, unless it is to join them.
     let joins = kubelet.merge_default_eviction_settings == Some(true);
-    let mut hard = BTreeMap::new();
-    if joins || kubelet.eviction_hard.is_none() {
-        let usual = DEFAULT_EVICTION_HARD.iter();
-        hard.extend(usual.map(|(signal, text)| ((*signal).to_owned(), (*text).to_owned())));
-    }
+    let usual = joins || kubelet.eviction_hard.is_none();
+    let mut hard = if usual { usual_hard() } else { BTreeMap::new() };
     hard.extend(kubelet.eviction_hard.unwrap_or_default());
     let settings = Settings {
         hard,
@@ -455,12 +450,6 @@ pub fn resolve(
         })?,
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
-        eviction_hard: eviction
-            .thresholds
-            .iter()
-            .filter(|threshold| threshold.grace.is_zero())
-            .map(|threshold| (threshold.signal.name().to_owned(), threshold.value))
-            .collect(),
         eviction,
         system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
         kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),

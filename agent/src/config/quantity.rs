@@ -11,15 +11,6 @@ pub enum Threshold {
     Share(f64),
 }
 
-/// Default hard eviction thresholds of kubelet on Linux.
-pub const DEFAULT_EVICTION: [(&str, Threshold); 5] = [
-    ("memory.available", Threshold::Absolute(100 << 20)),
-    ("nodefs.available", Threshold::Share(0.10)),
-    ("nodefs.inodesFree", Threshold::Share(0.05)),
-    ("imagefs.available", Threshold::Share(0.15)),
-    ("imagefs.inodesFree", Threshold::Share(0.05)),
-];
-
 impl Threshold {
     /// Parses `10%` or a quantity.
     pub fn parse(text: &str) -> Option<Self> {

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::Signal;
-use crate::config::{DEFAULT_EVICTION, Threshold};
+use crate::config::Threshold;
 
-/// What `evictionHard` is where it is not written down.
-pub const DEFAULT_EVICTION_HARD: [(&str, &str); 5] = [
+/// What `evictionHard` is where it is not written down (kubelet's on Linux).
+const DEFAULT_HARD: [(&str, &str); 5] = [
     ("imagefs.available", "15%"),
     ("imagefs.inodesFree", "5%"),
     ("memory.available", "100Mi"),
@@ -41,21 +41,26 @@ pub struct EvictionConfig {
 
 impl Default for EvictionConfig {
     fn default() -> Self {
-        let hard = |(name, value): &(&str, Threshold)| {
-            let signal = signal(name)?;
-            Some(EvictionThreshold {
-                signal,
-                value: *value,
-                grace: Duration::ZERO,
-                min_reclaim: None,
-            })
-        };
+        let usual = Settings { hard: usual_hard(), ..Settings::default() };
         Self {
-            thresholds: DEFAULT_EVICTION.iter().filter_map(hard).collect(),
+            thresholds: usual.thresholds().unwrap_or_default(),
             max_pod_grace: 0,
             transition: Duration::from_secs(300),
         }
     }
+}
+
+impl EvictionConfig {
+    /// How much of `capacity` the hard threshold of `signal` keeps from pods; 0 without one.
+    pub fn kept(&self, signal: Signal, capacity: u64) -> u64 {
+        let hard = self.thresholds.iter().find(|t| t.signal == signal && t.grace.is_zero());
+        hard.map_or(0, |threshold| threshold.value.of(capacity))
+    }
+}
+
+/// `evictionHard` where it is not written down.
+pub fn usual_hard() -> BTreeMap<String, String> {
+    DEFAULT_HARD.map(|(signal, text)| (signal.to_owned(), text.to_owned())).into()
 }
 
 fn signal(name: &str) -> Option<Signal> {

@@ -8,7 +8,7 @@ mod config;
 mod rank;
 mod tracker;
 
-pub use config::{DEFAULT_EVICTION_HARD, EvictionConfig, EvictionThreshold, Settings};
+pub use config::{EvictionConfig, EvictionThreshold, Settings, usual_hard};
 pub use rank::{Candidate, ContainerUsage, PodUsage, plan_victims, words};
 pub use tracker::{Observations, Tracker, Turn, observe};
 

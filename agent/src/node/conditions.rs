@@ -4,8 +4,6 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use crate::config::{DEFAULT_EVICTION, Threshold};
-
 /// Which pressures there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pressure {
@@ -27,15 +25,6 @@ impl Pressure {
         ];
         all.into_iter().filter_map(|(on, name)| on.then_some(name))
     }
-}
-
-/// The threshold of `signal`: what is configured, else kubelet's default if nothing at all is
-/// configured (upstream's rule: a given `evictionHard` replaces the defaults as a whole).
-pub fn threshold(configured: &[(String, Threshold)], signal: &str) -> Option<Threshold> {
-    if configured.is_empty() {
-        return DEFAULT_EVICTION.iter().find(|(name, _)| *name == signal).map(|(_, t)| *t);
-    }
-    configured.iter().find(|(name, _)| name == signal).map(|(_, t)| *t)
 }
 
 /// When each pressure was last seen.

@@ -26,7 +26,7 @@ use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 use crate::cluster::ClusterConfig;
 use crate::eviction::{self, Tracker};
 use crate::report::{EventSink, EventType};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, image_dir};
 use crate::source::cluster::Errors;
 
 /// How often a node that is not ready yet looks whether it is now.
@@ -287,11 +287,7 @@ impl NodeLoop {
                 self.images_at = Some(Instant::now());
             }
             if let Ok(info) = self.runtime.image_fs_info().await {
-                self.image_dir = info
-                    .image_filesystems
-                    .first()
-                    .and_then(|fs| fs.fs_id.as_ref())
-                    .map(|id| PathBuf::from(&id.mountpoint));
+                self.image_dir = image_dir(&info);
             }
         }
         object::not_ready(&status)

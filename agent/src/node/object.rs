@@ -13,9 +13,9 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde_json::{Map, Value, json};
 
-use super::conditions::threshold;
 use super::machine::{FileSystem, Machine};
 use crate::cluster::ClusterConfig;
+use crate::eviction::Signal;
 use crate::pod::quantity;
 
 /// API level that this node keeps to, in the form that other components parse.
@@ -194,9 +194,6 @@ pub fn resources(
             .filter_map(|n| u64::try_from(n).ok())
             .sum()
     };
-    let evicted = |signal: &str, capacity: u64| {
-        threshold(&config.eviction_hard, signal).map_or(0, |t| t.of(capacity))
-    };
     let (mut capacity, mut allocatable) = (Resources::new(), Resources::new());
     let mut put = |name: &str, total: Quantity, left: Quantity| {
         capacity.insert(name.to_owned(), total);
@@ -209,7 +206,7 @@ pub fn resources(
     let left = memory
         .saturating_sub(huge)
         .saturating_sub(reserved("memory", false))
-        .saturating_sub(evicted("memory.available", memory));
+        .saturating_sub(config.eviction.kept(Signal::Memory, memory));
     put("memory", bytes(memory), bytes(left));
     let pods = Quantity(config.max_pods.to_string());
     put("pods", pods.clone(), pods);
@@ -217,7 +214,7 @@ pub fn resources(
         let left = fs
             .capacity
             .saturating_sub(reserved("ephemeral-storage", false))
-            .saturating_sub(evicted("nodefs.available", fs.capacity));
+            .saturating_sub(config.eviction.kept(Signal::NodeFs, fs.capacity));
         put("ephemeral-storage", bytes(fs.capacity), Quantity(left.to_string()));
     }
     for (size, total) in &machine.hugepages {

@@ -18,6 +18,7 @@ use super::spec::spec_of;
 use super::worker::Eviction;
 use crate::ids::PodUid;
 use crate::report::EventType;
+use crate::runtime::image_dir;
 
 /// How often the image file system is measured.
 const IMAGE_PERIOD: Duration = Duration::from_secs(300);
@@ -155,12 +156,7 @@ async fn collect_once(
     }
     seen.retain(|id, _| images.iter().any(|i| i.id == *id));
     let info = deps.runtime.image_fs_info().await.map_err(text)?;
-    let mountpoint = info
-        .image_filesystems
-        .first()
-        .and_then(|fs| fs.fs_id.as_ref())
-        .map(|id| PathBuf::from(&id.mountpoint));
-    let to_free = match &mountpoint {
+    let to_free = match &image_dir(&info) {
         _ if all => u64::MAX,
         Some(path) => over_by(path, gc.image_high_percent, gc.image_low_percent)?,
         None => 0,

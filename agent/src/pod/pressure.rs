@@ -30,6 +30,7 @@ use crate::ids::PodUid;
 use crate::metrics::METRICS;
 use crate::node::machine::Measured;
 use crate::report::EventType;
+use crate::runtime::image_dir;
 
 /// How often the node is looked at: kubelet's monitoring interval.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -102,8 +103,7 @@ impl Watch {
         if self.image_dir.is_none()
             && let Ok(info) = self.deps.runtime.image_fs_info().await
         {
-            let fs = info.image_filesystems.first().and_then(|fs| fs.fs_id.as_ref());
-            self.image_dir = fs.map(|id| PathBuf::from(&id.mountpoint));
+            self.image_dir = image_dir(&info);
         }
         let memory = self.deps.node.capacity_memory;
         let measure = |watch: &Self| {

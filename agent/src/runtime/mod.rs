@@ -3,6 +3,7 @@
 //! `cri` speaks to any CRI v1 server over its unix socket (our shim, containerd, CRI-O); `fake`
 //! keeps everything in memory and refuses what a runtime would refuse.
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -12,6 +13,12 @@ use futures::Stream;
 
 pub mod cri;
 pub mod fake;
+
+/// Where the images lie, if the runtime says.
+pub fn image_dir(info: &api::ImageFsInfoResponse) -> Option<PathBuf> {
+    let id = info.image_filesystems.first()?.fs_id.as_ref()?;
+    Some(PathBuf::from(&id.mountpoint))
+}
 
 /// What kind of failure a runtime reported, as far as the caller acts on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -372,8 +372,11 @@ fn shows_change(before: &Pod, now: &Pod) -> bool {
         let sources = volume.projected.iter().flat_map(|p| p.sources.iter().flatten());
         volume.downward_api.is_some() || sources.into_iter().any(|s| s.downward_api.is_some())
     });
-    let notes = |pod: &Pod| (pod.metadata.labels.clone(), pod.metadata.annotations.clone());
-    shows && (notes(before) != notes(now) || !Allocation::asked(before).is_asked_by(now))
+    let (was, is) = (&before.metadata, &now.metadata);
+    shows
+        && (was.labels != is.labels
+            || was.annotations != is.annotations
+            || !Allocation::asked(before).is_asked_by(now))
 }
 
 /// Which directory the volume lies in; `None` for a hostPath, an image and for what is not provided.

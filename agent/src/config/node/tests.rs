@@ -3,7 +3,9 @@
 use clap::Parser;
 
 use super::*;
+use crate::config::Threshold;
 use crate::config::fields::parse_cidr;
+use crate::eviction::Signal;
 
 #[derive(Parser)]
 struct Line {
@@ -288,7 +290,8 @@ fn defaults_are_those_of_the_benchmark() {
 fn thresholds_replace_the_defaults_or_join_them() {
     let of = |text: &str| {
         let config = resolved("", &format!("{KUBELET}{text}\n")).unwrap();
-        let all: BTreeMap<_, _> = config.eviction_hard.into_iter().collect();
+        let all = config.eviction.thresholds.iter().map(|t| (t.signal.name(), t.value));
+        let all: BTreeMap<_, _> = all.collect();
         (all.len(), all.get("memory.available").copied())
     };
     let (small, large) = (Some(Threshold::Absolute(100 << 20)), Some(Threshold::Absolute(1 << 30)));
@@ -297,6 +300,11 @@ fn thresholds_replace_the_defaults_or_join_them() {
     let merge = "mergeDefaultEvictionSettings: true\n";
     assert_eq!(of(&format!("{merge}evictionHard: {{memory.available: 1Gi}}")), (5, large));
     assert_eq!(of(merge), (5, small));
+    // The defaults do not come back where all are taken away.
+    let file = format!("{KUBELET}evictionHard: {{memory.available: 0%, nodefs.available: 0%}}\n");
+    let none = resolved("", &file).unwrap().eviction;
+    assert_eq!(none.kept(Signal::Memory, 1 << 30), 0);
+    assert_eq!(EvictionConfig::default().kept(Signal::Memory, 1 << 30), 100 << 20);
 }
 
 #[test]
