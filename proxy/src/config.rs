@@ -140,8 +140,6 @@ pub struct Config {
     pub metrics_bind: Option<SocketAddr>,
     /// End if one of these two is taken, instead of trying again (`bindAddressHardFail`).
     pub bind_hard_fail: bool,
-    /// `/debug/pprof` is asked for (`enableProfiling`).
-    pub profiling: bool,
     /// `oom_score_adj` of this process, where it has nothing else to do.
     pub oom_score_adj: Option<i32>,
     /// Connection tracking limits.
@@ -174,7 +172,6 @@ impl Default for Config {
             healthz_bind: Some(SocketAddr::from(([0, 0, 0, 0], 10256))),
             metrics_bind: Some(SocketAddr::from(([127, 0, 0, 1], 10249))),
             bind_hard_fail: false,
-            profiling: false,
             oom_score_adj: None,
             conntrack: Conntrack::default(),
             sync_period: Duration::from_secs(300),

@@ -15,6 +15,9 @@ pub struct Health {
     pub pending_since: Option<Timestamp>,
     /// The last turn of the loop.
     pub last_turn: Option<Timestamp>,
+    /// The node's object has been read, or awaited for long enough: with the control plane away a
+    /// node that serves must not lose its traffic.
+    pub node_known: bool,
     /// The node is being deleted.
     pub being_deleted: bool,
 }
@@ -55,6 +58,7 @@ impl Default for Health {
             last_updated: None,
             pending_since: None,
             last_turn: None,
+            node_known: false,
             being_deleted: false,
         }
     }
@@ -71,7 +75,7 @@ impl Health {
     /// Status code and body; `/healthz` also tells whether the node is eligible.
     pub fn answer(&self, now: Timestamp, healthz: bool) -> (u16, Body) {
         let healthy = self.is_healthy(now);
-        let eligible = !self.being_deleted;
+        let eligible = self.node_known && !self.being_deleted;
         let good = healthy && (eligible || !healthz);
         let zero = || "0001-01-01T00:00:00Z".to_owned();
         let updated = self.last_updated.map_or_else(zero, |t| t.to_string());
@@ -98,7 +102,8 @@ mod tests {
 
     #[test]
     fn a_change_that_waits_too_long_is_unhealthy() {
-        let mut health = Health { last_updated: Some(at(0)), ..Health::default() };
+        let mut health =
+            Health { last_updated: Some(at(0)), node_known: true, ..Health::default() };
         assert_eq!(health.answer(at(1000), true).0, 200);
         health.pending_since = Some(at(1000));
         assert_eq!(health.answer(at(1059), true).0, 200);
@@ -110,8 +115,19 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_is_not_known_gets_no_traffic_yet() {
+        let mut health = Health { last_updated: Some(at(0)), ..Health::default() };
+        assert_eq!([true, false].map(|healthz| health.answer(at(5), healthz).0), [503, 200]);
+        health.node_known = true;
+        assert_eq!(health.answer(at(5), true).0, 200);
+    }
+
+    #[test]
     fn a_node_that_goes_away_is_alive_but_gets_no_traffic() {
-        let health = Health { last_updated: Some(at(0)), being_deleted: true, ..Health::default() };
+        let mut health =
+            Health { last_updated: Some(at(0)), being_deleted: true, ..Health::default() };
+        assert_eq!(health.answer(at(5), true).0, 503);
+        health.node_known = true;
         let (code, body) = health.answer(at(5), true);
         assert_eq!(
             (code, serde_json::to_value(&body).unwrap()["nodeEligible"].clone()),

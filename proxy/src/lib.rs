@@ -24,6 +24,7 @@ mod sys;
 mod sysctl;
 
 pub use config::{Config, DetectLocal, Mode, NodePortAddresses};
+pub use server::MetricsPort;
 pub use status::{ProxyError, ProxyStatus};
 
 use tokio::sync::{mpsc, watch};
@@ -55,12 +56,12 @@ pub enum Error {
 }
 
 /// The proxy before it runs.
-#[derive(Debug)]
 pub struct Proxy {
     config: Config,
     status: watch::Sender<ProxyStatus>,
     asker: question::Asker,
     questions: mpsc::Receiver<question::Question>,
+    port: MetricsPort,
 }
 
 impl Proxy {
@@ -68,7 +69,14 @@ impl Proxy {
     pub fn new(config: Config) -> Self {
         let (asker, questions) = mpsc::channel(8);
         let status = watch::Sender::new(ProxyStatus::default());
-        Proxy { config, status, asker: question::Asker(asker), questions }
+        let port = MetricsPort::default();
+        Proxy { config, status, asker: question::Asker(asker), questions, port }
+    }
+
+    /// With what the program around it shows at the metrics port.
+    #[must_use]
+    pub fn with_port(self, port: MetricsPort) -> Self {
+        Proxy { port, ..self }
     }
 
     /// Its status, now and as it changes.
@@ -90,7 +98,7 @@ impl Proxy {
         changes: mpsc::Receiver<object::Change>,
         shutdown: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        run::run(self.config, self.status, self.questions, changes, shutdown).await
+        run::run(self, changes, shutdown).await
     }
 }
 

@@ -9,7 +9,6 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::Error;
 use crate::backend::{Backend, Concerns, Environment};
 use crate::choose::{choose, sweep_other};
 use crate::config::{Config, Mode};
@@ -23,6 +22,7 @@ use crate::question::{Describe, Question, Rules};
 use crate::server::{HealthCheck, HealthCheckPorts, Shared, serve_health, serve_metrics};
 use crate::status::{ProxyError, ProxyStatus};
 use crate::sysctl;
+use crate::{Error, Proxy};
 
 /// The loop turns at least so often.
 const TURN: Duration = Duration::from_secs(5);
@@ -96,12 +96,11 @@ struct Loop {
 
 /// Runs until `shutdown`.
 pub async fn run(
-    config: Config,
-    status: watch::Sender<ProxyStatus>,
-    mut questions: mpsc::Receiver<Question>,
+    proxy: Proxy,
     mut changes: mpsc::Receiver<Change>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), Error> {
+    let Proxy { config, status, mut questions, port, .. } = proxy;
     let metrics = Metrics::new();
     let shared = Shared::new(metrics.clone());
     let mut servers = tokio::task::JoinSet::new();
@@ -109,8 +108,7 @@ pub async fn run(
         servers.spawn(serve_health(shared.clone(), address, config.bind_hard_fail));
     }
     if let Some(address) = config.metrics_bind {
-        let (hard_fail, profiling) = (config.bind_hard_fail, config.profiling);
-        servers.spawn(serve_metrics(shared.clone(), address, hard_fail, profiling));
+        servers.spawn(serve_metrics(shared.clone(), address, config.bind_hard_fail, port));
     }
     let mut this = Loop::start(config, status, shared.clone(), metrics);
     let mut open = true;
@@ -346,8 +344,9 @@ impl Loop {
     fn told(&mut self) {
         let node = self.model.node();
         let now = Timestamp::now();
-        let being_deleted = node.being_deleted;
+        let (known, being_deleted) = (node.known, node.being_deleted);
         self.shared.update_health(|health| {
+            health.node_known |= known;
             health.being_deleted = being_deleted;
         });
         if self.model.is_dirty() {
@@ -733,7 +732,11 @@ impl Loop {
         }
         let pending = usize::from(self.model.is_dirty() || self.busy.is_some());
         let now = Timestamp::now();
-        self.shared.update_health(|health| health.last_turn = Some(now));
+        let awaited = self.started.elapsed() >= NODE_AWAITED;
+        self.shared.update_health(|health| {
+            health.last_turn = Some(now);
+            health.node_known |= awaited;
+        });
         let mode = self.backend.as_ref().map(|backend| backend.mode());
         let model = &self.model;
         self.status.send_modify(|status| {

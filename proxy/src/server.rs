@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -169,28 +170,45 @@ const PLAIN: [(header::HeaderName, &str); 2] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
 ];
 
-/// The answer at `/debug/pprof`.
-fn profile(asked_for: bool) -> Response {
-    let (code, why) = if asked_for {
-        let why = "profiles are not built here yet; take one with perf record -g -p PID\n";
-        (StatusCode::NOT_IMPLEMENTED, why)
-    } else {
-        let why = "profiling is off: enableProfiling (--profiling) switches it on\n";
-        (StatusCode::NOT_FOUND, why)
-    };
-    (code, PLAIN, why).into_response()
+/// What the program around the proxy shows at the metrics port.
+#[derive(Default)]
+pub struct MetricsPort {
+    /// Pages about the process and its configuration; `/metrics`, `/proxyMode`, `/healthz` and
+    /// `/metrics/slis` are the proxy's own.
+    pub pages: Router,
+    /// Makes the answer at `/metrics` of the proxy's own metrics, in OpenMetrics text. Without it
+    /// these are the answer.
+    pub metrics: Option<fn(&str) -> Response>,
 }
 
-/// Serves `/metrics`, `/proxyMode` and `/healthz`, and answers `/debug/pprof`.
+/// `/metrics/slis`: the one check that kube-proxy has, and how often it was made.
+fn slis(checks: u64) -> Response {
+    let text = format!(
+        "# HELP kubernetes_healthcheck This metric records the result of a single healthcheck.\n\
+         # TYPE kubernetes_healthcheck gauge\n\
+         kubernetes_healthcheck{{name=\"ping\",type=\"healthz\"}} 1\n\
+         # HELP kubernetes_healthchecks_total This metric records the results of all healthcheck.\n\
+         # TYPE kubernetes_healthchecks_total counter\n\
+         kubernetes_healthchecks_total{{name=\"ping\",status=\"success\",type=\"healthz\"}} {checks}\n"
+    );
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// Serves `/metrics`, `/proxyMode`, `/healthz` and what the program around the proxy shows.
 pub async fn serve_metrics(
     shared: Arc<Shared>,
     address: SocketAddr,
     hard_fail: bool,
-    profiling: bool,
+    port: MetricsPort,
 ) -> Result<(), Error> {
     let (one, other) = (shared.clone(), shared.clone());
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let profile = any(move || async move { profile(profiling) });
+    let checks = Arc::new(AtomicU64::new(0));
+    let told = checks.clone();
+    let healthy = any(move || async move {
+        checks.fetch_add(1, Ordering::Relaxed);
+        (PLAIN, "ok")
+    });
     let router = Router::new()
         .route(
             "/metrics",
@@ -200,14 +218,21 @@ pub async fn serve_metrics(
                 {
                     one.metrics.iptables_packets(counts);
                 }
-                ([(header::CONTENT_TYPE, kind)], one.metrics.encode())
+                let own = one.metrics.encode();
+                match port.metrics {
+                    Some(metrics) => {
+                        tokio::task::spawn_blocking(move || metrics(&own)).await.unwrap_or_default()
+                    }
+                    None => ([(header::CONTENT_TYPE, kind)], own).into_response(),
+                }
             }),
         )
         .route("/proxyMode", any(move || async move { (PLAIN, lock(&other.mode).to_string()) }))
-        .route("/healthz", any(move || async move { (PLAIN, "ok") }))
-        .route("/debug/pprof", profile.clone())
-        .route("/debug/pprof/", profile.clone())
-        .route("/debug/pprof/{*profile}", profile);
+        .route("/healthz", healthy.clone())
+        .route("/healthz/ping", healthy)
+        .route("/metrics/slis", get(move || async move { slis(told.load(Ordering::Relaxed)) }))
+        .merge(port.pages)
+        .fallback(|| async { (StatusCode::NOT_FOUND, PLAIN, "404 page not found\n") });
     serve(shared, address, hard_fail, router).await
 }
 

@@ -34,6 +34,9 @@ fn loopback(port: u16) -> SocketAddr {
 fn health_metrics_and_health_check_ports_answer() {
     let _net = Net::new(1);
     let mut running = Running::start(config(Mode::Nftables));
+    // Traffic comes once it is known that the node is not being deleted.
+    eventually("alive", || get(loopback(10256), "/livez").0, |code| *code == 200);
+    assert_eq!(get(loopback(10256), "/healthz").0, 503);
     running.send(Change::Node(node_state()));
     let mut svc = service(1);
     svc.load_balancer_ips = vec![[198, 51, 100, 1].into()];
@@ -84,9 +87,14 @@ fn health_metrics_and_health_check_ports_answer() {
         assert!(text.contains(metric), "{metric} is not in\n{text}");
     }
     assert_eq!(get(loopback(10249), "/proxyMode").2, "nftables");
-    let (code, _, text) = get(loopback(10249), "/debug/pprof/profile?seconds=1");
-    assert_eq!(code, 404);
-    assert!(text.contains("enableProfiling"), "{text}");
+    assert_eq!(get(loopback(10249), "/healthz").2, "ok");
+    assert_eq!(get(loopback(10249), "/healthz/ping").2, "ok");
+    let (_, _, text) = get(loopback(10249), "/metrics/slis");
+    let count =
+        "kubernetes_healthchecks_total{name=\"ping\",status=\"success\",type=\"healthz\"} 2\n";
+    assert!(text.contains(count), "{text}");
+    let (code, _, text) = get(loopback(10249), "/");
+    assert_eq!((code, text.as_str()), (404, "404 page not found\n"));
 
     // Load balancers ask whether this node has endpoints of the Service.
     let ask = || get(loopback(32000), "/");

@@ -185,7 +185,9 @@ impl Parts {
             self.cluster(runtime.clone()).await?
         };
         if self.config.parts.proxy {
-            let proxy = Proxy::new(self.config.proxy.clone());
+            let pages = std::mem::take(&mut self.config.proxy_pages);
+            let port = crate::node_api::proxy_port(pages, self.watched.started);
+            let proxy = Proxy::new(self.config.proxy.clone()).with_port(port);
             self.watched.proxy = Some(proxy.status());
             let socket = health::bind_socket(&self.config.run_dir, proxy_api::PROXY_SOCKET)?;
             self.watched.asker = Some(proxy.asker());

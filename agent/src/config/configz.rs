@@ -152,7 +152,7 @@ fn follow(shown: &mut Value, written: &Map<String, Value>) {
 }
 
 /// Lays what is written over the defaults; thresholds `join` theirs, or take their place as a whole.
-fn lay_over(under: &mut Value, over: Value, join: bool) {
+pub(super) fn lay_over(under: &mut Value, over: Value, join: bool) {
     match (under, over) {
         (Value::Object(under), Value::Object(over)) => {
             for (name, value) in over {

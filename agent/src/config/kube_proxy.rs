@@ -4,13 +4,14 @@
 use std::collections::BTreeMap;
 
 use kube::core::Duration;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use super::documents::{Fields, Treatment};
+use crate::pod::backoff::go_duration;
 
 /// All fields.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct KubeProxyConfiguration {
@@ -36,13 +37,14 @@ pub struct KubeProxyConfiguration {
     pub node_port_addresses: Option<Vec<String>>,
     pub oom_score_adj: Option<i32>,
     pub conntrack: Option<Conntrack>,
+    #[serde(serialize_with = "as_go", default)]
     pub config_sync_period: Option<Duration>,
     pub port_range: Option<String>,
     pub windows_run_as_service: Option<bool>,
 }
 
 /// How log lines look, and how many there are.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct Logging {
@@ -55,7 +57,7 @@ pub struct Logging {
 }
 
 /// How the API server is spoken to.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct ClientConnection {
@@ -67,47 +69,56 @@ pub struct ClientConnection {
 }
 
 /// Fields of the iptables mode.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct IpTables {
     pub masquerade_bit: Option<u8>,
     pub masquerade_all: Option<bool>,
     pub localhost_node_ports: Option<bool>,
+    #[serde(serialize_with = "as_go", default)]
     pub sync_period: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub min_sync_period: Option<Duration>,
 }
 
 /// Fields of the nftables mode.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct NfTables {
     pub masquerade_bit: Option<u8>,
     pub masquerade_all: Option<bool>,
+    #[serde(serialize_with = "as_go", default)]
     pub sync_period: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub min_sync_period: Option<Duration>,
 }
 
 /// Fields of the ipvs mode, which is not provided.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct Ipvs {
+    #[serde(serialize_with = "as_go", default)]
     pub sync_period: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub min_sync_period: Option<Duration>,
     pub scheduler: Option<String>,
     #[serde(rename = "excludeCIDRs")]
     pub exclude_cidrs: Option<Vec<String>>,
     #[serde(rename = "strictARP")]
     pub strict_arp: Option<bool>,
+    #[serde(serialize_with = "as_go", default)]
     pub tcp_timeout: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub tcp_fin_timeout: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub udp_timeout: Option<Duration>,
 }
 
 /// Fields of Windows.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct Winkernel {
@@ -120,7 +131,7 @@ pub struct Winkernel {
 }
 
 /// How the traffic of pods is told from other traffic.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct DetectLocal {
@@ -129,17 +140,36 @@ pub struct DetectLocal {
 }
 
 /// Conntrack sysctls.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct Conntrack {
     pub max_per_core: Option<u32>,
     pub min: Option<u32>,
+    #[serde(serialize_with = "as_go", default)]
     pub tcp_established_timeout: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub tcp_close_wait_timeout: Option<Duration>,
     pub tcp_be_liberal: Option<bool>,
+    #[serde(serialize_with = "as_go", default)]
     pub udp_timeout: Option<Duration>,
+    #[serde(serialize_with = "as_go", default)]
     pub udp_stream_timeout: Option<Duration>,
+}
+
+/// A time as Go writes it, which is how upstream shows it.
+pub(super) fn go_time(time: std::time::Duration) -> String {
+    match time.subsec_nanos() {
+        0 => go_duration(time.as_secs()),
+        _ => format!("{time:?}"),
+    }
+}
+
+fn as_go<S: Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => serializer.serialize_str(&go_time((*time).into())),
+        None => serializer.serialize_none(),
+    }
 }
 
 /// All fields of the kind.

@@ -11,6 +11,7 @@ mod longshore;
 mod node;
 pub mod node_api;
 mod proxy;
+mod proxy_pages;
 mod quantity;
 pub mod tracing;
 
@@ -21,6 +22,7 @@ pub use kubelet::KubeletConfiguration;
 pub use longshore::{LongshoreConfiguration, RuntimeHandler};
 pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub use node_api::NodeApiConfig;
+pub use proxy_pages::ProxyPages;
 pub use quantity::{Threshold, parse_bytes};
 
 /// Something in the configuration that an operator should know, without stopping the node.

@@ -10,7 +10,8 @@ use k8s_openapi::api::core::v1::Taint;
 use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
 use super::quantity::parse_bytes;
 use super::{
-    ConfigError, Documents, NodeApiConfig, Note, RuntimeHandler, configz, node_api, proxy,
+    ConfigError, Documents, NodeApiConfig, Note, ProxyPages, RuntimeHandler, configz, node_api,
+    proxy, proxy_pages,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
@@ -90,6 +91,8 @@ pub struct NodeConfig {
     pub service_node_port_range: (u16, u16),
     /// Everything that the proxy is told.
     pub proxy: ::proxy::Config,
+    /// What its metrics port shows beside metrics.
+    pub proxy_pages: ProxyPages,
     pub healthz: Option<SocketAddr>,
     pub node_api: NodeApiConfig,
     pub cgroup_root: String,
@@ -241,6 +244,7 @@ pub fn resolve(
         .or(longshore.service_node_port_range)
         .unwrap_or_else(|| "30000-32767".into());
 
+    let proxy_document = kube_proxy.clone();
     let proxy_config = proxy::resolve(
         kube_proxy,
         proxy::Around {
@@ -376,6 +380,7 @@ pub fn resolve(
         pod_cidrs,
         service_cluster_ip_ranges: service_ranges,
         service_node_port_range: parse_port_range(&port_range)?,
+        proxy_pages: proxy_pages::pages(&proxy_document, &proxy_config),
         proxy: proxy_config,
         healthz: {
             let ip = match &flags.healthz_bind_address {

@@ -174,7 +174,6 @@ pub(super) fn resolve(
         healthz_bind,
         metrics_bind,
         bind_hard_fail: document.bind_address_hard_fail.unwrap_or(false),
-        profiling: document.enable_profiling.unwrap_or(false),
         oom_score_adj,
         conntrack: conntrack(document.conntrack.unwrap_or_default())?,
         sync_period: sync_period.unwrap_or(defaults.sync_period),

@@ -140,6 +140,7 @@ pub(super) async fn slis(State(shared): State<Arc<Shared>>) -> Response {
 
 fn look(shared: &Shared) -> String {
     let mut out = Exposition::default();
+    process(&mut out);
     let node = shared.node.node_name.as_str();
     out.sample(
         ("kubelet_node_name", Gauge, "The node's name. The count is always 1."),
@@ -147,6 +148,30 @@ fn look(shared: &Shared) -> String {
         1.0,
         None,
     );
+    pods(&mut out, shared);
+    certificates(&mut out, shared);
+    pulls(&mut out);
+    out.render()
+}
+
+/// `/metrics` of the proxy's port: its own, and what every part of Kubernetes tells of its process
+/// and of its requests to the API server.
+pub(super) fn of_proxy(own: &str) -> Response {
+    let mut out = Exposition::default();
+    process(&mut out);
+    text(classic(own) + &starting_with("rest_client_", &classic(&METRICS.encode())) + &out.render())
+}
+
+/// The metrics of which the name starts with `prefix`, of a text of many.
+fn starting_with(prefix: &str, text: &str) -> String {
+    let name = |line: &str| {
+        let line = line.strip_prefix("# HELP ").or(line.strip_prefix("# TYPE ")).unwrap_or(line);
+        line.starts_with(prefix)
+    };
+    text.split_inclusive('\n').filter(|line| name(line)).collect()
+}
+
+fn build_info(out: &mut Exposition) {
     let version = [
         ("git_version", "v1.36.0"),
         ("longshore_version", env!("CARGO_PKG_VERSION")),
@@ -156,11 +181,6 @@ fn look(shared: &Shared) -> String {
     ];
     let help = "A metric with a constant '1' value labeled by version and platform.";
     out.sample(("kubernetes_build_info", Gauge, help), &version, 1.0, None);
-    pods(&mut out, shared);
-    certificates(&mut out, shared);
-    process(&mut out);
-    pulls(&mut out);
-    out.render()
 }
 
 /// The built-in runtime's pulls, under containerd's names.
@@ -297,6 +317,7 @@ fn process_start() -> Option<f64> {
 }
 
 fn process(out: &mut Exposition) {
+    build_info(out);
     let Some((me, stat)) =
         procfs::process::Process::myself().ok().and_then(|me| me.stat().ok().map(|s| (me, s)))
     else {

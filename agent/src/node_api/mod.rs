@@ -17,6 +17,7 @@ mod names;
 mod node_logs;
 mod pods;
 mod profiles;
+mod proxy_port;
 mod reload;
 mod reviews;
 mod routes;
@@ -49,6 +50,7 @@ use crate::pod::SyncHandle;
 use crate::runtime::Runtime;
 
 pub use identity::Identity;
+pub use proxy_port::proxy_port;
 pub use reviews::{Access, ClusterReviews, Reviews};
 pub use stats::live::LiveUsage;
 

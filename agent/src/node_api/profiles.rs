@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::{Method, StatusCode, header};
 use axum::response::{Html, IntoResponse, Redirect, Response};
+use axum::routing::any;
 use serde::Deserialize;
 
 use super::zpages::{disabled, plain};
@@ -59,6 +61,10 @@ pub(super) async fn moved() -> Redirect {
 /// `/debug/pprof/`: the list.
 pub(super) async fn index(State(shared): State<Arc<Shared>>) -> Result<Html<String>, Failure> {
     open(&shared)?;
+    Ok(list())
+}
+
+fn list() -> Html<String> {
     let mut page = String::from(
         "<html>\n<head>\n<title>/debug/pprof/</title>\n</head>\n<body>\n/debug/pprof/\n<table>\n",
     );
@@ -68,7 +74,7 @@ pub(super) async fn index(State(shared): State<Arc<Shared>>) -> Result<Html<Stri
             writeln!(page, "<tr><td><a href='{name}{query}'>{name}</a></td><td>{what}</td></tr>");
     }
     page.push_str("</table>\n</body>\n</html>\n");
-    Ok(Html(page))
+    Html(page)
 }
 
 /// `/debug/pprof/{name}`.
@@ -80,7 +86,24 @@ pub(super) async fn profile(
     body: Body,
 ) -> Result<Response, Failure> {
     open(&shared)?;
-    match name.as_str() {
+    taken(&name, asked, method, body).await
+}
+
+/// The profiles for a port that shows nothing else to ask permission for.
+pub(super) fn pages() -> Router {
+    Router::new()
+        .route("/debug/pprof", any(moved))
+        .route("/debug/pprof/", any(async || list()))
+        .route(
+            "/debug/pprof/{name}",
+            any(async |Path(name): Path<String>, Query(asked): Query<Asked>, method, body| {
+                taken(&name, asked, method, body).await
+            }),
+        )
+}
+
+async fn taken(name: &str, asked: Asked, method: Method, body: Body) -> Result<Response, Failure> {
+    match name {
         "profile" => cpu(seconds(asked.seconds.as_deref())?).await,
         "cmdline" => {
             let arguments: Vec<_> = std::env::args_os()

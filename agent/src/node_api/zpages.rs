@@ -1,4 +1,4 @@
-//! `/statusz`, `/flagz` and `/debug/flags/v`.
+//! `/statusz`, `/flagz` and `/debug/flags/v`, of the node API and of the proxy's metrics port.
 
 use std::sync::Arc;
 
@@ -21,13 +21,17 @@ const WARNING: &str = "Warning: This endpoint is not meant to be machine parseab
 
 /// `/statusz`.
 pub(super) async fn statusz(State(shared): State<Arc<Shared>>) -> Response {
-    let started = shared.watched.started;
+    status_of("kubelet", shared.watched.started, "/configz /healthz /metrics")
+}
+
+/// The page of `component`.
+pub(super) fn status_of(component: &str, started: jiff::Timestamp, paths: &str) -> Response {
     let up = jiff::Timestamp::now().as_second() - started.as_second();
     let (hours, minutes, seconds) = (up / 3600, up / 60 % 60, up % 60);
     plain(format!(
-        "\nkubelet statusz\n{WARNING}\nStarted: {}\nUp: {hours} hr {minutes:02} min {seconds:02} sec\n\
+        "\n{component} statusz\n{WARNING}\nStarted: {}\nUp: {hours} hr {minutes:02} min {seconds:02} sec\n\
          Go version: none (longshore {})\nBinary version: 1.36.0\nEmulation version: 1.36\nPaths: \
-         /configz /healthz /metrics\n",
+         {paths}\n",
         started.strftime("%a %b %e %H:%M:%S UTC %Y"),
         env!("CARGO_PKG_VERSION"),
     ))
@@ -35,6 +39,11 @@ pub(super) async fn statusz(State(shared): State<Arc<Shared>>) -> Response {
 
 /// `/flagz`: the flags that this process was started with. None of them takes a secret.
 pub(super) async fn flagz() -> Response {
+    flags_of("kubelet")
+}
+
+/// The page of `component`.
+pub(super) fn flags_of(component: &str) -> Response {
     let mut lines = String::new();
     let mut arguments = std::env::args().skip(2).peekable();
     while let Some(argument) = arguments.next() {
@@ -48,7 +57,7 @@ pub(super) async fn flagz() -> Response {
         };
         lines.push_str(&format!("{name}={value}\n"));
     }
-    plain(format!("\nkubelet flagz\n{WARNING}\n{lines}"))
+    plain(format!("\n{component} flagz\n{WARNING}\n{lines}"))
 }
 
 /// `/debug/flags/v`: sets the log's verbosity while the node runs.
@@ -60,6 +69,11 @@ pub(super) async fn flags(
     if !shared.config.debug_flags_handler {
         return Err(disabled("flags endpoint is disabled.\n"));
     }
+    set_verbosity(method, body).await
+}
+
+/// What is asked of `/debug/flags/v`.
+pub(super) async fn set_verbosity(method: Method, body: Body) -> Result<Response, Failure> {
     if method != Method::PUT {
         return Err(Failure(StatusCode::NOT_ACCEPTABLE, "unsupported http method\n".into()));
     }

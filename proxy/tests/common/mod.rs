@@ -414,6 +414,7 @@ pub fn slices(number: u16, pods: &[usize]) -> [Change; 2] {
 
 pub fn node_state() -> NodeState {
     NodeState {
+        known: true,
         addresses: NODE.iter().map(|a| a.parse().unwrap()).collect(),
         ..NodeState::default()
     }

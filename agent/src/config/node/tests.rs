@@ -1,6 +1,7 @@
 //! What flags and documents come to.
 
 use clap::Parser;
+use serde_json::json;
 
 use super::*;
 use crate::config::Threshold;
@@ -231,7 +232,7 @@ fn fields_and_flags_of_kube_proxy_reach_the_proxy() {
          --masquerade-all --nodeport-addresses primary --cluster-cidr 10.0.0.0/8",
         "iptables: {masqueradeBit: 8, minSyncPeriod: 9s}\nnftables: {minSyncPeriod: 9s}",
     );
-    assert!(flags.bind_hard_fail && flags.profiling && flags.masquerade_all);
+    assert!(flags.bind_hard_fail && flags.masquerade_all);
     assert!(!flags.localhost_node_ports);
     assert_eq!((flags.masquerade_bit, flags.sync_period.as_secs()), (7, 10));
     assert_eq!((flags.min_sync_period.as_secs(), flags.health_timeout.as_secs()), (2, 20));
@@ -257,6 +258,48 @@ fn fields_and_flags_of_kube_proxy_reach_the_proxy() {
     };
     assert_eq!(path("--only proxy"), PathBuf::from("/k"));
     assert_eq!(path(""), PathBuf::from(KUBECONFIG));
+}
+
+#[test]
+fn the_proxys_configuration_is_shown_as_it_is_in_effect() {
+    let pages =
+        |line: &str, text: &str| resolved(line, &format!("{PROXY}{text}")).unwrap().proxy_pages;
+    let usual = pages("--hostname-override n", "");
+    assert!(!usual.profiling);
+    let shown = &usual.configz;
+    for (field, expected) in [
+        ("/kind", json!("KubeProxyConfiguration")),
+        ("/mode", json!("")),
+        ("/hostnameOverride", json!("n")),
+        ("/metricsBindAddress", json!("127.0.0.1:10249")),
+        ("/conntrack/tcpCloseWaitTimeout", json!("1h0m0s")),
+        ("/nftables/syncPeriod", json!("5m0s")),
+        ("/ipvs/excludeCIDRs", json!(null)),
+    ] {
+        assert_eq!(shown.pointer(field), Some(&expected), "{field}: {shown}");
+    }
+    let given = pages(
+        "--profiling --proxy-mode nftables --cluster-cidr 10.0.0.0/8,fd00::/8",
+        "iptables: {masqueradeBit: 3}\nnftables: {masqueradeBit: 7, minSyncPeriod: 2s}\n\
+         conntrack: {tcpCloseWaitTimeout: 0s, min: 0}\nlogging: {verbosity: 4}\n",
+    );
+    assert!(given.profiling);
+    let shown = &given.configz;
+    for (field, expected) in [
+        ("/enableProfiling", json!(true)),
+        ("/mode", json!("nftables")),
+        ("/iptables/masqueradeBit", json!(3)),
+        ("/nftables/masqueradeBit", json!(7)),
+        ("/nftables/minSyncPeriod", json!("2s")),
+        ("/conntrack/tcpCloseWaitTimeout", json!("0s")),
+        ("/conntrack/min", json!(0)),
+        ("/conntrack/maxPerCore", json!(32768)),
+        ("/clusterCIDR", json!("10.0.0.0/8,fd00::/8")),
+        ("/nodePortAddresses", json!(["primary", "127.0.0.0/8"])),
+        ("/logging/verbosity", json!(4)),
+    ] {
+        assert_eq!(shown.pointer(field), Some(&expected), "{field}: {shown}");
+    }
 }
 
 /// What docs/cis-benchmark.md says of the defaults.
