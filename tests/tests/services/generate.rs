@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::{Value, json};
 
 use crate::net::{NODE, Place, pod_ip};
-use crate::probe::Target;
+use crate::probe::{Target, Transport};
 
 /// Name of the node.
 pub const NODE_NAME: &str = "node";
@@ -94,11 +94,13 @@ pub fn service_cidrs() -> Value {
 /// A port of a Service: name, protocol, number.
 type Port = (&'static str, &'static str, u16);
 
-const PORTS: [&[Port]; 4] = [
+const PORTS: [&[Port]; 6] = [
     &[("", "TCP", 80)],
     &[("http", "TCP", 80), ("dns", "UDP", 53)],
     &[("http", "TCP", 80), ("alt", "TCP", 443), ("dns", "UDP", 53), ("dns-tcp", "TCP", 53)],
     &[("last", "UDP", 65535), ("first", "TCP", 1)],
+    &[("sip", "SCTP", 5060), ("http", "TCP", 80)],
+    &[("s1ap", "SCTP", 36412), ("dns", "UDP", 53), ("dns-sctp", "SCTP", 53)],
 ];
 
 /// A random Service `number`.
@@ -360,40 +362,44 @@ pub fn targets(service: &Value) -> Vec<Target> {
         ingress.into_iter().flatten().filter_map(|i| i["ip"].as_str()?.parse::<IpAddr>().ok()),
     );
     let mut all = Vec::new();
-    let mut add = |index: u16, place, tcp, to: SocketAddr| {
+    let mut add = |index: u16, place, by, to: SocketAddr| {
         let together = u16::from(number.unwrap_or(0)) * 32 + index * 2 + u16::from(to.is_ipv4());
-        all.push(Target { place, tcp, to, sticky: affinity.then_some(together) });
+        all.push(Target { place, by, to, sticky: affinity.then_some(together) });
     };
     for (index, port) in (0..).zip(spec["ports"].as_array().into_iter().flatten()) {
-        let mut add = |place, tcp, to| add(index, place, tcp, to);
-        let tcp = port["protocol"] == "TCP";
+        let mut add = |place, by, to| add(index, place, by, to);
+        let by = match port["protocol"].as_str() {
+            Some("UDP") => Transport::Udp,
+            Some("SCTP") => Transport::Sctp,
+            _ => Transport::Tcp,
+        };
         let number = |field: &str| port[field].as_u64().unwrap_or_default() as u16;
         for place in Place::ALL {
-            ips.iter().for_each(|ip| add(place, tcp, SocketAddr::new(*ip, number("port"))));
+            ips.iter().for_each(|ip| add(place, by, SocketAddr::new(*ip, number("port"))));
             if number("nodePort") != 0 {
                 for ip in NODE {
                     let ip = ip.parse().expect("address");
-                    add(place, tcp, SocketAddr::new(ip, number("nodePort")));
+                    add(place, by, SocketAddr::new(ip, number("nodePort")));
                 }
             }
         }
         if number("nodePort") != 0 {
             for ip in ["127.0.0.1", "::1"] {
                 let ip = ip.parse().expect("address");
-                add(Place::Node, tcp, SocketAddr::new(ip, number("nodePort")));
+                add(Place::Node, by, SocketAddr::new(ip, number("nodePort")));
             }
         }
     }
     // An address that no Service has.
     for ip in ["10.96.200.200", "fd96::c8c8"] {
         let to = SocketAddr::new(ip.parse().expect("address"), UNKNOWN_PORT);
-        Place::ALL.into_iter().for_each(|place| add(15, place, true, to));
+        Place::ALL.into_iter().for_each(|place| add(15, place, Transport::Tcp, to));
     }
     // A port that the Service does not have.
     for ip in ips_of(&spec["clusterIPs"]) {
         Place::ALL
             .into_iter()
-            .for_each(|place| add(15, place, true, SocketAddr::new(ip, UNKNOWN_PORT)));
+            .for_each(|place| add(15, place, Transport::Tcp, SocketAddr::new(ip, UNKNOWN_PORT)));
     }
     all.sort_unstable();
     all.dedup();

@@ -15,6 +15,7 @@ mod generate;
 mod net;
 mod peer;
 mod probe;
+mod sctp;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -23,7 +24,7 @@ use std::path::PathBuf;
 use generate::{Dice, UNKNOWN_PORT};
 use net::{NODE, Place};
 use peer::{Kind, Peer};
-use probe::{Fate, Seen, Target};
+use probe::{Fate, Seen, Target, Transport};
 use serde_json::Value;
 use tests::control_plane::ControlPlane;
 
@@ -139,11 +140,12 @@ fn pairs(kinds: &[Kind]) -> Vec<(usize, usize)> {
     if kinds.len() == 2 { vec![(0, 1)] } else { vec![(0, 2), (1, 3)] }
 }
 
-/// Runs a seed; tells the differences, and how often each fate was seen.
-fn compare(seed: u64, rounds: u16, kinds: &[Kind]) -> (Vec<String>, [usize; 3]) {
+/// Runs a seed; tells the differences, and how often each fate was seen: rejected, dropped, answered,
+/// and of the last how often by SCTP.
+fn compare(seed: u64, rounds: u16, kinds: &[Kind]) -> (Vec<String>, [usize; 4]) {
     let (mut run, config) = Run::start(seed, kinds);
     let mut differences = Vec::new();
-    let mut fates = [0; 3];
+    let mut fates = [0; 4];
     for round in 0..rounds {
         let objects = run.change(round);
         let targets: Vec<Target> = run.services.values().flat_map(generate::targets).collect();
@@ -153,7 +155,10 @@ fn compare(seed: u64, rounds: u16, kinds: &[Kind]) -> (Vec<String>, [usize; 3]) 
                 match seen.fate(target) {
                     Fate::Rejected => fates[0] += 1,
                     Fate::Dropped => fates[1] += 1,
-                    Fate::Answered(_) | Fate::Sticky(_) => fates[2] += 1,
+                    Fate::Answered(_) | Fate::Sticky(_) => {
+                        fates[2] += 1;
+                        fates[3] += usize::from(target.by == Transport::Sctp);
+                    }
                 }
             }
         }
@@ -220,9 +225,10 @@ async fn packets_fare_the_same_under_every_proxy() {
     for seed in first..first + seeds {
         let kinds = kinds.clone();
         let compared = tokio::task::spawn_blocking(move || compare(seed, rounds, &kinds)).await;
-        let (differences, [rejected, dropped, answered]) = compared.unwrap();
+        let (differences, [rejected, dropped, answered, sctp]) = compared.unwrap();
         eprintln!(
-            "seed {seed}: {answered} answered, {rejected} rejected, {dropped} dropped, {} differ",
+            "seed {seed}: {answered} answered ({sctp} by SCTP), {rejected} rejected, {dropped} dropped, \
+             {} differ",
             differences.len().saturating_sub(1)
         );
         failed += usize::from(!differences.is_empty());

@@ -14,12 +14,17 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 
+use crate::sctp::Sctp;
+
 /// Names of the pods, which they answer with.
 pub const PODS: [&str; 3] = ["a", "b", "c"];
-/// Ports that every pod serves, by TCP and UDP; the last ones are for the marker.
+/// Ports that every pod serves, by TCP, UDP and SCTP; the last ones are for the marker.
 pub const PORTS: [u16; 7] = [8080, 8081, 8443, 9000, 9001, 9002, 9003];
 /// Addresses of the node: those of its object first.
 pub const NODE: [&str; 4] = ["192.168.50.1", "fd50::1", "10.88.0.1", "fd88::1"];
+/// Addresses outside.
+const CLIENT: [&str; 6] =
+    ["192.168.50.2", "fd50::2", "10.96.200.200", "fd96::c8c8", "10.88.1.9", "fd88:0:0:1::9"];
 
 /// A network namespace, kept by a descriptor.
 pub struct Namespace(File);
@@ -96,6 +101,8 @@ pub struct Net {
     pub pods: Vec<Namespace>,
     /// The outside.
     pub client: Namespace,
+    /// SCTP in the pods, the node and outside.
+    sctp: Vec<Sctp>,
     /// Ports that datagrams were not sent from yet: a port that had been used before would be a flow
     /// that goes on as it was.
     pub fresh: AtomicU16,
@@ -153,9 +160,32 @@ impl Net {
                 ip route add default via 192.168.50.1; ip -6 route add default via fd50::1");
         });
         let end = watch::Sender::new(false);
-        let servers =
+        let mut servers: Vec<_> =
             pods.iter().zip(PODS).map(|(pod, name)| serve(pod, name, end.subscribe())).collect();
-        Net { node, pods, client, fresh: AtomicU16::new(10_000), end, servers }
+        let parse = |all: &[&str]| all.iter().map(|ip| ip.parse().expect("address")).collect();
+        let mut hosts: Vec<(&Namespace, Vec<IpAddr>, _)> = pods
+            .iter()
+            .enumerate()
+            .map(|(pod, at)| (at, [true, false].map(|v4| pod_ip(pod, v4)).into(), Some(PODS[pod])))
+            .collect();
+        hosts.push((&node, parse(&[&NODE[..], &["127.0.0.1", "::1"]].concat()), None));
+        hosts.push((&client, parse(&CLIENT), None));
+        let started = hosts.into_iter().map(|(at, ips, name)| {
+            let (sctp, thread) = Sctp::start(at, ips, name, end.subscribe());
+            servers.push(thread);
+            sctp
+        });
+        let sctp = started.collect();
+        Net { node, pods, client, sctp, fresh: AtomicU16::new(10_000), end, servers }
+    }
+
+    /// SCTP of a place.
+    pub fn sctp(&self, place: Place) -> &Sctp {
+        match place {
+            Place::Pod => &self.sctp[0],
+            Place::Node => &self.sctp[PODS.len()],
+            Place::FarPod | Place::Client => &self.sctp[PODS.len() + 1],
+        }
     }
 
     /// The namespace of a place.

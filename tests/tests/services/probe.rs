@@ -14,6 +14,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::net::{Net, Place, runtime};
+use crate::sctp::Heard;
 
 /// Nobody who answers takes so long, but for a SYN that comes again after a second.
 const PATIENCE: Duration = Duration::from_millis(1400);
@@ -22,13 +23,22 @@ const TRIES: usize = 16;
 /// Connections at once from a place.
 const AT_ONCE: usize = 200;
 
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "they are what they are called")]
+pub enum Transport {
+    Tcp,
+    Udp,
+    Sctp,
+}
+
 /// Where a packet comes from and goes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
     /// From.
     pub place: Place,
-    /// TCP, not UDP.
-    pub tcp: bool,
+    /// By.
+    pub by: Transport,
     /// To.
     pub to: SocketAddr,
     /// The Service has affinity: a number that its addresses of one port and family have together.
@@ -128,7 +138,16 @@ async fn ask_udp(net: &Net, target: &Target, source: Option<IpAddr>) -> std::io:
 async fn ask(net: &Net, target: &Target) -> Try {
     let source = target.place.source(target.to.is_ipv4());
     let asked = async {
-        if target.tcp { ask_tcp(target, source).await } else { ask_udp(net, target, source).await }
+        match target.by {
+            Transport::Tcp => ask_tcp(target, source).await,
+            Transport::Udp => ask_udp(net, target, source).await,
+            Transport::Sctp => {
+                match net.sctp(target.place).ask(&net.fresh, source, target.to).await {
+                    Heard::Answer(text) => Ok(text.into_bytes()),
+                    Heard::Refused => Err(ErrorKind::ConnectionRefused.into()),
+                }
+            }
+        }
     };
     match timeout(PATIENCE, asked).await {
         Ok(Ok(answer)) if !answer.is_empty() => {
