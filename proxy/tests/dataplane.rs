@@ -8,16 +8,10 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use common::{
-    CLIENT, NODE, Net, Running, as_before, ask_datagram, ask_stream, ask_tcp, ask_udp, at, config,
-    eventually, node_state, pod_ip, serve, service, sh, slice, slices, vip,
+    CLIENT, NODE, Net, Running, ask_datagram, ask_stream, ask_tcp, ask_udp, at, config, eventually,
+    node_state, pod_ip, serve, service, sh, slice, slices, vip,
 };
-use proxy::backend::Environment;
-use proxy::config::LocalTraffic;
-use proxy::model::Model;
-use proxy::nftables::base::Structure;
-use proxy::nftables::names::MapId;
-use proxy::nftables::ruleset::{Observed, Ruleset};
-use proxy::object::{Change, Service, TrafficPolicy};
+use proxy::object::{Change, TrafficPolicy};
 use proxy::{Mode, ProxyStatus};
 
 const PODS: [&str; 3] = ["a", "b", "c"];
@@ -405,112 +399,6 @@ fn takeover(mode: Mode) {
 #[test]
 fn a_restart_takes_over_without_a_failed_connection_nftables() {
     takeover(Mode::Nftables);
-}
-
-/// Programs what the version before would have for these plans.
-fn program_as_before(model: &Model) {
-    let mut client = nft::Client::new().unwrap();
-    for family in [nft::Family::Ip, nft::Family::Ip6] {
-        let environment = Environment {
-            masquerade_bit: 0x4000,
-            masquerade_all: false,
-            local: LocalTraffic::Cidrs(config(Mode::Nftables).cluster_cidrs),
-            service_cidrs: vec![],
-            node_ports: None,
-            localhost: true,
-            drop_invalid: true,
-            counters: false,
-        };
-        let mut ruleset = Ruleset::new(Structure { family, environment });
-        model.plans().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
-        let mut kinds = BTreeMap::new();
-        for planned in ruleset.plan_repair(None, &Observed::new(), false) {
-            let before = as_before(&planned.transaction, &ruleset.structure, &mut kinds);
-            client.apply(&before).unwrap();
-        }
-    }
-}
-
-/// A running node is upgraded: what the version before programmed serves until this one does, Service
-/// by Service over several batches.
-#[test]
-fn the_version_before_is_taken_over_without_a_failed_connection() {
-    const COUNT: u16 = 1500;
-    let net = with_pods(2);
-    let mut all: Vec<Service> = (1..=COUNT).map(service).collect();
-    for svc in &mut all {
-        svc.ports.remove(1);
-    }
-    all[0].ports[0].node_port = 30001;
-    all[1].session_affinity = Some(Duration::from_secs(60));
-    all[2].external_ips = vec!["203.0.113.3".parse().unwrap()];
-    all[2].external_traffic_policy = TrafficPolicy::Local;
-    let gone = service(COUNT + 1);
-    let told = |number: u16| slices(number, if number == 4 { &[] } else { &[0, 1] });
-    let mut model = Model::new("node");
-    for (number, svc) in (1..).zip(all.iter().chain([&gone])) {
-        model.apply(Change::Service(svc.clone()));
-        told(number).into_iter().for_each(|change| model.apply(change));
-    }
-    model.take_changes();
-    program_as_before(&model);
-    let listed = || sh("nft list ruleset | grep -E '^.(map|set) ' || true");
-    assert!(listed().contains("map services {") && !listed().contains("kinds"), "{}", listed());
-    let mut kept = net.client.run(|| TcpStream::connect(vip(&all[0], false, 80)).unwrap());
-    ask_stream(&mut kept).unwrap();
-    let mine = net.client.run(|| ask_tcp(vip(&all[1], false, 80))).unwrap();
-
-    let stop = std::sync::atomic::AtomicBool::new(false);
-    let asked = [
-        vip(&all[0], false, 80),
-        vip(&all[usize::from(COUNT) - 1], false, 80),
-        vip(&all[usize::from(COUNT) / 2], true, 80),
-        at(NODE[0], 30001),
-        at("203.0.113.3", 80),
-    ];
-    std::thread::scope(|scope| {
-        let asking: Vec<_> = asked
-            .into_iter()
-            .map(|to| {
-                let (net, stop) = (&net, &stop);
-                scope.spawn(move || {
-                    net.client.run(|| {
-                        let mut made = 0;
-                        while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                            let answer = ask_tcp(to);
-                            assert!(answer.is_ok(), "{to}: {answer:?} after {made}");
-                            made += 1;
-                        }
-                        made
-                    })
-                })
-            })
-            .collect();
-        let mut next = start(Mode::Nftables);
-        for (number, svc) in (1..).zip(&all) {
-            next.send(Change::Service(svc.clone()));
-            told(number).into_iter().for_each(|change| next.send(change));
-        }
-        next.send(Change::Synced);
-        next.settle();
-        assert!(net.client.run(|| ask_tcp(vip(&gone, false, 80))).is_err());
-        // The client has its endpoint still, and no endpoints is an answer.
-        for _ in 0..5 {
-            assert_eq!(net.client.run(|| ask_tcp(vip(&all[1], false, 80))).as_ref(), Ok(&mine));
-        }
-        let refused = net.client.run(|| ask_tcp(vip(&all[3], false, 80)));
-        assert_eq!(refused, Err("connection refused".into()));
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
-        for asking in asking {
-            assert!(asking.join().unwrap() > 5);
-        }
-        ask_stream(&mut kept).unwrap();
-        let now = listed();
-        assert!(now.contains("map service-kinds {"), "{now}");
-        for map in MapId::before() {
-            assert!(!now.contains(&format!("map {map} {{")), "{map}: {now}");
-        }
-    });
 }
 
 #[test]

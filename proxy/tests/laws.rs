@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use common::{as_before, endpoint, pod_ip, service, slice};
+use common::{endpoint, pod_ip, service, slice};
 use nft::{Data, Fake, Family, Key, Verdict};
 use proptest::prelude::*;
 use proxy::backend::Environment;
@@ -17,7 +17,7 @@ use proxy::model::{Model, PlanChange};
 use proxy::nftables::base::Structure;
 use proxy::nftables::entries::{Slots, Target};
 use proxy::nftables::kinds::{Kind, number_of};
-use proxy::nftables::names::{Dispatch, MapId, Policy, Pool};
+use proxy::nftables::names::{Dispatch, MapId, Pool};
 use proxy::nftables::ruleset::{Observed, Ruleset};
 use proxy::object::{Change, Service, TrafficPolicy};
 
@@ -42,18 +42,12 @@ fn structure(family: Family) -> Structure {
 struct Side {
     ruleset: Ruleset,
     kernel: Fake,
-    /// What numbers mean, if the kernel is told what the version before would have told it.
-    before: Option<BTreeMap<Key, Data>>,
 }
 
 impl Side {
     fn new(family: Family) -> Side {
-        Side::of(family, None)
-    }
-
-    fn of(family: Family, before: Option<BTreeMap<Key, Data>>) -> Side {
         let ruleset = Ruleset::new(structure(family));
-        let mut side = Side { ruleset, kernel: Fake::new(), before };
+        let mut side = Side { ruleset, kernel: Fake::new() };
         for planned in side.ruleset.plan_repair(None, &Observed::new(), false) {
             side.apply(&planned.transaction);
             side.ruleset.commit_repair(planned);
@@ -62,14 +56,7 @@ impl Side {
     }
 
     fn apply(&mut self, transaction: &nft::Transaction) {
-        let applied = match &mut self.before {
-            None => self.kernel.apply(transaction),
-            Some(kinds) => {
-                let before = as_before(transaction, &self.ruleset.structure, kinds);
-                self.kernel.apply(&before)
-            }
-        };
-        assert_eq!(applied, Ok(()), "{transaction:#?}");
+        assert_eq!(self.kernel.apply(transaction), Ok(()), "{transaction:#?}");
     }
 
     fn change(&mut self, changes: &[PlanChange]) -> usize {
@@ -135,7 +122,7 @@ fn observe(kernel: &Fake, table: &nft::Table) -> Observed {
         let elements = kernel.elements(table, &map.to_string());
         (map, elements.into_iter().map(|e| (e.key, (e.key_end, e.data))).collect())
     };
-    MapId::all().into_iter().chain(MapId::before()).map(of).collect()
+    MapId::all().into_iter().map(of).collect()
 }
 
 /// What packets to an address or port meet: the verdict, and the endpoints that it chooses from.
@@ -144,15 +131,10 @@ type Served = BTreeMap<(Dispatch, Key), (Option<Data>, BTreeMap<String, Vec<Data
 fn served(kernel: &Fake, ruleset: &Ruleset) -> Served {
     let table = ruleset.table();
     let observed = observe(kernel, &table);
-    let looks_before = ruleset.structure.looks_before(&kernel.read_table(&table).unwrap());
     let mut served = Served::new();
     for dispatch in Dispatch::ALL {
         let origin = dispatch.origin();
         let mut verdicts: BTreeMap<&Key, Data> = BTreeMap::new();
-        if looks_before {
-            let elements = &observed[&MapId::Before(dispatch)];
-            verdicts.extend(elements.iter().map(|(k, (_, data))| (k, data.clone().unwrap())));
-        }
         for (key, (_, data)) in &observed[&MapId::Numbers(dispatch)] {
             let number = Key::new().number(number_of(data.as_ref().unwrap()).unwrap());
             let (_, verdict) = &observed[&dispatch.leads_by()][&number];
@@ -171,11 +153,22 @@ fn served(kernel: &Fake, ruleset: &Ruleset) -> Served {
                 endpoints.insert(map.to_string(), data);
             };
             let text = format!("{verdict:?}");
-            if let Some((_, id)) = text.split_once("-for-") {
-                let id = Key::new().number(u32::from_str_radix(&id[..8], 16).unwrap());
-                for policy in Policy::ALL {
-                    look(MapId::Kept(policy), &id);
-                    look(MapId::Picks(policy), &id);
+            if text.contains("sticky") {
+                let (_, id) = &observed[&MapId::Ids(origin)][key];
+                let id = Key::new().number(number_of(id.as_ref().unwrap()).unwrap());
+                for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
+                    look(MapId::Kept(pool.policy), &id);
+                    look(MapId::Picks(pool), &id);
+                }
+                // Each index leads to a slot.
+                let of_port = |key: &&Key| key.bytes().starts_with(id.bytes());
+                for pool in Pool::ALL {
+                    let picks = &observed[&MapId::Picks(pool)];
+                    for (_, data) in picks.keys().filter(of_port).map(|key| &picks[key]) {
+                        let number = number_of(data.as_ref().unwrap()).unwrap();
+                        let number = Key::new().number(number);
+                        assert!(observed[&MapId::SlotKinds].contains_key(&number));
+                    }
                 }
             } else if !matches!(dispatch, Dispatch::NoEndpoints(_)) {
                 for pool in Pool::ALL.into_iter().filter(|pool| pool.origin == origin) {
@@ -303,13 +296,11 @@ proptest! {
     fn a_repair_in_small_batches_keeps_every_service_whole(
         before in proptest::collection::vec(wish(), 1..6),
         after in proptest::collection::vec(wish(), 1..6),
-        // Whether the version before made what is found.
-        upgraded in any::<bool>(),
         // After how many batches the process dies and another one begins.
         dies in 0..12_usize,
     ) {
         for family in [Family::Ip, Family::Ip6] {
-            let mut side = Side::of(family, upgraded.then(BTreeMap::new));
+            let mut side = Side::new(family);
             let mut model = Model::new("node");
             before.iter().for_each(|wish| tell(&mut model, wish));
             side.change(&model.take_changes());
@@ -359,9 +350,7 @@ proptest! {
             for tx in ruleset.plan_sweep(&state.unwrap()) {
                 prop_assert_eq!(kernel.apply(&tx), Ok(()));
             }
-            let state = kernel.read_table(&table).unwrap();
-            prop_assert!(MapId::before().iter().all(|map| !state.sets.contains_key(&map.to_string())));
-            let side = Side { ruleset, kernel, before: None };
+            let side = Side { ruleset, kernel };
             side.check();
             prop_assert_eq!(served(&side.kernel, &side.ruleset), will);
         }

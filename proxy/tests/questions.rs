@@ -96,7 +96,7 @@ fn rules_differences_and_dry_runs_are_told_and_change_nothing() {
         "ip saddr 10.88.0.0/16 ip daddr . meta l4proto . th dport map @inside-service-kinds vmap @kinds",
         "add element ip longshore-proxy firewall-sources { 198.51.100.1 . tcp . 80 . 192.168.50.0/24 }",
         "add rule ip longshore-proxy rejecting reject",
-        "update @affinity-0 { ip saddr . numgen random mod 1 offset ",
+        "update @affinity-0 { ip saddr . ip daddr . meta l4proto . th dport map @sticky-ids timeout ",
     ] {
         assert!(desired.contains(line), "{line}\n{desired}");
     }

@@ -3,19 +3,18 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{Net, as_before, service, sh, slices};
+use common::{Net, service, sh, slices};
+use nft::{Expr, Key, Op, Verdict};
 use proxy::backend::{Backend, Environment};
 use proxy::config::LocalTraffic;
 use proxy::iptables::Iptables;
 use proxy::model::Model;
 use proxy::nftables::backend::Nftables;
-use proxy::nftables::base::Structure;
-use proxy::nftables::names::MapId;
-use proxy::nftables::ruleset::{Observed, Ruleset};
+use proxy::nftables::kinds::value;
+use proxy::nftables::names::{Dispatch, MapId, Policy};
 use proxy::object::{Change, NamespacedName, TrafficPolicy};
 use proxy::plan::ServicePlan;
 
@@ -115,41 +114,60 @@ fn sorted(text: String) -> Vec<String> {
     lines
 }
 
-/// What the version before left is changed into what this one wants, and nothing is done twice.
+/// What the version before had for affinity is changed into what this one wants, and nothing is done
+/// twice.
 #[test]
 fn nftables_takes_over_from_the_version_before() {
     let _net = Net::new(0);
     let mut model = Model::new("node");
     let plans = plans(&mut model);
-    let mut client = nft::Client::new().unwrap();
-    for family in [nft::Family::Ip, nft::Family::Ip6] {
-        let mut ruleset = Ruleset::new(Structure { family, environment: environment() });
-        plans.iter().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
-        let mut kinds = BTreeMap::new();
-        for planned in ruleset.plan_repair(None, &Observed::new(), false) {
-            let before = as_before(&planned.transaction, &ruleset.structure, &mut kinds);
-            client.apply(&before).unwrap();
-        }
-    }
     let mut backend = Nftables::new(&environment()).unwrap();
-    assert!(backend.take_over().unwrap());
-    // It is told before anything is done, and is true.
-    let told = backend.describe(&proxy::question::Describe::Difference).unwrap();
-    assert!(told.contains("flush chain ip longshore-proxy services"), "{told}");
-    let outcome = backend.repair(&plans).unwrap();
+    backend.repair(&plans).unwrap();
+    let whole = sh("nft list ruleset");
+    assert!(whole.contains("map sticky-ids {"), "{whole}");
+
+    // It had chains for each port, found by verdicts; another Service's are left over here.
+    let mut tx = nft::Transaction::new(nft::Table::new(nft::Family::Ip, "longshore-proxy"));
+    let picks = MapId::PicksBefore(Policy::Cluster);
+    tx.add_set(picks.set(nft::Family::Ip));
+    tx.add_chain("slot-60s-0-for-0000002a", None);
+    tx.push(Op::AddElements {
+        set: picks.to_string(),
+        elements: vec![nft::Element::verdict(
+            Key::new().number(42).number(0),
+            Verdict::Goto("slot-60s-0-for-0000002a".into()),
+        )],
+    });
+    tx.add_chain("sticky-60s-1-of-1-for-0000002a", None);
+    tx.add_rule(
+        "sticky-60s-1-of-1-for-0000002a",
+        vec![
+            Expr::NumgenRandom { modulus: 1, offset: 42, dreg: nft::REG },
+            Expr::NumgenRandom { modulus: 1, offset: 0, dreg: nft::REG + 1 },
+            Expr::LookupVerdict { set: picks.to_string(), sreg: nft::REG },
+        ],
+    );
+    let (kinds, numbers) = (MapId::Kinds, MapId::Numbers(Dispatch::Services));
+    tx.push(Op::AddElements {
+        set: kinds.to_string(),
+        elements: vec![nft::Element::verdict(
+            Key::new().number(0x8000_0777),
+            Verdict::Goto("sticky-60s-1-of-1-for-0000002a".into()),
+        )],
+    });
+    let key = Key::new().address([10, 96, 9, 9].into()).protocol(6).port(80);
+    let data = Some(value(0x8000_0777));
+    let element = nft::Element { data, ..nft::Element::new(key) };
+    tx.push(Op::AddElements { set: numbers.to_string(), elements: vec![element] });
+    nft::Client::new().unwrap().apply(&tx).unwrap();
+
+    let mut next = Nftables::new(&environment()).unwrap();
+    assert!(next.take_over().unwrap());
+    let outcome = next.repair(&plans).unwrap();
     assert!(outcome.refused.is_empty() && outcome.errors.is_empty(), "{outcome:?}");
-    assert_eq!(outcome.cleanup_failures, [0, 0]);
-    assert!(outcome.written > 20, "{outcome:?}");
-    assert_eq!(backend.repair(&plans).unwrap().written, 0);
-    let listed = sh("nft list ruleset");
-    for map in MapId::before() {
-        assert!(!listed.contains(&format!("map {map} {{")), "{map}: {listed}");
-    }
-    // As a table that this version made.
-    sh("nft flush ruleset");
-    let mut anew = Nftables::new(&environment()).unwrap();
-    anew.repair(&plans).unwrap();
-    assert_eq!(sorted(listed), sorted(sh("nft list ruleset")));
+    assert_eq!((outcome.cleanup_failures, outcome.written), ([0, 0], 2), "{outcome:?}");
+    assert_eq!(next.repair(&plans).unwrap().written, 0);
+    assert_eq!(sorted(sh("nft list ruleset")), sorted(whole));
 }
 
 /// A number that leads elsewhere is led back at once.

@@ -101,8 +101,14 @@ fn first(register: u32) -> u32 {
 impl Registers {
     fn load(&mut self, register: u32, what: impl Into<String>, bytes: u32) {
         let (at, words) = (first(register), bytes.div_ceil(4));
-        // What was there before is gone.
-        (at + 1..at + words).for_each(|covered| drop(self.0.remove(&covered)));
+        // What was there before is gone, but for the end of what reaches beyond.
+        for covered in at..at + words {
+            if let Some((before, len)) = self.0.remove(&covered)
+                && covered + len > at + words
+            {
+                self.0.insert(at + words, (before, covered + len - at - words));
+            }
+        }
         self.0.insert(at, (what.into(), words));
     }
 

@@ -32,9 +32,6 @@ pub type FixedChain = (&'static str, Option<BaseChain>, Vec<Described>);
 /// The chain where traffic to Services begins.
 const SERVICES: &str = "services";
 
-/// What its rule for addresses is for, in the words of the version before.
-const SERVICES_BEFORE: &str = "services";
-
 fn base(chain_type: ChainType, hook: Hook, priority: i32) -> Option<BaseChain> {
     Some(BaseChain { chain_type, hook, priority })
 }
@@ -55,34 +52,15 @@ impl Structure {
         cidrs.iter().filter(move |cidr| cidr.address.is_ipv4() == ipv4)
     }
 
-    /// The rules that find what packets meet: the key's number, then the number's chain. As long as
-    /// the maps of the version `before` are there, what is not in the new ones is in them.
-    fn lookups(&self, what: [&'static str; 2], dispatch: Dispatch, before: bool) -> Vec<Described> {
-        let origin = dispatch.origin();
+    /// The expressions that find what packets meet: the key's number, then the number's chain.
+    fn lookups(&self, dispatch: Dispatch) -> Vec<Expr> {
         // One register is left before the key, see `kinds::value`.
-        let (mut exprs, _) = key(origin, self.family, REG + 1);
+        let (mut exprs, _) = key(dispatch.origin(), self.family, REG + 1);
         exprs.extend([
             Expr::LookupMap { set: MapId::Numbers(dispatch).to_string(), sreg: REG + 1, dreg: REG },
             Expr::LookupVerdict { set: dispatch.leads_by().to_string(), sreg: REG + 1 },
         ]);
-        let [now, then] = what;
-        let mut rules = vec![(now, exprs)];
-        if before {
-            let (mut exprs, _) = key(origin, self.family, REG);
-            let set = MapId::Before(dispatch).to_string();
-            exprs.push(Expr::LookupVerdict { set, sreg: REG });
-            rules.push((then, exprs));
-        }
-        rules
-    }
-
-    /// Whether the rules that were found are those of the version before, or still look into its maps.
-    pub fn looks_before(&self, state: &nft::TableState) -> bool {
-        let rules = state.chains.get(SERVICES).map(|(_, rules)| rules.as_slice());
-        rules.unwrap_or_default().iter().any(|rule| {
-            let comment = rule.comment.as_deref().unwrap_or_default();
-            comment.strip_prefix(SERVICES_BEFORE).is_some_and(|rest| rest.starts_with(" #"))
-        })
+        exprs
     }
 
     /// One list of conditions for each kind of traffic from this node or its pods.
@@ -153,9 +131,8 @@ impl Structure {
         ]
     }
 
-    /// Every fixed chain; a chain comes after those that it jumps to. With `before`, its rules look
-    /// into the maps of the version before as well.
-    pub fn chains(&self, before: bool) -> Vec<FixedChain> {
+    /// Every fixed chain; a chain comes after those that it jumps to.
+    pub fn chains(&self) -> Vec<FixedChain> {
         let family = self.family;
         let mut services = Vec::new();
         let to_cluster_ip = self.daddr_in(MapId::ClusterIps);
@@ -170,28 +147,20 @@ impl Structure {
         }
         let mut node_ports = Vec::new();
         for inside in self.inside() {
-            let within = |what, dispatch| -> Vec<Described> {
-                let found = self.lookups([what, "from this node or its pods"], dispatch, before);
-                found.into_iter().map(|(w, exprs)| (w, [inside.clone(), exprs].concat())).collect()
-            };
+            let within = |dispatch| [inside.clone(), self.lookups(dispatch)].concat();
             let vips = "from this node or its pods, by map @inside-service-kinds";
             let ports = "from this node or its pods, by map @inside-node-port-kinds";
-            services.extend(within(vips, Dispatch::Inside(Origin::Vip)));
-            node_ports.extend(within(ports, Dispatch::Inside(Origin::NodePort)));
+            services.push((vips, within(Dispatch::Inside(Origin::Vip))));
+            node_ports.push((ports, within(Dispatch::Inside(Origin::NodePort))));
         }
-        let vips = ["services, by map @service-kinds", SERVICES_BEFORE];
-        services.extend(self.lookups(vips, Dispatch::Services, before));
-        let ports = ["NodePorts, by map @node-port-kinds", "NodePorts"];
-        node_ports.extend(self.lookups(ports, Dispatch::NodePorts, before));
+        services.push(("services, by map @service-kinds", self.lookups(Dispatch::Services)));
+        node_ports.push(("NodePorts, by map @node-port-kinds", self.lookups(Dispatch::NodePorts)));
         let mut no_node_ports = Vec::new();
         for at_node in self.at_node() {
             services.push(("to this node", [at_node.clone(), vec![jump("node-ports")]].concat()));
             let none = "NodePorts without endpoints, by map @no-endpoint-node-port-kinds";
-            let what = [none, "NodePorts without endpoints"];
-            let found = self.lookups(what, Dispatch::NoEndpoints(Origin::NodePort), before);
-            for (what, exprs) in found {
-                no_node_ports.push((what, [at_node.clone(), exprs].concat()));
-            }
+            let found = self.lookups(Dispatch::NoEndpoints(Origin::NodePort));
+            no_node_ports.push((none, [at_node, found].concat()));
         }
 
         let (mut firewalled, after) = key(Origin::Vip, family, REG);
@@ -214,8 +183,7 @@ impl Structure {
         }
 
         let none = "services without endpoints, by map @no-endpoint-kinds";
-        let what = [none, "services without endpoints"];
-        let no_endpoints = self.lookups(what, Dispatch::NoEndpoints(Origin::Vip), before);
+        let no_endpoints = vec![(none, self.lookups(Dispatch::NoEndpoints(Origin::Vip)))];
         let mut pre_dnat = Vec::new();
         if self.environment.localhost && family == Family::Ip {
             // The kernel lets 127.0.0.0/8 in from other interfaces once NodePorts are served

@@ -47,12 +47,15 @@ fn place(map: MapId, key: &Key) -> Option<(Origin, Key)> {
     let (origin, len) = match map {
         MapId::Endpoints(pool) => (pool.origin, bytes.len() - 4),
         // The number of a port with affinity, which is no address.
-        MapId::Kept(_) | MapId::Picks(_) => (Origin::Vip, 4),
+        MapId::Kept(_) | MapId::Picks(_) | MapId::PicksBefore(_) => (Origin::Vip, 4),
+        MapId::Ids(origin) => (origin, bytes.len()),
         MapId::Firewalled => (Origin::Vip, bytes.len()),
-        MapId::Numbers(dispatch) | MapId::Before(dispatch) => (dispatch.origin(), bytes.len()),
+        MapId::Numbers(dispatch) => (dispatch.origin(), bytes.len()),
         // Address, protocol and port; then the source, as long as the address.
         MapId::FirewallSources => (Origin::Vip, if bytes.len() > 24 { 24 } else { 12 }),
-        MapId::Kinds | MapId::Refusals | MapId::ClusterIps | MapId::Hairpin => return None,
+        MapId::Kinds | MapId::SlotKinds | MapId::Refusals | MapId::ClusterIps | MapId::Hairpin => {
+            return None;
+        }
     };
     Some((origin, Key::from_bytes(bytes.get(..len)?)))
 }

@@ -2,7 +2,7 @@
 
 use nft::{Address, DynsetOp, Expr, Family, FibResult, MetaKey, NatKind, REG, Verdict};
 
-use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Policy, Pool, affinity_name};
+use super::names::{Behaviour, Choice, MapId, Masquerade, Origin, Pool, affinity_name};
 
 /// 32-bit registers that an address fills.
 pub fn words(family: Family) -> u32 {
@@ -50,17 +50,17 @@ fn dnat(family: Family, address: u32) -> Expr {
     }
 }
 
-/// The chains that a behaviour jumps to; they must be there before it.
+/// The chains that a behaviour leads to; they must be there before it.
 pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
     match behaviour {
         Behaviour::Slot { .. } => Vec::new(),
-        Behaviour::Recall { id, policy, timeout, slots } => {
-            (0..slots).map(|slot| Behaviour::Slot { id, policy, timeout, slot }).collect()
+        Behaviour::Recall { pool, timeout, slots } => {
+            (0..slots).map(|slot| Behaviour::Slot { pool, timeout, slot }).collect()
         }
         Behaviour::Pick { pool, choice, masquerade } => match (masquerade, choice) {
             (Masquerade::Never, Choice::Random { .. }) => Vec::new(),
-            (Masquerade::Never, Choice::Sticky { id, timeout, slots, .. }) => {
-                let recall = Behaviour::Recall { id, policy: pool.policy, timeout, slots };
+            (Masquerade::Never, Choice::Sticky { timeout, slots, .. }) => {
+                let recall = Behaviour::Recall { pool, timeout, slots };
                 let mut all = needed(recall);
                 all.push(recall);
                 all
@@ -78,16 +78,12 @@ pub fn needed(behaviour: Behaviour) -> Vec<Behaviour> {
 /// The rules of a behaviour's chain.
 pub fn rules(behaviour: Behaviour, family: Family, masquerade_bit: u32) -> Vec<Vec<Expr>> {
     match behaviour {
-        Behaviour::Slot { id, policy, timeout, slot } => {
-            slot_rules(family, id, policy, timeout, slot)
-        }
-        Behaviour::Recall { id, policy, timeout, slots } => {
-            recall_rules(family, id, policy, timeout, slots)
-        }
+        Behaviour::Slot { pool, timeout, slot } => slot_rules(family, pool, timeout, slot),
+        Behaviour::Recall { pool, timeout, slots } => recall_rules(family, pool, timeout, slots),
         Behaviour::Pick { pool, choice, masquerade: Masquerade::Never } => match choice {
             Choice::Random { count } => vec![pick_rule(family, pool, count)],
-            Choice::Sticky { id, count, slots, timeout } => {
-                sticky_rules(id, pool.policy, timeout, count, slots)
+            Choice::Sticky { count, slots, timeout } => {
+                sticky_rules(family, pool, timeout, count, slots)
             }
         },
         Behaviour::Pick { pool, choice, masquerade } => {
@@ -123,22 +119,34 @@ fn constant(number: u32, dreg: u32) -> Expr {
     Expr::NumgenRandom { modulus: 1, offset: number, dreg }
 }
 
-/// Loads the client's address and the number of the port.
-fn client(family: Family, id: u32, first: u32) -> Vec<Expr> {
-    vec![load(family, Address::Source, first), constant(id, first + words(family))]
+/// The register that [`id`] fills: an address fits before it.
+fn id_register(family: Family) -> u32 {
+    REG + words(family)
 }
 
-fn recall_rules(
-    family: Family,
-    id: u32,
-    policy: Policy,
-    timeout: u32,
-    slots: u32,
-) -> Vec<Vec<Expr>> {
+/// Loads the number of the port that the packet is for. Every rule does, as a rule must not read what
+/// another has loaded. The number is the second part of the value (see [`super::kinds::value`]), and
+/// lies where the key's protocol was, which `nft` takes it for.
+fn id(origin: Origin, family: Family) -> Vec<Expr> {
+    let first = if origin == Origin::Vip { REG } else { id_register(family) };
+    let (mut exprs, _) = key(origin, family, first);
+    let (set, dreg) = (MapId::Ids(origin).to_string(), id_register(family) - 1);
+    exprs.push(Expr::LookupMap { set, sreg: first, dreg });
+    exprs
+}
+
+/// Loads the number of the port, and the client's address before it.
+fn client(origin: Origin, family: Family) -> Vec<Expr> {
+    let mut exprs = id(origin, family);
+    exprs.push(load(family, Address::Source, REG));
+    exprs
+}
+
+fn recall_rules(family: Family, pool: Pool, timeout: u32, slots: u32) -> Vec<Vec<Expr>> {
     (0..slots)
         .map(|slot| {
-            let mut exprs = client(family, id, REG);
-            let chain = Behaviour::Slot { id, policy, timeout, slot }.to_string();
+            let mut exprs = client(pool.origin, family);
+            let chain = Behaviour::Slot { pool, timeout, slot }.to_string();
             exprs.extend([
                 Expr::Lookup { set: affinity_name(slot), sreg: REG, invert: false },
                 // It comes back if the slot has become empty.
@@ -149,40 +157,49 @@ fn recall_rules(
         .collect()
 }
 
-fn sticky_rules(id: u32, policy: Policy, timeout: u32, count: u32, slots: u32) -> Vec<Vec<Expr>> {
-    let recall = Behaviour::Recall { id, policy, timeout, slots }.to_string();
-    let fresh = vec![
-        constant(id, REG),
-        Expr::NumgenRandom { modulus: count, offset: 0, dreg: REG + 1 },
-        Expr::LookupVerdict { set: MapId::Picks(policy).to_string(), sreg: REG },
-    ];
+fn sticky_rules(
+    family: Family,
+    pool: Pool,
+    timeout: u32,
+    count: u32,
+    slots: u32,
+) -> Vec<Vec<Expr>> {
+    let recall = Behaviour::Recall { pool, timeout, slots }.to_string();
+    let number = id_register(family);
+    let mut fresh = id(pool.origin, family);
+    fresh.extend([
+        Expr::NumgenRandom { modulus: count, offset: 0, dreg: number + 1 },
+        Expr::LookupMap { set: MapId::Picks(pool).to_string(), sreg: number, dreg: number },
+        Expr::LookupVerdict { set: MapId::SlotKinds.to_string(), sreg: number + 1 },
+    ]);
     vec![vec![Expr::Verdict(Verdict::Jump(recall))], fresh]
 }
 
-fn slot_rules(family: Family, id: u32, policy: Policy, timeout: u32, slot: u32) -> Vec<Vec<Expr>> {
-    let found = vec![
-        constant(id, REG),
-        constant(slot, REG + 1),
-        Expr::LookupMap { set: MapId::Kept(policy).to_string(), sreg: REG, dreg: REG },
-    ];
-    let record = REG + words(family) + 1;
+fn slot_rules(family: Family, pool: Pool, timeout: u32, slot: u32) -> Vec<Vec<Expr>> {
+    let number = id_register(family);
+    let endpoint = number + 2;
+    let mut found = id(pool.origin, family);
+    found.extend([
+        constant(slot, number + 1),
+        Expr::LookupMap { set: MapId::Kept(pool.policy).to_string(), sreg: number, dreg: endpoint },
+    ]);
     let mut remembered = found.clone();
-    remembered.extend(client(family, id, record));
     remembered.extend([
+        load(family, Address::Source, REG),
         Expr::Dynset {
             set: affinity_name(slot),
             op: DynsetOp::Update,
-            key: record,
+            key: REG,
             data: None,
             timeout: Some(u64::from(timeout) * 1000),
         },
-        dnat(family, REG),
+        dnat(family, endpoint),
     ]);
     // If the set of clients is full, the connection is served nevertheless.
     let mut unremembered = found;
-    unremembered.push(dnat(family, REG));
+    unremembered.push(dnat(family, endpoint));
     // The slot is empty: the client is no longer with it, also when another endpoint gets it.
-    let mut forget = client(family, id, REG);
+    let mut forget = client(pool.origin, family);
     forget.push(Expr::Dynset {
         set: affinity_name(slot),
         op: DynsetOp::Delete,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use nft::{Data, Element, Family, Key, Verdict};
+use nft::{Data, Element, Family, Key};
 
 use super::kinds::{Kind, first_free, hash, number_of, value};
 use super::names::{Behaviour, Choice, Dispatch, MapId, Masquerade, Origin, Policy, Pool};
@@ -310,27 +310,27 @@ impl Collected {
         masquerade: Masquerade,
     ) -> Kind {
         let slots = port.slots(pool.policy);
-        let (pool, choice) = match port.id.zip(port.plan().affinity) {
+        let choice = match port.id.zip(port.plan().affinity) {
             None => {
                 for (slot, endpoint) in slots.used() {
                     let key = key.clone().number(slot);
                     self.data(MapId::Endpoints(pool), key, target(endpoint));
                 }
-                (pool, Choice::Random { count: slots.used().count() as u32 })
+                Choice::Random { count: slots.used().count() as u32 }
             }
             Some((id, timeout)) => {
-                let policy = pool.policy;
+                self.data(MapId::Ids(pool.origin), key.clone(), value(id));
                 let mut count = 0;
                 for (slot, endpoint) in slots.used() {
                     let key = |n| Key::new().number(id).number(n);
-                    self.data(MapId::Kept(policy), key(slot), target(endpoint));
-                    let chain = Behaviour::Slot { id, policy, timeout, slot };
-                    let verdict = Data::Verdict(Verdict::Goto(chain.to_string()));
-                    self.data(MapId::Picks(policy), key(count), verdict);
+                    self.data(MapId::Kept(pool.policy), key(slot), target(endpoint));
+                    let kind = Kind::Chain(Behaviour::Slot { pool, timeout, slot });
+                    let (map, target) = (MapId::Picks(pool), Some(Target::Kind(kind)));
+                    self.entries.push(Entry { map, key: key(count), key_end: None, target });
                     count += 1;
                 }
                 let slots = (slots.0.len() as u32).next_power_of_two();
-                (Pool::kept(policy), Choice::Sticky { id, timeout, count, slots })
+                Choice::Sticky { timeout, count, slots }
             }
         };
         let behaviour = Behaviour::Pick { pool, choice, masquerade };

@@ -39,10 +39,14 @@ impl Kind {
     /// Those that every table has.
     pub const FIXED: [Kind; 2] = [Kind::Reject, Kind::Drop];
 
+    /// The small maps that numbers are in.
+    pub const MAPS: [MapId; 3] = [MapId::SlotKinds, MapId::Kinds, MapId::Refusals];
+
     /// The small map that its number is in.
     pub fn map(self) -> MapId {
         match self {
             Kind::Reject | Kind::Drop => MapId::Refusals,
+            Kind::Chain(Behaviour::Slot { .. }) => MapId::SlotKinds,
             Kind::Chain(_) => MapId::Kinds,
         }
     }
@@ -132,8 +136,7 @@ impl Kinds {
             }
         }
         for kind in new(self) {
-            let maps = [MapId::Kinds, MapId::Refusals];
-            let there = |number| maps.iter().any(|map| led.contains_key(&(*map, number)));
+            let there = |number| Kind::MAPS.iter().any(|map| led.contains_key(&(*map, number)));
             let taken = |number| self.taken.contains_key(&number) || there(number);
             let number = first_free(kind.wanted(), taken);
             self.insert(kind, number);
@@ -207,10 +210,10 @@ mod tests {
         })
     }
 
-    fn sticky(id: u32) -> Kind {
+    fn sticky(timeout: u32) -> Kind {
         Kind::Chain(Behaviour::Pick {
             pool: Pool::ALL[0],
-            choice: Choice::Sticky { id, timeout: 60, count: 2, slots: 2 },
+            choice: Choice::Sticky { timeout, count: 2, slots: 2 },
             masquerade: Masquerade::Always,
         })
     }

@@ -73,8 +73,13 @@ pub enum MapId {
     Endpoints(Pool),
     /// With affinity: endpoints by the port's number and slot, whatever address the client used.
     Kept(Policy),
-    /// With affinity: which slot chain an index means.
-    Picks(Policy),
+    /// With affinity: the number of the kind that an index of a port means, which is a slot's.
+    Picks(Pool),
+    /// With affinity: the port's number.
+    Ids(Origin),
+    /// Chain by number of a [`Kind`](super::kinds::Kind) that is a slot. Chains that other kinds lead
+    /// to look into it, so that it cannot be the same map as theirs.
+    SlotKinds,
     /// Chain by number of a [`Kind`](super::kinds::Kind) that picks an endpoint.
     Kinds,
     /// Reject or drop by number. It is a map of its own, as the kernel holds all chains of a map to what
@@ -90,8 +95,9 @@ pub enum MapId {
     Firewalled,
     /// Number of the kind that packets meet.
     Numbers(Dispatch),
-    /// What the version before had instead: verdicts. They are only ever taken over from.
-    Before(Dispatch),
+    /// What the version before had for [`MapId::Picks`]: slot chains, of which each port had its own.
+    /// They are only ever taken over from.
+    PicksBefore(Policy),
 }
 
 /// What is looked up to tell what packets meet.
@@ -118,17 +124,15 @@ impl Dispatch {
         Dispatch::NoEndpoints(Origin::NodePort),
     ];
 
-    /// Names of its map of numbers, and of the map of verdicts that the version before had.
-    fn names(self) -> (&'static str, &'static str) {
+    /// Name of its map of numbers.
+    fn name(self) -> &'static str {
         match self {
-            Dispatch::Services => ("service-kinds", "services"),
-            Dispatch::Inside(Origin::Vip) => ("inside-service-kinds", "inside-services"),
-            Dispatch::Inside(Origin::NodePort) => ("inside-node-port-kinds", "inside-node-ports"),
-            Dispatch::NodePorts => ("node-port-kinds", "node-ports"),
-            Dispatch::NoEndpoints(Origin::Vip) => ("no-endpoint-kinds", "no-endpoints"),
-            Dispatch::NoEndpoints(Origin::NodePort) => {
-                ("no-endpoint-node-port-kinds", "no-endpoints-node-ports")
-            }
+            Dispatch::Services => "service-kinds",
+            Dispatch::Inside(Origin::Vip) => "inside-service-kinds",
+            Dispatch::Inside(Origin::NodePort) => "inside-node-port-kinds",
+            Dispatch::NodePorts => "node-port-kinds",
+            Dispatch::NoEndpoints(Origin::Vip) => "no-endpoint-kinds",
+            Dispatch::NoEndpoints(Origin::NodePort) => "no-endpoint-node-port-kinds",
         }
     }
 
@@ -155,15 +159,18 @@ impl fmt::Display for MapId {
         match self {
             MapId::Endpoints(pool) => write!(f, "{}endpoints", pool.prefix()),
             MapId::Kept(policy) => write!(f, "{}kept", Pool::kept(*policy).prefix()),
-            MapId::Picks(policy) => write!(f, "{}picks", Pool::kept(*policy).prefix()),
+            MapId::Picks(pool) => write!(f, "{}pick-slots", pool.prefix()),
+            MapId::PicksBefore(policy) => write!(f, "{}picks", Pool::kept(*policy).prefix()),
+            MapId::Ids(Origin::Vip) => f.write_str("sticky-ids"),
+            MapId::Ids(Origin::NodePort) => f.write_str("node-port-sticky-ids"),
+            MapId::SlotKinds => f.write_str("slot-kinds"),
             MapId::Kinds => f.write_str("kinds"),
             MapId::Refusals => f.write_str("refusals"),
             MapId::ClusterIps => f.write_str("cluster-ips"),
             MapId::Hairpin => f.write_str("hairpin"),
             MapId::FirewallSources => f.write_str("firewall-sources"),
             MapId::Firewalled => f.write_str("firewalled"),
-            MapId::Numbers(dispatch) => f.write_str(dispatch.names().0),
-            MapId::Before(dispatch) => f.write_str(dispatch.names().1),
+            MapId::Numbers(dispatch) => f.write_str(dispatch.name()),
         }
     }
 }
@@ -176,8 +183,8 @@ impl MapId {
     }
 
     /// The maps of the version before that this one has not.
-    pub fn before() -> [MapId; 6] {
-        Dispatch::ALL.map(MapId::Before)
+    pub fn before() -> [MapId; 2] {
+        Policy::ALL.map(MapId::PicksBefore)
     }
 
     /// Every map that this version makes.
@@ -185,8 +192,11 @@ impl MapId {
         let mut all = Vec::new();
         all.extend(Pool::ALL.map(MapId::Endpoints));
         all.extend(Policy::ALL.map(MapId::Kept));
-        all.extend(Policy::ALL.map(MapId::Picks));
+        all.extend(Pool::ALL.map(MapId::Picks));
         all.extend([
+            MapId::Ids(Origin::Vip),
+            MapId::Ids(Origin::NodePort),
+            MapId::SlotKinds,
             MapId::Kinds,
             MapId::Refusals,
             MapId::ClusterIps,
@@ -212,20 +222,26 @@ impl MapId {
             MapId::Kept(_) => {
                 Set::map(name, &[DataType::Mark, DataType::Mark], &[address, DataType::InetService])
             }
-            MapId::Picks(_) => Set::verdict_map(name, &[DataType::Mark, DataType::Mark]),
+            MapId::Picks(_) => {
+                let pair = [DataType::Mark, DataType::Mark];
+                Set::map(name, &pair, &pair)
+            }
+            MapId::PicksBefore(_) => Set::verdict_map(name, &[DataType::Mark, DataType::Mark]),
+            MapId::Ids(origin) => {
+                Set::map(name, &key_types(origin, family), &[DataType::Mark, DataType::Mark])
+            }
             MapId::ClusterIps => Set::plain(name, &[address]),
             MapId::Hairpin => Set::plain(name, &[vec![address], vip].concat()),
             MapId::FirewallSources => {
                 Set { interval: true, ..Set::plain(name, &[vip, vec![address]].concat()) }
             }
             MapId::Firewalled => Set::plain(name, &vip),
-            MapId::Kinds | MapId::Refusals => Set::verdict_map(name, &[DataType::Mark]),
+            MapId::Kinds | MapId::SlotKinds | MapId::Refusals => {
+                Set::verdict_map(name, &[DataType::Mark])
+            }
             MapId::Numbers(dispatch) => {
                 let key = key_types(dispatch.origin(), family);
                 Set::map(name, &key, &[DataType::Mark, DataType::Mark])
-            }
-            MapId::Before(dispatch) => {
-                Set::verdict_map(name, &key_types(dispatch.origin(), family))
             }
         }
     }
@@ -268,7 +284,7 @@ pub fn is_affinity(name: &str) -> bool {
     name.strip_prefix("affinity-").is_some_and(|slot| slot.parse::<u32>().is_ok())
 }
 
-/// The number of the port with affinity that a chain is for, if it is for one.
+/// The number of the port with affinity that a chain of the version before is for, if it is for one.
 pub fn id_of(chain: &str) -> Option<u32> {
     u32::from_str_radix(chain.rsplit_once("-for-")?.1, 16).ok()
 }
@@ -294,8 +310,6 @@ pub enum Choice {
     },
     /// The one that the client had before, else one of `count` at random.
     Sticky {
-        /// Number of the Service's port.
-        id: u32,
         /// Seconds after its last connection that a client is forgotten.
         timeout: u32,
         /// Number of endpoints.
@@ -312,10 +326,8 @@ pub enum Behaviour {
     /// With affinity: translates to the endpoint in a slot and remembers the client, or forgets it if
     /// the slot is empty.
     Slot {
-        /// Number of the Service's port.
-        id: u32,
-        /// Maps.
-        policy: Policy,
+        /// Maps, and the key by which the port's number is found.
+        pool: Pool,
         /// Seconds.
         timeout: u32,
         /// Slot.
@@ -323,10 +335,8 @@ pub enum Behaviour {
     },
     /// With affinity: finds the slot that the client has.
     Recall {
-        /// Number of the Service's port.
-        id: u32,
-        /// Maps.
-        policy: Policy,
+        /// Maps, and the key by which the port's number is found.
+        pool: Pool,
         /// Seconds.
         timeout: u32,
         /// Slots to look into.
@@ -346,15 +356,11 @@ pub enum Behaviour {
 impl fmt::Display for Behaviour {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Behaviour::Slot { id, policy, timeout, slot } => {
-                write!(f, "{}slot-{timeout}s-{slot}-for-{id:08x}", Pool::kept(*policy).prefix())
+            Behaviour::Slot { pool, timeout, slot } => {
+                write!(f, "{}slot-{timeout}s-{slot}", pool.prefix())
             }
-            Behaviour::Recall { id, policy, timeout, slots } => {
-                write!(
-                    f,
-                    "{}recall-{timeout}s-of-{slots}-for-{id:08x}",
-                    Pool::kept(*policy).prefix()
-                )
+            Behaviour::Recall { pool, timeout, slots } => {
+                write!(f, "{}recall-{timeout}s-of-{slots}", pool.prefix())
             }
             Behaviour::Pick { pool, choice, masquerade } => {
                 f.write_str(match masquerade {
@@ -365,8 +371,8 @@ impl fmt::Display for Behaviour {
                 f.write_str(pool.prefix())?;
                 match choice {
                     Choice::Random { count } => write!(f, "pick-{count}"),
-                    Choice::Sticky { id, timeout, count, slots } => {
-                        write!(f, "sticky-{timeout}s-{count}-of-{slots}-for-{id:08x}")
+                    Choice::Sticky { timeout, count, slots } => {
+                        write!(f, "sticky-{timeout}s-{count}-of-{slots}")
                     }
                 }
             }

@@ -10,7 +10,7 @@ use super::base::{Described, comment};
 use super::batches::{ByMap, NOBODY, Together, adopt_orphans, batches};
 use super::entries::{Collected, Entry, collect};
 use super::kinds::{Kind, Led, Numbers, number_of, number_of_key};
-use super::names::{Behaviour, MapId, affinity_name, id_of, is_affinity};
+use super::names::{Behaviour, MapId, affinity_name, affinity_set, id_of, is_affinity};
 use super::ruleset::{Observed, Planned, Ruleset, all_chains, kind_element, push_elements};
 use crate::object::NamespacedName;
 
@@ -74,8 +74,7 @@ impl Ruleset {
         };
         let nothing = Observed::new();
         let observed = if usable.is_some() { observed } else { &nothing };
-        let before = usable.is_some_and(|state| self.structure.looks_before(state));
-        self.repair_fixed(&mut planned, usable, before);
+        self.repair_fixed(&mut planned, usable);
         // A behaviour whose chain is there with other rules is emptied and written again.
         for chain in all_chains(&used) {
             let name = chain.to_string();
@@ -94,6 +93,7 @@ impl Ruleset {
         let mut seen: HashSet<(MapId, &Key)> = HashSet::with_capacity(desired.len());
         let mut together = Together::default();
         let element = |map, key| observed.get(&map).and_then(|elements| elements.get(key));
+        let keeper = Keeper { observed, led: &led, by_id: &by_id };
         for (entry, owner) in &desired {
             seen.insert((entry.map, &entry.key));
             match element(entry.map, &entry.key) {
@@ -106,12 +106,8 @@ impl Ruleset {
                     }
                     // What moves from a Service with affinity leads to that one's endpoints until
                     // it has moved.
-                    let found = found.map(|found| (entry.map, found)).or_else(|| {
-                        let map = earlier(entry.map)?;
-                        Some((map, element(map, &entry.key)?))
-                    });
-                    if let Some((map, (_, data))) = found
-                        && let Some(other) = keeper(map, data, &led, &by_id)
+                    if let Some((_, data)) = found
+                        && let Some(other) = keeper.of(entry.map, &entry.key, data)
                         && *owner != NOBODY
                     {
                         together.join(other, *owner);
@@ -122,18 +118,14 @@ impl Ruleset {
             }
         }
         for (map, elements) in observed {
-            // What the version before left is not looked at any more, or goes with its map: an element
-            // of the new map is looked at first.
-            let now = match map {
-                MapId::Kinds | MapId::Refusals => continue,
-                MapId::Before(_) if !before => continue,
-                MapId::Before(dispatch) => MapId::Numbers(*dispatch),
-                map => *map,
-            };
+            // The small maps are put right by number; what the version before left goes with its map.
+            if Kind::MAPS.contains(map) || matches!(map, MapId::PicksBefore(_)) {
+                continue;
+            }
             for (key, found) in elements {
-                if !seen.contains(&(now, key)) {
+                if !seen.contains(&(*map, key)) {
                     // Where affinity leads to endpoints that change with a Service, it goes with that.
-                    let owner = keeper(*map, &found.1, &led, &by_id).unwrap_or(NOBODY);
+                    let owner = keeper.of(*map, key, &found.1).unwrap_or(NOBODY);
                     deleted.push((*map, old_element(key, Some(found)), owner));
                 }
             }
@@ -157,9 +149,6 @@ impl Ruleset {
             let mut next = Planned { names: names.clone(), ..self.planned(Vec::new()) };
             push_elements(&mut next, deleted, added);
             planned.push(next);
-        }
-        if before {
-            planned.push(self.plan_after());
         }
         planned
     }
@@ -185,21 +174,6 @@ impl Ruleset {
         planned.kinds = all;
     }
 
-    /// The last transaction of a takeover from the version before: nothing is in its maps any more
-    /// that is not in the new ones.
-    fn plan_after(&self) -> Planned {
-        let mut planned = self.planned(Vec::new());
-        let chains = self.structure.chains(true).into_iter().zip(self.structure.chains(false));
-        for ((_, _, before), (name, _, rules)) in chains {
-            if before != rules {
-                planned.transaction.push(Op::FlushChain(name.to_owned()));
-                self.add_rules(&mut planned, name, rules);
-            }
-        }
-        planned.owners.resize(planned.transaction.ops.len(), Vec::new());
-        planned
-    }
-
     /// As [`Ruleset::plan_repair`], for showing only.
     pub fn plan_only(&mut self, state: Option<&TableState>, observed: &Observed) -> Vec<Planned> {
         let (chains, kinds) = (self.chains.clone(), self.kinds.clone());
@@ -214,8 +188,8 @@ impl Ruleset {
         self.kinds.commit(planned.kinds);
     }
 
-    fn repair_fixed(&self, planned: &mut Planned, state: Option<&TableState>, before: bool) {
-        let fixed = self.structure.chains(before);
+    fn repair_fixed(&self, planned: &mut Planned, state: Option<&TableState>) {
+        let fixed = self.structure.chains();
         let mut wrong = Vec::new();
         for (name, base, rules) in fixed {
             match state.and_then(|state| state.chains.get(name)) {
@@ -235,12 +209,20 @@ impl Ruleset {
         }
     }
 
-    /// Whether what is there can be kept: sets of the right shape, chains at the right hooks.
+    /// Whether what is there can be kept: known sets of the right shape, chains at the right hooks.
     fn fits(&self, state: &TableState) -> bool {
-        let shape = |set: &nft::Set| state.sets.get(&set.name).is_none_or(|found| found.is_of(set));
         let family = self.family();
-        MapId::all().into_iter().chain(MapId::before()).all(|map| shape(&map.set(family)))
-            && self.structure.chains(false).iter().all(|(name, base, _)| {
+        let known: HashMap<String, MapId> = MapId::all()
+            .into_iter()
+            .chain(MapId::before())
+            .map(|map| (map.to_string(), map))
+            .collect();
+        let set = |name: &String, found: &nft::SetEntry| match known.get(name) {
+            Some(map) => found.is_of(&map.set(family)),
+            None => is_affinity(name) && found.is_of(&affinity_set(0, family)),
+        };
+        state.sets.iter().all(|(name, found)| set(name, found))
+            && self.structure.chains().iter().all(|(name, base, _)| {
                 state.chains.get(*name).is_none_or(|(found, _)| found == base)
             })
     }
@@ -255,32 +237,28 @@ impl Ruleset {
         let used = all_chains(&used);
         let names: HashSet<String> = used.iter().map(Behaviour::to_string).collect();
         let fixed: HashSet<&str> =
-            self.structure.chains(false).iter().map(|(name, _, _)| *name).collect();
+            self.structure.chains().iter().map(|(name, _, _)| *name).collect();
         let mut gone: Vec<&String> = state
             .chains
             .keys()
             .filter(|name| !names.contains(*name) && !fixed.contains(name.as_str()))
             .collect();
         // Chains that jump come before those that are jumped to: masquerade-, inside-, then the
-        // others, recall, slots last.
+        // others, recall, slots last. Maps of the version before go when nothing looks into them and
+        // before what they lead to.
+        let inner = |name: &&String| name.contains("slot-") || name.contains("recall-");
         gone.sort_by_key(|name| {
             let outer = name.starts_with("masq") || name.starts_with("inside");
             (name.contains("slot-"), name.contains("recall-"), !outer)
         });
-        let mut all: Vec<Transaction> = Vec::new();
-        // They lead to chains.
-        for name in MapId::before().map(|map| map.to_string()) {
-            if state.sets.contains_key(&name) {
-                let mut tx = Transaction::new(self.table());
-                tx.push(Op::DeleteSet(name));
-                all.push(tx);
-            }
-        }
-        for name in gone {
-            let mut tx = Transaction::new(self.table());
-            tx.push(Op::FlushChain(name.clone())).push(Op::DeleteChain(name.clone()));
-            all.push(tx);
-        }
+        let (led_to, leading): (Vec<&String>, Vec<&String>) = gone.into_iter().partition(inner);
+        let chain =
+            |name: &String| vec![Op::FlushChain(name.clone()), Op::DeleteChain(name.clone())];
+        let before = MapId::before().map(|map| map.to_string());
+        let before = before.into_iter().filter(|name| state.sets.contains_key(name));
+        let mut all: Vec<Vec<Op>> = leading.into_iter().map(chain).collect();
+        all.extend(before.map(|name| vec![Op::DeleteSet(name)]));
+        all.extend(led_to.into_iter().map(chain));
         let sets: HashSet<String> = used
             .iter()
             .filter_map(|chain| match chain {
@@ -288,20 +266,18 @@ impl Ruleset {
                 Behaviour::Recall { .. } | Behaviour::Pick { .. } => None,
             })
             .collect();
-        for name in state.sets.keys().filter(|name| is_affinity(name) && !sets.contains(*name)) {
-            let mut tx = Transaction::new(self.table());
-            tx.push(Op::DeleteSet(name.clone()));
-            all.push(tx);
-        }
+        let empty = state.sets.keys().filter(|name| is_affinity(name) && !sets.contains(*name));
+        all.extend(empty.map(|name| vec![Op::DeleteSet(name.clone())]));
         self.chains = self.chains.intersection(&used).copied().collect();
-        all
+        let transaction = |ops| Transaction { ops, ..Transaction::new(self.table()) };
+        all.into_iter().map(transaction).collect()
     }
 }
 
 /// Where numbers lead in the kernel.
 fn leading(observed: &Observed) -> Led {
     let mut led = Led::new();
-    for map in [MapId::Kinds, MapId::Refusals] {
+    for map in Kind::MAPS {
         for (key, (_, data)) in observed.get(&map).into_iter().flatten() {
             if let (Some(number), Some(Data::Verdict(verdict))) = (number_of_key(key), data) {
                 led.insert((map, number), verdict.clone());
@@ -311,25 +287,31 @@ fn leading(observed: &Observed) -> Led {
     led
 }
 
-/// The map that the version before had for this one.
-fn earlier(map: MapId) -> Option<MapId> {
-    match map {
-        MapId::Numbers(dispatch) => Some(MapId::Before(dispatch)),
-        _ => None,
-    }
+/// Tells Services with affinity, by index.
+struct Keeper<'a> {
+    observed: &'a Observed,
+    led: &'a Led,
+    by_id: &'a HashMap<u32, u32>,
 }
 
-/// The Service with affinity, by index, to whose endpoints an element leads, at once or by a number.
-fn keeper(map: MapId, data: &Option<Data>, led: &Led, by_id: &HashMap<u32, u32>) -> Option<u32> {
-    let data = data.as_ref()?;
-    let verdict = match data {
-        Data::Verdict(verdict) => verdict,
-        Data::Value(_) if earlier(map).is_some() => led.get(&(MapId::Kinds, number_of(data)?))?,
-        Data::Value(_) => return None,
-    };
-    match verdict {
-        Verdict::Goto(chain) => by_id.get(&id_of(chain)?).copied(),
-        _ => None,
+impl Keeper<'_> {
+    /// The one to whose endpoints an element leads: by the number that its address has, or in the
+    /// version before by the chain.
+    fn of(&self, map: MapId, key: &Key, data: &Option<Data>) -> Option<u32> {
+        let number = number_of(data.as_ref()?)?;
+        let id = match map {
+            MapId::Ids(_) => number,
+            MapId::Numbers(dispatch) => {
+                let Verdict::Goto(chain) = self.led.get(&(MapId::Kinds, number))? else {
+                    return None;
+                };
+                let ids = self.observed.get(&MapId::Ids(dispatch.origin()));
+                let id = ids.and_then(|ids| number_of(ids.get(key)?.1.as_ref()?));
+                id_of(chain).or(id)?
+            }
+            _ => return None,
+        };
+        self.by_id.get(&id).copied()
     }
 }
 

@@ -347,11 +347,10 @@ impl Ruleset {
 
     /// The transaction for another fixed part (the node's addresses changed).
     pub fn plan_structure(&mut self, structure: Structure) -> Transaction {
-        let old = self.structure.chains(false);
+        let old = self.structure.chains();
         self.structure = structure;
         let mut planned = self.planned(Vec::new());
-        for ((_, _, before), (name, _, rules)) in old.into_iter().zip(self.structure.chains(false))
-        {
+        for ((_, _, before), (name, _, rules)) in old.into_iter().zip(self.structure.chains()) {
             if before != rules {
                 planned.transaction.push(Op::FlushChain(name.to_owned()));
                 self.add_rules(&mut planned, name, rules);

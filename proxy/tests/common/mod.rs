@@ -3,7 +3,6 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -12,11 +11,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nft::{Data, Expr, Key, Op};
 use nix::sched::{CloneFlags, setns, unshare};
-use proxy::nftables::base::{Described, Structure, comment};
-use proxy::nftables::kinds::number_of;
-use proxy::nftables::names::{Dispatch, MapId};
 use proxy::object::{
     Change, Endpoint, EndpointPort, EndpointSlice, NamespacedName, NodeState, Protocol, Service,
     ServicePort, TrafficPolicy,
@@ -297,62 +292,6 @@ impl Drop for Running {
             let _ = thread.join();
         }
     }
-}
-
-/// What the version before would have sent for a transaction: verdicts in maps of its own, found by
-/// rules of its own. `kinds` remembers what numbers stand for.
-pub fn as_before(
-    transaction: &nft::Transaction,
-    structure: &Structure,
-    kinds: &mut BTreeMap<Key, Data>,
-) -> nft::Transaction {
-    let now = |set: &str| Dispatch::ALL.into_iter().find(|d| MapId::Numbers(*d).to_string() == set);
-    let small = |set: &str| [MapId::Kinds, MapId::Refusals].iter().any(|m| m.to_string() == set);
-    let leads_on = |exprs: &[Expr]| {
-        exprs.iter().any(|e| matches!(e, Expr::LookupVerdict { set, .. } if small(set)))
-    };
-    let mut before = nft::Transaction::new(transaction.table.clone());
-    for op in &transaction.ops {
-        before.push(match op.clone() {
-            Op::AddSet(set) if small(&set.name) => continue,
-            Op::AddSet(set) => match now(&set.name) {
-                Some(dispatch) => Op::AddSet(MapId::Before(dispatch).set(structure.family)),
-                None => Op::AddSet(set),
-            },
-            Op::AddElements { set, elements } if small(&set) => {
-                kinds.extend(elements.into_iter().map(|e| (e.key, e.data.unwrap())));
-                continue;
-            }
-            Op::DeleteElements { set, .. } if small(&set) => continue,
-            Op::AddElements { set, mut elements } => match now(&set) {
-                Some(dispatch) => {
-                    for element in &mut elements {
-                        let number = number_of(element.data.as_ref().unwrap()).unwrap();
-                        element.data = Some(kinds[&Key::new().number(number)].clone());
-                    }
-                    Op::AddElements { set: MapId::Before(dispatch).to_string(), elements }
-                }
-                None => Op::AddElements { set, elements },
-            },
-            Op::DeleteElements { set, elements } => Op::DeleteElements {
-                set: now(&set).map_or(set, |dispatch| MapId::Before(dispatch).to_string()),
-                elements,
-            },
-            Op::AddRule(rule) if leads_on(&rule.exprs) => {
-                // The rule that was there for the same.
-                let now = structure.chains(false).into_iter().find(|c| c.0 == rule.chain).unwrap();
-                let both = structure.chains(true).into_iter().find(|c| c.0 == rule.chain).unwrap();
-                let leading = |(_, exprs): &&Described| leads_on(exprs);
-                let nth = now.2.iter().filter(leading).position(|(_, e)| *e == rule.exprs);
-                let mut of_before = both.2.iter().filter(|rule| !now.2.contains(rule));
-                let (what, exprs) = of_before.nth(nth.unwrap()).cloned().unwrap();
-                let comment = Some(comment(what, &exprs));
-                Op::AddRule(nft::Rule { comment, exprs, ..rule })
-            }
-            other => other,
-        });
-    }
-    before
 }
 
 pub fn name(name: &str) -> NamespacedName {

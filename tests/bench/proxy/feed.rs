@@ -73,12 +73,17 @@ fn metadata(name: &str, version: u64, labels: &Value) -> Value {
             "fieldsV1": {"f:metadata": {"f:labels": {".": {}, "f:app": {}}}, "f:spec": {"f:ports": {}, "f:selector": {}}}}]})
 }
 
+/// Every Service has it, or none.
+fn affinity() -> &'static str {
+    if std::env::var_os("LONGSHORE_BENCH_AFFINITY").is_some() { "ClientIP" } else { "None" }
+}
+
 fn service(number: u32, version: u64) -> Value {
     let name = format!("service-{number}");
     let ip = vip(number).ip();
     json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata(&name, version, &json!({"app": name})),
         "spec": {"clusterIP": ip, "clusterIPs": [ip], "type": "ClusterIP", "ipFamilies": ["IPv4"],
-            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster", "sessionAffinity": "None",
+            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster", "sessionAffinity": affinity(),
             "selector": {"app": name}, "ports": [{"name": "http", "protocol": "TCP", "port": 80, "targetPort": 8080}]},
         "status": {"loadBalancer": {}}})
 }

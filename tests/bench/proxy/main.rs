@@ -3,7 +3,7 @@
 //! Each size is measured in a network namespace of its own, with the proxy as a process that watches
 //! a [`feed`] of nothing but Services, slices and a node. With `LONGSHORE_BENCH_PEERS` (a folder with
 //! `kube-proxy`) upstream's nftables mode is measured with 5,000 Services in the same run, and ratios
-//! are printed. Nothing is asserted: figures of a shared machine are to be read.
+//! are printed; `LONGSHORE_BENCH_AFFINITY` gives every Service session affinity. Nothing is asserted: figures of a shared machine are to be read.
 
 #![allow(clippy::print_stderr, reason = "a tool for developers tells what it is at")]
 #![allow(clippy::disallowed_methods, reason = "it waits on threads of its own")]
