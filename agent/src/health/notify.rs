@@ -14,11 +14,13 @@ const STEP: Duration = Duration::from_millis(100);
 
 /// How long after the node is ready the code of its start is taken for done with, at first and then
 /// once more, when the first pods have started, too.
-const SETTLED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(60)];
+const SETTLED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(25)];
+/// What was needed once since, as after somebody flushed the rules, goes as often as this.
+const LATER: Duration = Duration::from_secs(600);
 
-/// Lets go of what only the start has used.
+/// Lets go of code that has been used and is not any more.
 async fn settle() {
-    for wait in SETTLED {
+    for wait in SETTLED.into_iter().chain(std::iter::repeat(LATER)) {
         tokio::time::sleep(wait).await;
         crate::sys::unmap_unused_text();
     }
