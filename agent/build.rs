@@ -2,7 +2,8 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["proto/grpc_health.proto"], ["proto"])?;
+    let schemas = ["proto/grpc_health.proto", "proto/plugin_registration.proto", "proto/csi.proto"];
+    let descriptors = protox::compile(schemas, ["proto"])?;
     // The server half serves tests.
     tonic_prost_build::configure()
         .build_client(true)

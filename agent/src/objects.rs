@@ -5,7 +5,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Secret, Service};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service,
+};
+use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use tokio::sync::broadcast;
 
 use crate::ids::{NamespacedName, PodUid};
@@ -48,6 +51,8 @@ pub enum ObjectRef {
     ConfigMap(NamespacedName),
     /// A Secret.
     Secret(NamespacedName),
+    /// A CSI driver of this node, by name: it can be asked for volumes now.
+    CsiDriver(Arc<str>),
 }
 
 /// Read access to the objects that this node's pods use.
@@ -73,6 +78,36 @@ pub trait Objects: Send + Sync + 'static {
         Ok(Some(class.to_owned()))
     }
 
+    /// The PersistentVolumeClaim, `None` if it does not exist. As it is now, or while the control plane
+    /// is away as it last was; this holds for the other objects of storage as well.
+    async fn claim(
+        &self,
+        _key: &NamespacedName,
+    ) -> Result<Option<Arc<PersistentVolumeClaim>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a PersistentVolumeClaim" })
+    }
+
+    /// The PersistentVolume `name`.
+    async fn persistent_volume(
+        &self,
+        _name: &str,
+    ) -> Result<Option<Arc<PersistentVolume>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a PersistentVolume" })
+    }
+
+    /// The VolumeAttachment `name`.
+    async fn volume_attachment(
+        &self,
+        _name: &str,
+    ) -> Result<Option<Arc<VolumeAttachment>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a VolumeAttachment" })
+    }
+
+    /// What the cluster says of the CSI driver `name`, which may be nothing.
+    async fn csi_driver(&self, _name: &str) -> Result<Option<Arc<CSIDriver>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a CSI driver" })
+    }
+
     /// Services of `namespace` plus `default/kubernetes`, for the service environment variables.
     fn services(&self, namespace: &str) -> Vec<Arc<Service>>;
 
@@ -87,4 +122,7 @@ pub trait Objects: Send + Sync + 'static {
 
     /// Wakes for each retained object that changes. A receiver that lagged must look at all it uses.
     fn changes(&self) -> broadcast::Receiver<ObjectRef>;
+
+    /// Wakes them for something that somebody else saw change.
+    fn announce(&self, _changed: ObjectRef) {}
 }

@@ -11,6 +11,7 @@ pub mod mirror;
 pub mod objects;
 pub mod references;
 pub mod status_sink;
+mod storage;
 pub mod store;
 
 use std::collections::BTreeMap;
@@ -30,8 +31,9 @@ use self::objects::{ClusterObjects, Services};
 use self::status_sink::ClusterStatuses;
 use self::store::Store;
 use crate::api::{Api, ApiError};
+use crate::csi::InUse;
 use crate::node::conditions::Pressure;
-use crate::node::{NodeLoop, Told, lease, rotate, serving};
+use crate::node::{NodeLoop, Seen, Told, lease, rotate, serving};
 use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -181,6 +183,8 @@ pub struct ClusterParts {
     pub network: watch::Receiver<bool>,
     /// The pressure that the node reports: most new pods are refused under it.
     pub pressure: watch::Receiver<Pressure>,
+    /// Volumes that the Node says are in use.
+    pub in_use: Arc<InUse>,
     /// Last errors by what they concern (`pods`, `services`, `endpointslices`, `node`, `lease`);
     /// empty while all is well.
     pub errors: watch::Receiver<BTreeMap<&'static str, String>>,
@@ -220,10 +224,21 @@ pub async fn start(
         "secrets",
         "tokens",
         "runtimeclasses",
+        "storage",
     ];
-    let [pod_store, service_store, slice_store, node_store, maps, secrets, tokens, handlers] =
-        kinds.map(store);
+    let [
+        pod_store,
+        service_store,
+        slice_store,
+        node_store,
+        maps,
+        secrets,
+        tokens,
+        handlers,
+        storage,
+    ] = kinds.map(store);
 
+    let in_use = Arc::new(InUse::default());
     let events: Arc<dyn EventSink> = Arc::new(ClusterEvents::new(
         api.main.clone(),
         &config.node_name,
@@ -241,6 +256,7 @@ pub async fn start(
         &secrets,
         &tokens,
         &handlers,
+        &storage,
     ];
     for store in stores {
         tasks.spawn(store.clone().run());
@@ -249,7 +265,7 @@ pub async fn start(
         api.clone(),
         node.clone(),
         services.clone(),
-        [maps, secrets, tokens, handlers],
+        [maps, secrets, tokens, handlers, storage],
     );
 
     let name = config.node_name.clone();
@@ -308,7 +324,7 @@ pub async fn start(
             runtime,
             events.clone(),
             errors.clone(),
-            node.clone(),
+            Seen { node: node.clone(), in_use: in_use.names() },
             Told { network: network_tx, pressure: pressure_tx },
         );
         tasks.spawn(node_loop.run());
@@ -329,6 +345,7 @@ pub async fn start(
         node,
         network,
         pressure,
+        in_use,
         errors: error_rx,
         tasks,
     })

@@ -11,9 +11,11 @@ use async_trait::async_trait;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec, TokenRequestStatus};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Node, Pod, Secret, Service, ServiceAccount, ServicePort, ServiceSpec,
+    ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
+    ServicePort, ServiceSpec,
 };
 use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use kube::api::PostParams;
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
@@ -21,6 +23,7 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 
 use super::references;
+use super::storage::Storage;
 use super::store::Store;
 use crate::api::backoff::Backoff;
 use crate::api::watch::{Failure, Seen, Watch};
@@ -168,6 +171,7 @@ pub struct ClusterObjects {
     /// Handlers by RuntimeClass, as far as pods here needed them.
     handlers: Mutex<HashMap<String, String>>,
     handler_store: Store,
+    storage: Storage,
     earlier: OnceLock<Earlier>,
 }
 
@@ -178,15 +182,15 @@ struct Earlier {
 }
 
 impl ClusterObjects {
-    /// Over `api`; `stores` keep ConfigMaps, Secrets, tokens and handlers (files 0600) for a restart while the
-    /// control plane is away.
+    /// Over `api`; `stores` keep ConfigMaps, Secrets, tokens, handlers and what is known of claims and
+    /// their volumes (files 0600) for a restart while the control plane is away.
     pub fn new(
         api: Api,
         node: watch::Receiver<Option<Arc<Node>>>,
         services: Arc<Services>,
-        stores: [Store; 4],
+        stores: [Store; 5],
     ) -> Arc<Self> {
-        let [maps, secrets, token_store, handler_store] = stores;
+        let [maps, secrets, token_store, handler_store, storage] = stores;
         let handlers = handler_store.load::<(String, String)>().into_iter().flatten().collect();
         let tokens = token_store
             .load::<(String, TokenRequestStatus)>()
@@ -194,6 +198,7 @@ impl ClusterObjects {
             .flatten()
             .collect::<HashMap<_, _>>();
         Arc::new(Self {
+            storage: Storage::new(api.clone(), storage),
             api,
             node,
             services,
@@ -221,20 +226,22 @@ impl ClusterObjects {
         self.retained.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    fn hold(&self, reference: &ObjectRef) -> (Held, AbortHandle) {
+    /// `None` for what has no watch.
+    fn hold(&self, reference: &ObjectRef) -> Option<(Held, AbortHandle)> {
         // Read before the first watch may write over it.
         let earlier = self.earlier();
         match reference {
             ObjectRef::ConfigMap(key) => {
                 let before = earlier.maps.get(key).cloned();
                 let (rx, task) = self.watch_one(reference, key, before, "ConfigMap", &self.maps);
-                (Held::ConfigMap(rx), task)
+                Some((Held::ConfigMap(rx), task))
             }
             ObjectRef::Secret(key) => {
                 let before = earlier.secrets.get(key).cloned();
                 let (rx, task) = self.watch_one(reference, key, before, "Secret", &self.secrets);
-                (Held::Secret(rx), task)
+                Some((Held::Secret(rx), task))
             }
+            ObjectRef::CsiDriver(_) => None,
         }
     }
 
@@ -303,7 +310,11 @@ fn keyed<K: Resource>(object: K) -> (NamespacedName, Arc<K>) {
     (key, Arc::new(object))
 }
 
-fn object_error(kind: &'static str, key: &NamespacedName, error: &ApiError) -> ObjectError {
+pub(super) fn object_error(
+    kind: &'static str,
+    key: &NamespacedName,
+    error: &ApiError,
+) -> ObjectError {
     let (key, cause) = (key.clone(), error.to_string());
     match error.code() {
         Some(403) => ObjectError::Forbidden { kind, key, cause },
@@ -492,6 +503,32 @@ impl Objects for ClusterObjects {
         }
     }
 
+    async fn claim(
+        &self,
+        key: &NamespacedName,
+    ) -> Result<Option<Arc<PersistentVolumeClaim>>, ObjectError> {
+        let objects = kube::Api::namespaced(self.api.objects.clone(), &key.namespace);
+        self.storage.get("PersistentVolumeClaim", key, &objects).await
+    }
+
+    async fn persistent_volume(
+        &self,
+        name: &str,
+    ) -> Result<Option<Arc<PersistentVolume>>, ObjectError> {
+        self.storage.get_of_cluster("PersistentVolume", name).await
+    }
+
+    async fn volume_attachment(
+        &self,
+        name: &str,
+    ) -> Result<Option<Arc<VolumeAttachment>>, ObjectError> {
+        self.storage.get_of_cluster("VolumeAttachment", name).await
+    }
+
+    async fn csi_driver(&self, name: &str) -> Result<Option<Arc<CSIDriver>>, ObjectError> {
+        self.storage.get_of_cluster("CSIDriver", name).await
+    }
+
     fn services(&self, namespace: &str) -> Vec<Arc<Service>> {
         self.services.of(namespace)
     }
@@ -510,7 +547,7 @@ impl Objects for ClusterObjects {
                     entry.pods.insert(uid.clone());
                 }
                 None => {
-                    let (held, task) = self.hold(reference);
+                    let Some((held, task)) = self.hold(reference) else { continue };
                     let entry = Entry { pods: [uid.clone()].into(), held, task };
                     retained.entries.insert(reference.clone(), entry);
                 }
@@ -535,6 +572,11 @@ impl Objects for ClusterObjects {
     fn changes(&self) -> broadcast::Receiver<ObjectRef> {
         self.changes.subscribe()
     }
+
+    fn announce(&self, changed: ObjectRef) {
+        // Nobody listening is fine.
+        let _ = self.changes.send(changed);
+    }
 }
 
 impl ClusterObjects {
@@ -547,6 +589,7 @@ impl ClusterObjects {
             match reference {
                 ObjectRef::ConfigMap(key) => self.maps.remove(&key.to_string()),
                 ObjectRef::Secret(key) => self.secrets.remove(&key.to_string()),
+                ObjectRef::CsiDriver(_) => {}
             }
         }
     }

@@ -120,6 +120,7 @@ mod tests {
             .map(|r| match r {
                 ObjectRef::ConfigMap(key) => format!("cm {key}"),
                 ObjectRef::Secret(key) => format!("secret {key}"),
+                ObjectRef::CsiDriver(name) => format!("driver {name}"),
             })
             .collect();
         assert_eq!(

@@ -9,15 +9,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use k8s_openapi::api::core::v1::Node;
 use proxy::Proxy;
 use proxy::object::{Change, NodeState};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::api::Api;
 use crate::cluster;
 use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
+use crate::csi::{Csi, InUse};
 use crate::health::{self, Watched};
 use crate::node::conditions::Pressure;
 use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
@@ -59,6 +62,15 @@ struct World {
     pressure: watch::Receiver<Pressure>,
     /// Who can be asked about tokens and permissions.
     reviews: Option<Box<dyn Reviews>>,
+    /// What CSI volumes need of a cluster.
+    storage: Option<Storage>,
+}
+
+/// The API server, the node's object, and the volumes that it says are in use.
+struct Storage {
+    api: Api,
+    node: watch::Receiver<Option<Arc<Node>>>,
+    in_use: Arc<InUse>,
 }
 
 /// A part that ended, with why it could not go on.
@@ -209,7 +221,16 @@ impl Parts {
         for dir in [&node.root_dir, &node.pod_logs_dir, &node.container_logs_dir] {
             std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         }
-        let volumes = NodeVolumes::new(node.clone(), world.objects.clone());
+        let csi = world.storage.map(|Storage { api, node: object, in_use }| {
+            let csi = Csi::new(&node, world.objects.clone(), object, in_use);
+            let running = csi.clone().run(api.main, self.shutdown.clone());
+            self.spawn("CSI drivers", async move {
+                running.await;
+                Ok(())
+            });
+            csi
+        });
+        let volumes = NodeVolumes::new(node.clone(), world.objects.clone(), csi);
         let refresh = volume::run_refresh(volumes.clone(), self.shutdown.clone());
         self.spawn("the refresh of volumes", async move {
             refresh.await;
@@ -318,6 +339,7 @@ impl Parts {
             // A folder's pods are static: no pressure keeps them out.
             pressure: watch::channel(Pressure::default()).1,
             reviews: None,
+            storage: None,
         })
     }
 
@@ -342,7 +364,7 @@ impl Parts {
         let config = context::cluster(&self.config);
         let mut parts = cluster::start(config, runtime).await?;
         self.watched.errors = Some(parts.errors);
-        self.watched.node = Some(parts.node);
+        self.watched.node = Some(parts.node.clone());
         let mut shutdown = self.shutdown.clone();
         // Held for as long as the loops run: without a folder of manifests nobody else does, and a
         // loop whose input is closed ends.
@@ -384,7 +406,8 @@ impl Parts {
             sources,
             network: parts.network,
             pressure: parts.pressure,
-            reviews: Some(Box::new(ClusterReviews::new(parts.api.main))),
+            reviews: Some(Box::new(ClusterReviews::new(parts.api.main.clone()))),
+            storage: Some(Storage { api: parts.api, node: parts.node, in_use: parts.in_use }),
         })
     }
 }

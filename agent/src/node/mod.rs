@@ -8,6 +8,7 @@ pub mod rotate;
 pub mod serving;
 mod volumes;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,6 +50,14 @@ enum State {
     Registered { node: Arc<Node>, since: Instant },
 }
 
+/// What the node's object depends on beside the machine and the runtime.
+pub struct Seen {
+    /// The object as the API has it.
+    pub node: watch::Receiver<Option<Arc<Node>>>,
+    /// Unique names of attachable volumes that pods use.
+    pub in_use: watch::Receiver<BTreeSet<String>>,
+}
+
 /// What the rest of the agent is told of the node.
 pub struct Told {
     /// Turned true once pods may have addresses.
@@ -65,6 +74,7 @@ pub struct NodeLoop {
     events: Arc<dyn EventSink>,
     errors: Errors,
     watch: watch::Receiver<Option<Arc<Node>>>,
+    in_use: watch::Receiver<BTreeSet<String>>,
     machine: Machine,
     facts: RuntimeFacts,
     images_at: Option<Instant>,
@@ -80,15 +90,14 @@ pub struct NodeLoop {
 }
 
 impl NodeLoop {
-    /// For the node of `config`; `watch` shows its object as the API has it, `told` is who
-    /// listens.
+    /// For the node of `config`; `seen` is what it goes by, `told` is who listens.
     pub fn new(
         config: ClusterConfig,
         client: Client,
         runtime: Arc<dyn Runtime>,
         events: Arc<dyn EventSink>,
         errors: Errors,
-        watch: watch::Receiver<Option<Arc<Node>>>,
+        seen: Seen,
         told: Told,
     ) -> Self {
         let pressure = Tracker::new(config.eviction.clone());
@@ -98,7 +107,8 @@ impl NodeLoop {
             runtime,
             events,
             errors,
-            watch,
+            watch: seen.node,
+            in_use: seen.in_use,
             machine: Machine::read(),
             facts: RuntimeFacts::default(),
             images_at: None,
@@ -146,6 +156,8 @@ impl NodeLoop {
                 tokio::select! {
                     () = tokio::time::sleep_until(until) => break,
                     () = tokio::time::sleep_until(self.network_by), if !settled => {}
+                    // Pods wait for it, and so does whoever may detach a volume.
+                    Ok(()) = self.in_use.changed() => break,
                     changed = self.watch.changed() => {
                         if changed.is_err() {
                             return;
@@ -382,7 +394,8 @@ impl NodeLoop {
         let due = since.elapsed() >= self.config.status_report_frequency;
         let old = node.status.clone().unwrap_or_default();
         let told = old.volumes_in_use.as_deref().unwrap_or_default();
-        let in_use = volumes::still_in_use(&self.config.root_dir, told);
+        let wanted = self.in_use.borrow_and_update().clone();
+        let in_use = volumes::in_use(&self.config.root_dir, told, wanted);
         let status = NodeStatus { volumes_in_use: Some(in_use), ..status };
         let Some(patch) = object::plan_status_patch(&old, &status, due) else { return Ok(()) };
         let name = self.config.node_name.clone();

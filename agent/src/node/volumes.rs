@@ -1,9 +1,8 @@
 //! `status.volumesInUse`: attachable volumes that must not be detached, as they are mounted here.
 //!
-//! Pods of this agent have none, since none is provided yet. A kubelet whose place was taken
-//! (`join --adopt`) may have left some: what it had listed stays as long as its files say that the
-//! volume is there (kubelet's `vol_data.json`), then it goes, so that the attach-detach controller can
-//! detach it.
+//! What pods use now is told by who mounts it. An earlier agent, or a kubelet whose place was taken
+//! (`join --adopt`), may have left more: what was listed stays as long as files say that the volume
+//! is there (`vol_data.json`), then it goes, so that the attach-detach controller can detach it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -21,8 +20,15 @@ struct VolumeData {
     volume_handle: String,
 }
 
+/// What the Node shall say, where it said `told` and pods use what is `wanted`.
+pub(super) fn in_use(root: &Path, told: &[String], mut wanted: BTreeSet<String>) -> Vec<String> {
+    let left: Vec<String> = told.iter().filter(|name| !wanted.contains(*name)).cloned().collect();
+    wanted.extend(still_in_use(root, &left));
+    wanted.into_iter().collect()
+}
+
 /// Those of the volumes `told` that the kubelet's folder `root` still has.
-pub(super) fn still_in_use(root: &Path, told: &[String]) -> Vec<String> {
+fn still_in_use(root: &Path, told: &[String]) -> Vec<String> {
     if told.is_empty() {
         return Vec::new();
     }
@@ -34,7 +40,13 @@ pub(super) fn still_in_use(root: &Path, told: &[String]) -> Vec<String> {
     let mounted = csi.flat_map(|plugin| entries(plugin)).map(|volume| volume.join("vol_data.json"));
     let devices = entries(&root.join("plugins/kubernetes.io/csi/volumeDevices"))
         .map(|volume| volume.join("data/vol_data.json"));
-    let there: BTreeSet<String> = mounted.chain(devices).filter_map(|file| name(&file)).collect();
+    // Staged for the node, whether a pod has it or not.
+    let staged = entries(&root.join("plugins/kubernetes.io/csi"))
+        .filter(|driver| !driver.ends_with("volumeDevices"))
+        .flat_map(|driver| entries(&driver))
+        .map(|volume| volume.join("vol_data.json"));
+    let there: BTreeSet<String> =
+        mounted.chain(devices).chain(staged).filter_map(|file| name(&file)).collect();
     let has_plugin = |name: &str| {
         let folder = name.splitn(3, '/').take(2).collect::<Vec<_>>().join("~");
         of_pods.iter().any(|found| found.ends_with(&folder) && entries(found).next().is_some())
@@ -83,5 +95,9 @@ mod tests {
         assert_eq!(stay, [&told[0], &told[1], &told[3]].map(String::clone));
         fs::remove_dir_all(root.path().join("pods")).unwrap();
         assert_eq!(still_in_use(root.path(), &told), [told[1].clone()]);
+        write("plugins/kubernetes.io/csi/d.example/0123/vol_data.json", "d.example", "1");
+        let wanted = BTreeSet::from(["kubernetes.io/csi/d.example^new".to_owned()]);
+        let said = in_use(root.path(), &told, wanted);
+        assert_eq!(said, [&told[0], &told[1], "kubernetes.io/csi/d.example^new"]);
     }
 }

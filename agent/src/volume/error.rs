@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::csi::CsiError;
+use crate::ids::NamespacedName;
 use crate::objects::ObjectError;
 
 /// Why a volume could not be put in place or taken away.
@@ -11,7 +13,8 @@ pub enum VolumeError {
     /// The volume names a kind that this node does not provide.
     #[error(
         "unimplemented: volume {volume:?} is of kind {kind}, which this node does not provide; \
-         use emptyDir, hostPath, image, configMap, secret, downwardAPI or projected"
+         use emptyDir, hostPath, image, configMap, secret, downwardAPI, projected, \
+         persistentVolumeClaim, ephemeral or csi"
     )]
     Unsupported {
         /// Name of the volume in the pod.
@@ -42,6 +45,26 @@ pub enum VolumeError {
         volume: String,
         /// Why.
         source: ObjectError,
+    },
+    /// The claim, or the PersistentVolume behind it, cannot be used (yet).
+    #[error("volume {volume:?}: error processing PVC {claim}: {reason}")]
+    Claim {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// The claim.
+        claim: NamespacedName,
+        /// Why, in kubelet's words.
+        reason: String,
+    },
+    /// A CSI volume is not in place (yet), or not taken back.
+    #[error("volume {spec_name:?}: {source}")]
+    Csi {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// The PersistentVolume's name, or the volume's in the pod.
+        spec_name: String,
+        /// Why.
+        source: Box<CsiError>,
     },
     /// The kernel refused.
     #[error("{operation} {}: {source}", path.display())]
@@ -76,8 +99,26 @@ impl VolumeError {
                 format!("{failed} for volume {volume:?} : {what} not found")
             }
             Self::Object { volume, source } => format!("{failed} for volume {volume:?} : {source}"),
+            Self::Claim { volume, claim, reason } => format!(
+                "Unable to attach or mount volumes: unmounted volumes=[{volume}], unattached \
+                 volumes=[], failed to process volumes=[{volume}]: error processing PVC {claim}: \
+                 {reason}"
+            ),
+            Self::Csi { volume, spec_name, source } => match &**source {
+                CsiError::AttachTimeout(why) => format!(
+                    "Unable to attach or mount volumes: unmounted volumes=[{volume}], unattached \
+                     volumes=[{volume}], failed to process volumes=[]: timed out waiting for the \
+                     condition: {why}"
+                ),
+                other => format!("{failed} for volume {spec_name:?} : {other}"),
+            },
             Self::Unsupported { .. } | Self::Io { .. } => format!("{failed}: {self}"),
         }
+    }
+
+    /// Whether it is only that nobody waits any more.
+    pub(crate) fn is_ending(&self) -> bool {
+        matches!(self, Self::Csi { source, .. } if matches!(**source, CsiError::Ending))
     }
 
     /// Whether trying again without any change to the pod may help.

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{
     HostPathVolumeSource, Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, Volume,
 };
 
-use super::VolumeError;
+use super::claim::{Backing, backing, bound_to, claim_of, is_used};
 use super::config_map::{self, Selection};
 use super::downward_api;
 use super::empty_dir::{Medium, plan_medium};
@@ -16,7 +16,9 @@ use super::layout::Plugin;
 use super::payload::{File, Payload};
 use super::secret::{self, mode_bits};
 use super::token::Lifetime;
-use crate::ids::NamespacedName;
+use super::{Group, VolumeError};
+use crate::csi::CsiVolume;
+use crate::ids::{NamespacedName, PodUid};
 use crate::node_context::NodeContext;
 use crate::objects::{ObjectError, ObjectRef, Objects};
 
@@ -28,6 +30,10 @@ pub(super) enum Wanted {
     Image,
     /// A path of the host.
     HostPath(HostPathVolumeSource),
+    /// What is behind a claim, or a CSI volume of the pod's own.
+    Claimed(Backing),
+    /// A claim that no container mounts.
+    Unused,
     /// Files made from objects.
     Files {
         plugin: Plugin,
@@ -82,6 +88,21 @@ impl Gather<'_> {
                 Some(_) => Ok(Wanted::Image),
             };
         }
+        if let Some((claim, read_only)) = claim_of(self.pod, volume) {
+            if !is_used(self.pod, name) {
+                return Ok(Wanted::Unused);
+            }
+            return self.claim(volume, &self.key(&claim), read_only).await.map(Wanted::Claimed);
+        }
+        if let Some(source) = &volume.csi {
+            if !is_used(self.pod, name) {
+                return Ok(Wanted::Unused);
+            }
+            let (uid, namespace) =
+                (PodUid::of(self.pod), NamespacedName::of_pod(self.pod).namespace);
+            let inline = CsiVolume::inline(&uid, &namespace, name, source);
+            return Ok(Wanted::Claimed(Backing::Csi(Box::new(inline))));
+        }
         let mut uses = Vec::new();
         if let Some(source) = &volume.config_map {
             let selection = Selection {
@@ -124,6 +145,30 @@ impl Gather<'_> {
             Some(kind) => Err(VolumeError::Unsupported { volume: name.into(), kind }),
             None => Ok(Wanted::EmptyDir(Medium::Disk)),
         }
+    }
+
+    /// What is behind the claim `key`.
+    async fn claim(
+        &self,
+        volume: &Volume,
+        key: &NamespacedName,
+        read_only: bool,
+    ) -> Result<Backing, VolumeError> {
+        let failed = |reason: String| VolumeError::Claim {
+            volume: volume.name.clone(),
+            claim: key.clone(),
+            reason,
+        };
+        let claim = self.objects.claim(key).await.map_err(|error| match error {
+            ObjectError::Standalone { .. } => object_error(&volume.name)(error),
+            other => failed(format!("failed to fetch PVC from API server: {other}")),
+        })?;
+        let name = bound_to(self.pod, volume, claim.as_deref(), &key.name).map_err(failed)?;
+        let pv = self.objects.persistent_volume(&name).await.map_err(|error| {
+            failed(format!("failed to fetch PV {name} from API server: {error}"))
+        })?;
+        let uid = claim.and_then(|claim| claim.metadata.uid.clone()).unwrap_or_default();
+        backing(pv.as_deref(), &name, &uid, read_only).map_err(failed)
     }
 
     async fn config_map(
@@ -277,6 +322,13 @@ impl Gather<'_> {
 
 fn object_error(volume: &str) -> impl FnOnce(ObjectError) -> VolumeError + use<'_> {
     move |source| VolumeError::Object { volume: volume.into(), source }
+}
+
+/// The pod's `fsGroup`, and how it is applied to volumes that hold files already.
+pub(super) fn group(pod: &Pod) -> Option<Group> {
+    let context = pod.spec.as_ref()?.security_context.as_ref()?;
+    let on_root_mismatch = context.fs_group_change_policy.as_deref() == Some("OnRootMismatch");
+    fs_group(pod).map(|id| Group { id, on_root_mismatch })
 }
 
 /// The pod's `fsGroup`.

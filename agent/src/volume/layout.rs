@@ -12,6 +12,7 @@ pub(super) enum Plugin {
     Secret,
     DownwardApi,
     Projected,
+    Local,
 }
 
 impl Plugin {
@@ -22,6 +23,7 @@ impl Plugin {
             Self::Secret => "kubernetes.io~secret",
             Self::DownwardApi => "kubernetes.io~downward-api",
             Self::Projected => "kubernetes.io~projected",
+            Self::Local => "kubernetes.io~local-volume",
         }
     }
 }
@@ -59,6 +61,11 @@ impl Layout {
         self.volumes(uid).join(plugin.directory()).join(name)
     }
 
+    /// Everything that containers of the pod have of parts of volumes.
+    pub(super) fn sub_paths(&self, uid: &PodUid) -> PathBuf {
+        self.pod(uid).join("volume-subpaths")
+    }
+
     /// Where mount `index` of a container is bound to a path inside a volume.
     pub(super) fn sub_path(
         &self,
@@ -67,7 +74,7 @@ impl Layout {
         container: &str,
         index: usize,
     ) -> PathBuf {
-        self.pod(uid).join("volume-subpaths").join(volume).join(container).join(index.to_string())
+        self.sub_paths(uid).join(volume).join(container).join(index.to_string())
     }
 }
 

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use crate::ids::PodUid;
 
 mod atomic;
+mod claim;
 mod config_map;
 mod downward_api;
 mod empty_dir;
@@ -19,8 +20,10 @@ mod error;
 mod gather;
 mod host_path;
 mod layout;
+mod local;
 mod mounts;
 mod node;
+mod owner;
 mod payload;
 mod refresh;
 mod secret;
@@ -30,7 +33,9 @@ mod token;
 
 pub use error::VolumeError;
 pub(crate) use layout::empty_dir_path;
+pub(crate) use mounts::mount_points;
 pub use node::NodeVolumes;
+pub use owner::Group;
 pub use refresh::run as run_refresh;
 
 /// Brings volumes about. Every verb is idempotent and may be repeated after a crash at any instant.
@@ -42,6 +47,9 @@ pub trait Volumes: Send + Sync {
     /// The pod's object is now this one: what volumes show of it is brought up to date soon, if they
     /// are in place. Volumes that show nothing of the pod need not know.
     fn pod_changed(&self, _pod: &Arc<Pod>) {}
+
+    /// The pod ends: nobody waits for its volumes any more, and a `mount` under way gives up.
+    fn pod_ends(&self, _uid: &PodUid) {}
 
     /// The CRI mounts of one container: its `volumeMounts` with `subPath`, `subPathExpr` (expanded
     /// with the container's literal and downward-API environment), `readOnly` and propagation.

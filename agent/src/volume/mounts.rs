@@ -15,11 +15,12 @@ use super::VolumeError;
 pub(super) fn mounts_below(root: &Path) -> Result<Vec<PathBuf>, VolumeError> {
     let table = Path::new("/proc/thread-self/mountinfo");
     let text = std::fs::read(table).map_err(VolumeError::io("read", table))?;
-    Ok(parse_mountinfo(&text).into_iter().filter(|point| point.starts_with(root)).collect())
+    Ok(mount_points(&text).into_iter().filter(|point| point.starts_with(root)).collect())
 }
 
-/// The fifth field of each line (proc_pid_mountinfo(5)), with its octal escapes undone.
-fn parse_mountinfo(text: &[u8]) -> Vec<PathBuf> {
+/// The mount points of a mountinfo: the fifth field of each line (proc_pid_mountinfo(5)), with its
+/// octal escapes undone.
+pub(crate) fn mount_points(text: &[u8]) -> Vec<PathBuf> {
     text.split(|byte| *byte == b'\n')
         .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
         .map(|field| PathBuf::from(OsString::from_vec(unescape(field))))
@@ -112,6 +113,6 @@ mod tests {
     fn mountinfo_is_read_with_its_escapes() {
         let text = b"36 35 98:0 / / rw - ext4 /dev/root rw\n\
             37 36 0:5 / /a\\040b/c\\134d rw,noatime shared:1 - tmpfs none rw\n";
-        assert_eq!(parse_mountinfo(text), [Path::new("/"), Path::new("/a b/c\\d")]);
+        assert_eq!(mount_points(text), [Path::new("/"), Path::new("/a b/c\\d")]);
     }
 }

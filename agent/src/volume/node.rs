@@ -11,14 +11,19 @@ use async_trait::async_trait;
 use cri_shim::api;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, VolumeMount};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
-use super::gather::{Earlier, Gather, Wanted, fs_group};
+use super::claim::Backing;
+use super::gather::{Earlier, Gather, Wanted, fs_group, group};
 use super::layout::{Layout, Plugin, is_file_name};
-use super::{VolumeError, Volumes, atomic, empty_dir, host_path, mounts, sub_path, teardown};
+use super::refresh::RETRY;
+use super::{
+    Group, VolumeError, Volumes, atomic, empty_dir, host_path, local, mounts, sub_path, teardown,
+};
+use crate::csi::{Csi, CsiVolume};
 use crate::ids::{NamespacedName, PodUid};
 use crate::node_context::NodeContext;
-use crate::objects::{ObjectRef, Objects};
+use crate::objects::{ObjectError, ObjectRef, Objects};
 use crate::pod::allocation::Allocation;
 use crate::pod::config::downward::Addresses;
 use crate::pod::config::env::{EnvInput, Sources, environment, references};
@@ -31,16 +36,46 @@ pub(super) struct Mounted {
     pub(super) uses: Vec<ObjectRef>,
     /// When its volumes must be gathered again, in seconds since the epoch.
     pub(super) due: Option<i64>,
+    /// When drivers that want it must be asked again.
+    republish: Option<i64>,
+    /// Volumes that lie elsewhere than their name says, by that name.
+    places: HashMap<String, Place>,
+}
+
+impl Mounted {
+    /// When something is to be done for it.
+    pub(super) fn next(&self) -> Option<i64> {
+        [self.due, self.republish].into_iter().flatten().min()
+    }
+}
+
+/// Where a volume is that is behind a claim, or a driver's.
+#[derive(Clone)]
+struct Place {
+    path: PathBuf,
+    read_only: bool,
+    /// Its files get the pod's SELinux label.
+    relabel: bool,
 }
 
 /// A due time that has come.
 const AT_ONCE: i64 = 0;
+/// A driver that wants to be asked again is after so many seconds, and up to half as many more.
+const REPUBLISH: i64 = 60;
 
 /// One pod's volumes; its lock keeps mount, refresh and unmount of one pod apart.
-#[derive(Default)]
 struct Slot {
     busy: tokio::sync::Mutex<()>,
     mounted: Mutex<Option<Mounted>>,
+    /// Turns true once nobody waits for the pod's volumes any more.
+    ending: watch::Sender<bool>,
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        let ending = watch::Sender::new(false);
+        Self { busy: Default::default(), mounted: Default::default(), ending }
+    }
 }
 
 /// Volumes under the agent's root.
@@ -48,6 +83,8 @@ pub struct NodeVolumes {
     layout: Layout,
     node: Arc<NodeContext>,
     objects: Arc<dyn Objects>,
+    /// Where there is a control plane.
+    csi: Option<Arc<Csi>>,
     slots: Mutex<HashMap<PodUid, Arc<Slot>>>,
     /// Wakes the refresh loop when a due time may have come nearer.
     pub(super) rescheduled: Notify,
@@ -55,11 +92,16 @@ pub struct NodeVolumes {
 
 impl NodeVolumes {
     /// Volumes for the pods of `node`.
-    pub fn new(node: Arc<NodeContext>, objects: Arc<dyn Objects>) -> Arc<Self> {
+    pub fn new(
+        node: Arc<NodeContext>,
+        objects: Arc<dyn Objects>,
+        csi: Option<Arc<Csi>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             layout: Layout::new(&node.root_dir),
             node,
             objects,
+            csi,
             slots: Mutex::default(),
             rescheduled: Notify::new(),
         })
@@ -85,7 +127,7 @@ impl NodeVolumes {
     /// The nearest time at which a mounted pod is due.
     pub(super) fn next_due(&self) -> Option<i64> {
         let slots: Vec<_> = lock(&self.slots).values().cloned().collect();
-        slots.iter().filter_map(|slot| lock(&slot.mounted).as_ref().and_then(|m| m.due)).min()
+        slots.iter().filter_map(|slot| lock(&slot.mounted).as_ref().and_then(Mounted::next)).min()
     }
 
     /// Tries a failed refresh again then.
@@ -105,7 +147,8 @@ impl NodeVolumes {
         self.bring_about(&slot, &pod, true).await
     }
 
-    /// Gathers and applies all volumes, or only those made of files. In a mounted pod one volume that
+    /// Gathers and applies all volumes, or only those made of files and of drivers that want to be asked
+    /// again. In a mounted pod one volume that
     /// cannot be renewed does not hold the others back; it keeps what it has, and its error is told.
     async fn bring_about(
         &self,
@@ -119,9 +162,16 @@ impl NodeVolumes {
         let mut wanted = Vec::new();
         let (mut all_uses, mut earliest) = (Vec::new(), None);
         let mut failure = None;
+        let (mut republish, mut places) = match lock(&slot.mounted).as_ref() {
+            Some(before) if files_only => (before.republish, before.places.clone()),
+            _ => (None, HashMap::new()),
+        };
+        let now = gather.now.as_second();
+        let again = files_only && republish.is_some_and(|at| at <= now);
         for volume in volumes_of(pod) {
             let is_files = plugin_of(volume).is_some_and(|plugin| plugin != Plugin::EmptyDir);
-            if files_only && !is_files {
+            let is_drivers = places.contains_key(&volume.name) && again;
+            if files_only && !is_files && !is_drivers {
                 continue;
             }
             let path = self.layout.volume(&uid, Plugin::Projected, &volume.name);
@@ -139,9 +189,38 @@ impl NodeVolumes {
             }
             wanted.push((volume.name.clone(), want));
         }
-        let (layout, group) = (self.layout.clone(), fs_group(pod));
+        let drivers: Vec<(String, CsiVolume)> = wanted
+            .iter()
+            .filter_map(|(name, want)| match want {
+                Wanted::Claimed(Backing::Csi(volume)) => Some((name.clone(), (**volume).clone())),
+                _ => None,
+            })
+            .collect();
+        places.extend(wanted.iter().filter_map(|(name, want)| {
+            let place = self.place(&uid, want)?;
+            Some((name.clone(), place))
+        }));
+        let (layout, fs_group, group) = (self.layout.clone(), fs_group(pod), group(pod));
         let target = uid.clone();
-        blocking(move || apply_all(&layout, &target, &wanted, group)).await?;
+        blocking(move || apply_all(&layout, &target, &wanted, fs_group, group)).await?;
+        if again || !files_only {
+            republish = None;
+        }
+        for (name, volume) in drivers {
+            match self.set_up(slot, pod, &name, &volume, group, again).await {
+                Ok((place, wants_again)) => {
+                    places.insert(name, place);
+                    if wants_again {
+                        republish = Some(now + REPUBLISH + fastrand::i64(0..=REPUBLISH / 2));
+                    }
+                }
+                Err(error) if files_only => {
+                    republish = Some(now + RETRY);
+                    failure.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
         let mut mounted = lock(&slot.mounted);
         if let (Some(_), Some(before)) = (&failure, mounted.as_ref()) {
             // The volume that failed goes on waiting for its objects.
@@ -154,12 +233,54 @@ impl NodeVolumes {
             // It changed meanwhile, and what was gathered is of before.
             (pod, earliest) = (now.clone(), Some(AT_ONCE));
         }
-        *mounted = Some(Mounted { pod, uses: all_uses, due: earliest });
+        *mounted = Some(Mounted { pod, uses: all_uses, due: earliest, republish, places });
         drop(mounted);
-        if earliest.is_some() {
+        if earliest.or(republish).is_some() {
             self.rescheduled.notify_one();
         }
         failure.map_or(Ok(()), Err)
+    }
+
+    /// Has a driver's volume put in place; where it is, and whether the driver wants to be asked again.
+    async fn set_up(
+        &self,
+        slot: &Slot,
+        pod: &Pod,
+        name: &str,
+        volume: &CsiVolume,
+        group: Option<Group>,
+        again: bool,
+    ) -> Result<(Place, bool), VolumeError> {
+        let Some(csi) = &self.csi else {
+            let source = ObjectError::Standalone { what: "a CSI volume" };
+            return Err(VolumeError::Object { volume: name.to_owned(), source });
+        };
+        let placed = csi.set_up(pod, volume, group, again, slot.ending.subscribe()).await;
+        let placed = placed.map_err(|source| VolumeError::Csi {
+            volume: name.to_owned(),
+            spec_name: volume.spec_name.clone(),
+            source: Box::new(source),
+        })?;
+        let (path, read_only) = (placed.path, volume.read_only);
+        Ok((Place { path, read_only, relabel: !read_only }, placed.republish))
+    }
+
+    /// Where a volume is that is behind a claim and no driver's.
+    fn place(&self, uid: &PodUid, want: &Wanted) -> Option<Place> {
+        match want {
+            Wanted::Claimed(Backing::Local { name, read_only, .. }) => Some(Place {
+                path: self.layout.volume(uid, Plugin::Local, name),
+                read_only: *read_only,
+                relabel: !read_only,
+            }),
+            Wanted::Claimed(Backing::HostPath(source, read_only)) => Some(Place {
+                path: PathBuf::from(&source.path),
+                read_only: *read_only,
+                // What is the node's own keeps its labels.
+                relabel: false,
+            }),
+            _ => None,
+        }
     }
 
     /// `subPath` of a mount, with `subPathExpr` expanded.
@@ -247,6 +368,8 @@ impl Volumes for NodeVolumes {
     ) -> Result<Vec<api::Mount>, VolumeError> {
         let uid = PodUid::of(pod);
         check_uid(&uid)?;
+        let places = lock(&self.slot(&uid).mounted).as_ref().map(|m| m.places.clone());
+        let places = places.unwrap_or_default();
         let mut mounts = Vec::new();
         for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
             let invalid =
@@ -260,10 +383,12 @@ impl Volumes for NodeVolumes {
                 continue;
             }
             let plugin = plugin_of(volume);
-            let path = match (&volume.host_path, plugin) {
-                (Some(host_path), _) => PathBuf::from(&host_path.path),
-                (None, Some(plugin)) => self.layout.volume(&uid, plugin, &volume.name),
-                (None, None) => return Err(invalid("volume is of no kind provided here".into())),
+            let place = places.get(&volume.name);
+            let path = match (&volume.host_path, plugin, place) {
+                (Some(host_path), ..) => PathBuf::from(&host_path.path),
+                (None, Some(plugin), _) => self.layout.volume(&uid, plugin, &volume.name),
+                (None, None, Some(place)) => place.path.clone(),
+                (None, None, None) => return Err(invalid("volume is not in place yet".into())),
             };
             let path = match self.sub_path(pod, container, mount).await? {
                 None => path,
@@ -282,7 +407,9 @@ impl Volumes for NodeVolumes {
             };
             // Files made from objects are the agent's to change, never a container's.
             let ours = plugin.is_some_and(|plugin| plugin != Plugin::EmptyDir);
-            let readonly = mount.read_only.unwrap_or(false) || ours;
+            let readonly = mount.read_only.unwrap_or(false)
+                || ours
+                || place.is_some_and(|place| place.read_only);
             let recursive = match mount.recursive_read_only.as_deref().unwrap_or_default() {
                 "" | "Disabled" | "IfPossible" => false,
                 "Enabled" if mount.read_only == Some(true) => true,
@@ -295,18 +422,33 @@ impl Volumes for NodeVolumes {
                 propagation: propagation.into(),
                 recursive_read_only: recursive,
                 // What is the node's own keeps its labels.
-                selinux_relabel: plugin.is_some(),
+                selinux_relabel: plugin.is_some() || place.is_some_and(|place| place.relabel),
                 ..Default::default()
             });
         }
         Ok(mounts)
     }
 
+    fn pod_ends(&self, uid: &PodUid) {
+        self.slot(uid).ending.send_replace(true);
+    }
+
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
         check_uid(uid)?;
         let slot = self.slot(uid);
+        slot.ending.send_replace(true);
         let _busy = slot.busy.lock().await;
         *lock(&slot.mounted) = None;
+        if let Some(csi) = &self.csi {
+            // What is bound to parts of a driver's volume would keep it from taking it back.
+            let bound = self.layout.sub_paths(uid);
+            blocking(move || teardown::unmount_below(&bound)).await?;
+            csi.tear_down(uid).await.map_err(|source| VolumeError::Csi {
+                volume: uid.to_string(),
+                spec_name: uid.to_string(),
+                source: Box::new(source),
+            })?;
+        }
         let directory = self.layout.pod(uid);
         blocking(move || teardown::remove_tree(&directory)).await?;
         lock(&self.slots).remove(uid);
@@ -417,6 +559,7 @@ fn apply_all(
     uid: &PodUid,
     wanted: &[(String, Wanted)],
     group: Option<u32>,
+    of_existing: Option<Group>,
 ) -> Result<(), VolumeError> {
     let pod = layout.pod(uid);
     private_directory(&pod)?;
@@ -432,8 +575,20 @@ fn apply_all(
                 parent_directory(&path)?;
                 empty_dir::apply(&path, *medium, group)?;
             }
-            Wanted::Image => {}
-            Wanted::HostPath(source) => host_path::apply(name, source)?,
+            // A driver's is put in place by it, after all others.
+            Wanted::Image | Wanted::Unused | Wanted::Claimed(Backing::Csi(_)) => {}
+            Wanted::HostPath(source) | Wanted::Claimed(Backing::HostPath(source, _)) => {
+                host_path::apply(name, source)?;
+            }
+            Wanted::Claimed(Backing::Local { name: pv, path, read_only }) => {
+                if !is_file_name(pv) {
+                    let reason = format!("PersistentVolume {pv:?} cannot name a directory");
+                    return Err(VolumeError::Invalid { volume: name.clone(), reason });
+                }
+                let target = layout.volume(uid, Plugin::Local, pv);
+                parent_directory(&target)?;
+                local::apply(pv, path, &target, *read_only, of_existing)?;
+            }
             Wanted::Files { plugin, payload, .. } => {
                 let path = layout.volume(uid, *plugin, name);
                 parent_directory(&path)?;

@@ -23,7 +23,7 @@ enum Wake {
 }
 
 /// A failed refresh is tried again after this long, in seconds.
-const RETRY: i64 = 10;
+pub(super) const RETRY: i64 = 10;
 
 /// Runs until `shutdown` turns true.
 pub async fn run(volumes: Arc<NodeVolumes>, mut shutdown: watch::Receiver<bool>) {
@@ -44,7 +44,7 @@ pub async fn run(volumes: Arc<NodeVolumes>, mut shutdown: watch::Receiver<bool>)
             Wake::Shutdown => return,
             Wake::Changed(Some(object)) => volumes.mounted(|m| m.uses.contains(&object)),
             Wake::Changed(None) => volumes.mounted(|m| !m.uses.is_empty()),
-            Wake::Due => volumes.mounted(|m| m.due.is_some_and(|due| due <= now)),
+            Wake::Due => volumes.mounted(|m| m.next().is_some_and(|due| due <= now)),
         };
         for pod in pods {
             let uid = PodUid::of(&pod);

@@ -28,6 +28,17 @@ pub(super) fn remove_tree(directory: &Path) -> Result<(), VolumeError> {
         }
         Ok(_) => {}
     }
+    unmount_below(directory)?;
+    let removed = open_directory(nix::fcntl::AT_FDCWD, directory).and_then(empty);
+    removed.map_err(|errno| VolumeError::io("empty", directory)(errno.into()))?;
+    match std::fs::remove_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.map_err(VolumeError::io("remove", directory)),
+    }
+}
+
+/// Takes away what is mounted at and below `directory`, which need not exist.
+pub(super) fn unmount_below(directory: &Path) -> Result<(), VolumeError> {
     for _ in 0..ROUNDS {
         let mut points = mounts_below(directory)?;
         if points.is_empty() {
@@ -39,12 +50,7 @@ pub(super) fn remove_tree(directory: &Path) -> Result<(), VolumeError> {
             unmount(&point)?;
         }
     }
-    let removed = open_directory(nix::fcntl::AT_FDCWD, directory).and_then(empty);
-    removed.map_err(|errno| VolumeError::io("empty", directory)(errno.into()))?;
-    match std::fs::remove_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.map_err(VolumeError::io("remove", directory)),
-    }
+    Ok(())
 }
 
 fn open_directory<P: ?Sized + nix::NixPath>(at: impl AsFd, name: &P) -> nix::Result<Dir> {

@@ -114,7 +114,7 @@ impl Bench {
     /// As after a restart of the agent.
     fn restarted(&self) -> Arc<NodeVolumes> {
         let node = NodeContext { root_dir: self.root.clone(), ..NodeContext::new("n", vec![]) };
-        NodeVolumes::new(Arc::new(node), self.objects.clone())
+        NodeVolumes::new(Arc::new(node), self.objects.clone(), None)
     }
 }
 
@@ -133,7 +133,7 @@ fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce(Bench) -> F) {
     });
     let path = root.path().join("kubelet");
     let node = NodeContext { root_dir: path.clone(), ..NodeContext::new("n", vec![]) };
-    let volumes = NodeVolumes::new(Arc::new(node), objects.clone());
+    let volumes = NodeVolumes::new(Arc::new(node), objects.clone(), None);
     // Built here: its threads inherit this thread's namespace.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(test(Bench { _root: root, root: path, objects, volumes }));
@@ -410,7 +410,11 @@ fn what_cannot_be_had_is_refused_by_name() {
             ),
             (
                 serde_json::json!({"name": "v", "persistentVolumeClaim": {"claimName": "c"}}),
-                "persistentVolumeClaim",
+                "a PersistentVolumeClaim needs a control plane",
+            ),
+            (
+                serde_json::json!({"name": "v", "csi": {"driver": "d"}}),
+                "a CSI volume needs a control plane",
             ),
             (
                 serde_json::json!({"name": "v", "configMap": {"name": "none"}}),
@@ -429,7 +433,9 @@ fn what_cannot_be_had_is_refused_by_name() {
                 "hostPath type check failed",
             ),
         ] {
-            let pod = pod(serde_json::json!({"containers": [], "volumes": [volume]}));
+            let mount = serde_json::json!([{"name": "v", "mountPath": "/v"}]);
+            let containers = serde_json::json!([{"name": "c", "volumeMounts": mount}]);
+            let pod = pod(serde_json::json!({"containers": containers, "volumes": [volume]}));
             let error = bench.volumes.mount(&pod).await.unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }

@@ -222,6 +222,7 @@ fn references_of(pod: &Value) -> References {
     for volume in list(&spec["volumes"]) {
         add(&mut found.secrets, &volume["secret"]["secretName"]);
         add(&mut found.config_maps, &volume["configMap"]["name"]);
+        add(&mut found.secrets, &volume["csi"]["nodePublishSecretRef"]["name"]);
         for source in list(&volume["projected"]["sources"]) {
             add(&mut found.secrets, &source["secret"]["name"]);
             add(&mut found.config_maps, &source["configMap"]["name"]);
@@ -240,6 +241,40 @@ fn references_of(pod: &Value) -> References {
         }
     }
     found
+}
+
+/// Claims that a pod uses.
+fn claims_of(pod: &Value) -> Vec<String> {
+    let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let claim = |volume: &Value| {
+        if volume["ephemeral"].is_object() {
+            return Some(format!("{name}-{}", volume["name"].as_str()?));
+        }
+        volume["persistentVolumeClaim"]["claimName"].as_str().map(str::to_owned)
+    };
+    pod["spec"]["volumes"].as_array().into_iter().flatten().filter_map(claim).collect()
+}
+
+/// PersistentVolumes behind them.
+fn volumes_of(store: &Store, pod: &Value) -> Vec<String> {
+    let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();
+    let bound = |claim: String| {
+        let claim = store.get(known("persistentvolumeclaims"), namespace, &claim)?;
+        claim["spec"]["volumeName"].as_str().map(str::to_owned)
+    };
+    claims_of(pod).into_iter().filter_map(bound).collect()
+}
+
+/// Secrets that a PersistentVolume names, by namespace and name.
+fn secrets_of(store: &Store, volume: &str) -> Vec<(String, String)> {
+    let Some(volume) = store.get(known("persistentvolumes"), "", volume) else { return Vec::new() };
+    let fields = ["nodeStageSecretRef", "nodePublishSecretRef", "nodeExpandSecretRef"];
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let named = fields.map(|field| {
+        let reference = &volume["spec"]["csi"][field];
+        (text(&reference["namespace"]), text(&reference["name"]))
+    });
+    named.into_iter().filter(|(_, name)| !name.is_empty()).collect()
 }
 
 /// The Node authorizer (KEP-279, with the field selectors of KEP-4601).
@@ -267,7 +302,39 @@ fn authorize_node(store: &Store, node: &str, info: &RequestInfo) -> Result<(), S
                 };
                 pod["metadata"]["namespace"] == info.namespace.as_str() && set.contains(&by_name)
             });
-            if used {
+            let of_volume = || {
+                info.plural == "secrets"
+                    && pods_here().any(|pod| {
+                        volumes_of(store, &pod).iter().any(|name| {
+                            secrets_of(store, name)
+                                .contains(&(info.namespace.clone(), by_name.clone()))
+                        })
+                    })
+            };
+            if used || of_volume() {
+                Ok(())
+            } else {
+                Err(format!("no relationship found between node '{node}' and this object"))
+            }
+        }
+        ("", "persistentvolumeclaims" | "persistentvolumes")
+        | ("storage.k8s.io", "volumeattachments") => {
+            if info.verb != "get" || !info.subresource.is_empty() {
+                return deny("can only get individual resources of this type");
+            }
+            let related = match info.plural.as_str() {
+                "persistentvolumeclaims" => pods_here().any(|pod| {
+                    pod["metadata"]["namespace"] == info.namespace.as_str()
+                        && claims_of(&pod).contains(&info.name)
+                }),
+                "persistentvolumes" => {
+                    pods_here().any(|pod| volumes_of(store, &pod).contains(&info.name))
+                }
+                _ => store
+                    .get(known("volumeattachments"), "", &info.name)
+                    .is_some_and(|attachment| attachment["spec"]["nodeName"] == node),
+            };
+            if related {
                 Ok(())
             } else {
                 Err(format!("no relationship found between node '{node}' and this object"))
@@ -349,13 +416,12 @@ fn node_rules() -> Vec<Value> {
         rule("", &["services"], &read),
         rule("", &["events"], &["create", "update", "patch"]),
         rule("events.k8s.io", &["events"], &["create", "update", "patch"]),
-        rule("", &["persistentvolumeclaims", "persistentvolumes", "endpoints"], &["get"]),
+        rule("", &["endpoints"], &["get"]),
         rule(
             "certificates.k8s.io",
             &["certificatesigningrequests"],
             &["create", "get", "list", "watch"],
         ),
-        rule("storage.k8s.io", &["volumeattachments"], &["get"]),
         rule("storage.k8s.io", &["csidrivers"], &read),
         rule("node.k8s.io", &["runtimeclasses"], &read),
     ]

@@ -10,6 +10,7 @@ pub mod caller;
 pub mod cluster;
 pub mod command;
 pub mod containerd;
+pub mod csi;
 pub mod eventually;
 pub mod image;
 pub mod lab;

@@ -13,6 +13,7 @@
 
 mod certificates;
 mod cluster;
+mod csi;
 mod disk;
 mod faults;
 mod join;

@@ -73,6 +73,7 @@ impl Worker {
                 self.deps.volumes.pod_changed(&self.pod);
                 Step::Done
             }
+            Err(error) if error.is_ending() => Step::Wanted,
             Err(error) => {
                 self.deps.pod_event(&self.pod, EventType::Warning, "FailedMount", error.event());
                 Step::Failed(self.failure("FailedMount", error.to_string(), count, 1, 2 * MAX_WAIT))

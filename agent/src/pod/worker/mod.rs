@@ -507,6 +507,7 @@ impl Worker {
         self.kill_at = now.checked_add(grace).ok();
         self.ends_since = Some(now);
         self.ending.send_replace(true);
+        self.deps.volumes.pod_ends(&self.uid);
         for (_, pull) in self.pulls.drain() {
             pull.abort();
         }

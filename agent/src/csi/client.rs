@@ -1,0 +1,101 @@
+//! Calls to a driver's node service.
+//!
+//! A connection is made for each call: they are rare, and a driver that was replaced behind the same
+//! socket is simply the one that answers.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use super::CsiError;
+use super::request::Capabilities;
+use super::wire::csi::node_client::NodeClient;
+use super::wire::csi::{
+    NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
+    NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
+};
+
+/// How long a driver may take for one call, as under kubelet.
+const CALL: Duration = Duration::from_secs(120);
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// A channel to whoever listens at `socket`.
+pub(super) async fn connect(socket: &Path) -> Result<Channel, Status> {
+    let path = socket.to_path_buf();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(&path).await.map(TokioIo::new) }
+    });
+    // The address names nobody: the connector above decides where bytes go.
+    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
+    endpoint.connect_with_connector(connector).await.map_err(|error| {
+        let cause = crate::api::chain(&error);
+        Status::unavailable(format!("connect to {}: {cause}", socket.display()))
+    })
+}
+
+/// A driver, by its socket.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    socket: PathBuf,
+}
+
+/// One call in its time.
+macro_rules! call {
+    ($self:ident, $verb:ident, $request:expr) => {{
+        let work = async {
+            let mut client = NodeClient::new(connect(&$self.socket).await?);
+            client.$verb($request).await.map(tonic::Response::into_inner)
+        };
+        match tokio::time::timeout(CALL, work).await {
+            Ok(answer) => answer.map_err(CsiError::from),
+            Err(_) => Err(CsiError::Rpc {
+                code: Code::DeadlineExceeded,
+                message: format!("no answer within {} s", CALL.as_secs()),
+            }),
+        }
+    }};
+}
+
+impl Client {
+    pub(super) fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_path_buf() }
+    }
+
+    pub(super) async fn info(&self) -> Result<NodeGetInfoResponse, CsiError> {
+        call!(self, node_get_info, NodeGetInfoRequest {})
+    }
+
+    pub(super) async fn capabilities(&self) -> Result<Capabilities, CsiError> {
+        let told = call!(self, node_get_capabilities, NodeGetCapabilitiesRequest {})?;
+        Ok(Capabilities::of(&told.capabilities))
+    }
+
+    pub(super) async fn stage(&self, request: NodeStageVolumeRequest) -> Result<(), CsiError> {
+        call!(self, node_stage_volume, request).map(drop)
+    }
+
+    pub(super) async fn unstage(&self, handle: &str, staging: &Path) -> Result<(), CsiError> {
+        let request = NodeUnstageVolumeRequest {
+            volume_id: handle.to_owned(),
+            staging_target_path: staging.display().to_string(),
+        };
+        call!(self, node_unstage_volume, request).map(drop)
+    }
+
+    pub(super) async fn publish(&self, request: NodePublishVolumeRequest) -> Result<(), CsiError> {
+        call!(self, node_publish_volume, request).map(drop)
+    }
+
+    pub(super) async fn unpublish(&self, handle: &str, target: &Path) -> Result<(), CsiError> {
+        let request = NodeUnpublishVolumeRequest {
+            volume_id: handle.to_owned(),
+            target_path: target.display().to_string(),
+        };
+        call!(self, node_unpublish_volume, request).map(drop)
+    }
+}

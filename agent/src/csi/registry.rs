@@ -1,0 +1,438 @@
+//! How drivers make themselves known: each puts a socket into `plugins_registry`, and is asked over
+//! it who it is.
+//!
+//! The folder is watched, and read as a whole at each change, so that what happened while nobody
+//! looked counts as well: after a restart every driver is registered again by its socket. A driver is
+//! told that it is registered once the API knows of it, or once it is clear that the API does not
+//! answer: what a node has mounted must go on while the control plane is away.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use inotify::{Inotify, WatchMask};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::client::{Client, connect};
+use super::drivers::{NodeInfo, usable_version};
+use super::node_info::Published;
+use super::wire::registration::registration_client::RegistrationClient;
+use super::wire::registration::{InfoRequest, PluginInfo, RegistrationStatus};
+use super::{Csi, CsiError};
+use crate::shutdown;
+
+/// The folder is read again at least this often.
+const RESCAN: Duration = Duration::from_secs(60);
+/// Events that come together are one look.
+const SETTLE: Duration = Duration::from_millis(20);
+/// How long a plugin may take to say who it is, and to take the answer.
+const ASK: Duration = Duration::from_secs(5);
+/// How long the API may take before a driver is told that it is registered all the same.
+const PUBLISH: Duration = Duration::from_secs(10);
+const FIRST_RETRY: Duration = Duration::from_millis(500);
+const LONGEST_RETRY: Duration = Duration::from_secs(120);
+/// Plugins that are taken notice of.
+const MAX_SOCKETS: usize = 1000;
+/// Folders below the registry are looked into so deep.
+const MAX_DEPTH: usize = 4;
+
+type Events = inotify::EventStream<[u8; 4096]>;
+
+/// Which socket it is: one that was made anew at the same path is another.
+type Identity = (u64, u64, i64, i64);
+
+#[derive(Debug)]
+struct Plugin {
+    identity: Identity,
+    /// The driver that its path registered.
+    name: Option<String>,
+    /// Failures in a row.
+    failures: u32,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Registering(AbortHandle),
+    Registered,
+    Failed { retry_at: Instant },
+}
+
+/// Why a plugin is not registered.
+#[derive(Debug, thiserror::Error)]
+enum RegistryError {
+    #[error("{verb} at socket {}: {}", socket.display(), status.message())]
+    Unanswered { verb: &'static str, socket: PathBuf, status: Status },
+    #[error("RegisterPlugin error -- {0}")]
+    Refused(String),
+    #[error("RegisterPlugin error -- plugin registration failed with err: {0}")]
+    Driver(#[from] CsiError),
+}
+
+/// A registration that has ended, and what it registered.
+type Ended = (PathBuf, Identity, Result<String, RegistryError>);
+
+/// Keeps what is registered as the sockets say.
+pub(super) struct Registry {
+    csi: Arc<Csi>,
+    plugins: BTreeMap<PathBuf, Plugin>,
+    published: watch::Receiver<Published>,
+    work: JoinSet<Ended>,
+}
+
+/// What a look at the folder calls for, in this order.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    gone: Vec<PathBuf>,
+    register: Vec<(PathBuf, Identity)>,
+}
+
+/// Compares the sockets that there are with what is known of them. Pure.
+fn plan(
+    known: &BTreeMap<PathBuf, Plugin>,
+    found: &BTreeMap<PathBuf, Identity>,
+    now: Instant,
+) -> Plan {
+    let wanted = |path: &PathBuf, identity: &Identity| match known.get(path) {
+        None => true,
+        Some(plugin) if plugin.identity != *identity => true,
+        Some(Plugin { state: State::Failed { retry_at }, .. }) => *retry_at <= now,
+        Some(_) => false,
+    };
+    Plan {
+        gone: known.keys().filter(|path| !found.contains_key(*path)).cloned().collect(),
+        register: found
+            .iter()
+            .filter(|(path, identity)| wanted(path, identity))
+            .map(|(path, identity)| (path.clone(), *identity))
+            .collect(),
+    }
+}
+
+impl Registry {
+    pub(super) fn new(csi: Arc<Csi>, published: watch::Receiver<Published>) -> Self {
+        Self { csi, plugins: BTreeMap::new(), published, work: JoinSet::new() }
+    }
+
+    /// Runs until `shutdown` turns true.
+    pub(super) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
+        let folder = self.csi.layout.registry();
+        for folder in [&folder, &self.csi.layout.plugins()] {
+            if let Err(error) = fs::create_dir_all(folder) {
+                tracing::error!(folder = %folder.display(), %error, "no plugin can register");
+            }
+        }
+        let mut events: Option<Events> = None;
+        loop {
+            // Watched before it is read, so that nothing falls between.
+            if events.is_none() {
+                events = start_watch(&folder)
+                    .inspect_err(|error| {
+                        tracing::warn!(folder = %folder.display(), %error,
+                            "cannot watch for plugins; looking once a minute");
+                    })
+                    .ok();
+            }
+            self.look(&folder, events.as_ref());
+            let retries = self.plugins.values().filter_map(|plugin| match plugin.state {
+                State::Failed { retry_at } => Some(retry_at),
+                _ => None,
+            });
+            let wake = retries.min().into_iter().chain([Instant::now() + RESCAN]).min();
+            tokio::select! {
+                alive = next_event(&mut events) => {
+                    if !alive {
+                        events = None;
+                    }
+                    tokio::time::sleep(SETTLE).await;
+                }
+                Some(ended) = self.work.join_next() => {
+                    // One that was called off says nothing.
+                    if let Ok(ended) = ended {
+                        self.ended(ended);
+                    }
+                }
+                () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)) => {}
+                () = shutdown::requested(&mut shutdown) => return,
+            }
+        }
+    }
+
+    fn look(&mut self, folder: &Path, events: Option<&Events>) {
+        let mut found = BTreeMap::new();
+        if let Err(error) = sockets(folder, 0, events, &mut found) {
+            // The folder as a whole being away says nothing about what is registered.
+            tracing::warn!(folder = %folder.display(), %error, "cannot look for plugins");
+            return;
+        }
+        let Plan { gone, register } = plan(&self.plugins, &found, Instant::now());
+        for path in gone {
+            let Some(plugin) = self.plugins.remove(&path) else { continue };
+            if let State::Registering(work) = plugin.state {
+                work.abort();
+            }
+            if let Some(name) = plugin.name {
+                self.csi.unregistered(&name, &path);
+            }
+        }
+        for (path, identity) in register {
+            let (mut name, mut failures) = (None, 0);
+            if let Some(before) = self.plugins.remove(&path) {
+                // A new socket in the old one's place is no removal: the API need not hear of it.
+                name = before.name;
+                if before.identity == identity {
+                    failures = before.failures;
+                }
+                if let State::Registering(work) = before.state {
+                    work.abort();
+                }
+            }
+            let (csi, published) = (self.csi.clone(), self.published.clone());
+            let socket = path.clone();
+            let work = self.work.spawn(async move {
+                let result = register_plugin(&csi, &socket, published).await;
+                (socket, identity, result)
+            });
+            let state = State::Registering(work);
+            self.plugins.insert(path, Plugin { identity, name, failures, state });
+        }
+    }
+
+    fn ended(&mut self, (path, identity, result): Ended) {
+        let Some(plugin) = self.plugins.get_mut(&path).filter(|p| p.identity == identity) else {
+            return;
+        };
+        match result {
+            Ok(name) => {
+                plugin.state = State::Registered;
+                plugin.failures = 0;
+                let before = plugin.name.replace(name.clone());
+                self.csi.registered(&name);
+                if let Some(before) = before.filter(|before| *before != name) {
+                    self.csi.unregistered(&before, &path);
+                }
+            }
+            Err(error) => {
+                if plugin.failures == 0 {
+                    tracing::warn!(socket = %path.display(), %error, "cannot register a plugin yet");
+                }
+                let wait = FIRST_RETRY.saturating_mul(1 << plugin.failures.min(16));
+                plugin.failures += 1;
+                plugin.state = State::Failed { retry_at: Instant::now() + wait.min(LONGEST_RETRY) };
+            }
+        }
+    }
+}
+
+/// Registers whoever listens at `socket`, and tells it so; its name.
+async fn register_plugin(
+    csi: &Arc<Csi>,
+    socket: &Path,
+    published: watch::Receiver<Published>,
+) -> Result<String, RegistryError> {
+    let unanswered =
+        |verb| move |status| RegistryError::Unanswered { verb, socket: socket.to_owned(), status };
+    let asking = async {
+        let mut plugin = RegistrationClient::new(connect(socket).await?);
+        let info = plugin.get_info(InfoRequest {}).await?.into_inner();
+        Ok((plugin, info))
+    };
+    let (mut plugin, info) = in_time(asking).await.map_err(unanswered("GetInfo"))?;
+    let name = info.name.clone();
+    let result = take(csi, socket, info, published).await;
+    let status = match &result {
+        Ok(()) => RegistrationStatus { plugin_registered: true, error: String::new() },
+        Err(error) => RegistrationStatus { plugin_registered: false, error: error.to_string() },
+    };
+    let telling = async { plugin.notify_registration_status(status).await };
+    let told = in_time(telling).await.map_err(unanswered("NotifyRegistrationStatus"));
+    result?;
+    if let Err(error) = told {
+        csi.drivers.remove(&name, socket);
+        return Err(error);
+    }
+    Ok(name)
+}
+
+/// Takes a plugin into use, if it is one for this node to use.
+async fn take(
+    csi: &Arc<Csi>,
+    socket: &Path,
+    info: PluginInfo,
+    mut published: watch::Receiver<Published>,
+) -> Result<(), RegistryError> {
+    let PluginInfo { r#type, name, endpoint, supported_versions } = info;
+    if r#type != "CSIPlugin" {
+        return Err(RegistryError::Refused(format!(
+            "no handler registered for plugin type: {type} at socket {}",
+            socket.display()
+        )));
+    }
+    let refused = |reason: String| {
+        RegistryError::Refused(format!("plugin validation failed with err: {reason}"))
+    };
+    if name.is_empty() || name.len() > 253 || name.contains(['/', '\0']) || name.starts_with('.') {
+        return Err(refused(format!("{name:?} is no name of a CSI driver")));
+    }
+    let version = usable_version(&supported_versions).ok_or_else(|| {
+        refused(format!(
+            "CSI driver {name:?}: none of the versions specified {supported_versions:?} are \
+             supported; this node understands 1.x"
+        ))
+    })?;
+    if let Some(conflict) = csi.drivers.conflict(&name, socket, version) {
+        return Err(refused(conflict));
+    }
+    let endpoint = if endpoint.is_empty() { socket } else { Path::new(&endpoint) };
+    let told = NodeInfo::from(Client::new(endpoint).info().await?);
+    if told.node_id.is_empty() {
+        let reason = format!("CSI driver {name:?} tells no name of the node (node_id)");
+        return Err(CsiError::Invalid(reason).into());
+    }
+    csi.drivers.put(&name, socket, endpoint, version);
+    csi.drivers.tell(&name, Some(told.clone()));
+    let known = published.wait_for(|published| {
+        published.infos.get(&name) == Some(&Some(told.clone()))
+            || published.refused.contains_key(&name)
+    });
+    match tokio::time::timeout(PUBLISH, known).await {
+        Ok(Ok(published)) => match published.refused.get(&name) {
+            Some(reason) => {
+                let reason = reason.clone();
+                drop(published);
+                csi.drivers.remove(&name, socket);
+                Err(CsiError::Invalid(reason).into())
+            }
+            None => Ok(()),
+        },
+        // The control plane is away; it is told when it is back.
+        Ok(Err(_)) | Err(_) => Ok(()),
+    }
+}
+
+async fn in_time<T>(work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    match tokio::time::timeout(ASK, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", ASK.as_secs()))),
+    }
+}
+
+fn mask() -> WatchMask {
+    WatchMask::CREATE
+        | WatchMask::DELETE
+        | WatchMask::MOVED_TO
+        | WatchMask::MOVED_FROM
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR
+        | WatchMask::DONT_FOLLOW
+}
+
+fn start_watch(folder: &Path) -> io::Result<Events> {
+    let inotify = Inotify::init()?;
+    inotify.watches().add(folder, mask())?;
+    inotify.into_event_stream([0; 4096])
+}
+
+/// The next event; false once the folder itself is no longer watched.
+async fn next_event(events: &mut Option<Events>) -> bool {
+    let Some(stream) = events else { return std::future::pending().await };
+    match stream.next().await {
+        Some(Ok(event)) => {
+            let lost = inotify::EventMask::DELETE_SELF
+                | inotify::EventMask::MOVE_SELF
+                | inotify::EventMask::UNMOUNT
+                | inotify::EventMask::IGNORED;
+            !event.mask.intersects(lost)
+        }
+        Some(Err(_)) | None => false,
+    }
+}
+
+/// Sockets in `folder` and below, which are watched from now on.
+fn sockets(
+    folder: &Path,
+    depth: usize,
+    events: Option<&Events>,
+    found: &mut BTreeMap<PathBuf, Identity>,
+) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(b".") || found.len() >= MAX_SOCKETS {
+            continue;
+        }
+        // It may be gone by now.
+        let Ok(metadata) = entry.metadata() else { continue };
+        let path = entry.path();
+        if metadata.is_dir() && depth < MAX_DEPTH {
+            if let Some(events) = events {
+                // Without a watch it is still looked into, by the clock.
+                let _ = events.watches().add(&path, mask());
+            }
+            // A folder that went meanwhile has no sockets.
+            let _ = sockets(&path, depth + 1, events, found);
+        } else if metadata.file_type().is_socket() {
+            let identity =
+                (metadata.dev(), metadata.ino(), metadata.ctime(), metadata.ctime_nsec());
+            found.insert(path, identity);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_registers_what_is_new_and_forgets_what_is_gone() {
+        let now = Instant::now();
+        let soon = now + Duration::from_secs(1);
+        let plugin = |identity, state| Plugin { identity, name: None, failures: 0, state };
+        let one: Identity = (1, 1, 0, 0);
+        let two: Identity = (1, 1, 0, 1);
+        let known = BTreeMap::from([
+            ("gone".into(), plugin(one, State::Registered)),
+            ("same".into(), plugin(one, State::Registered)),
+            ("anew".into(), plugin(one, State::Registered)),
+            ("due".into(), plugin(one, State::Failed { retry_at: now })),
+            ("waits".into(), plugin(one, State::Failed { retry_at: soon })),
+            ("waits-anew".into(), plugin(one, State::Failed { retry_at: soon })),
+        ]);
+        let found = ["same", "due", "waits", "new"].map(|path| (path.into(), one));
+        let anew = ["anew", "waits-anew"].map(|path| (path.into(), two));
+        let found: BTreeMap<PathBuf, Identity> = found.into_iter().chain(anew).collect();
+        let plan = plan(&known, &found, now);
+        assert_eq!(plan.gone, [Path::new("gone")]);
+        let register: Vec<_> = plan.register.iter().map(|(p, _)| p.to_str().unwrap()).collect();
+        assert_eq!(register, ["anew", "due", "new", "waits-anew"]);
+    }
+
+    #[test]
+    fn only_sockets_count_wherever_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        let bind = |name: &str| std::os::unix::net::UnixListener::bind(folder.path().join(name));
+        fs::create_dir_all(folder.path().join("deep/er")).unwrap();
+        fs::write(folder.path().join("file"), "").unwrap();
+        let _listening = ["a.sock", "deep/er/b.sock", ".hidden"].map(|name| bind(name).unwrap());
+        let mut found = BTreeMap::new();
+        sockets(folder.path(), 0, None, &mut found).unwrap();
+        let names: Vec<_> = found.keys().map(|p| p.strip_prefix(folder.path()).unwrap()).collect();
+        assert_eq!(names, [Path::new("a.sock"), Path::new("deep/er/b.sock")]);
+        let before = found.clone();
+        fs::remove_file(folder.path().join("a.sock")).unwrap();
+        let _again = bind("a.sock").unwrap();
+        let mut now = BTreeMap::new();
+        sockets(folder.path(), 0, None, &mut now).unwrap();
+        let path = folder.path().join("a.sock");
+        assert_ne!(before[&path], now[&path], "made anew, and taken for the same");
+    }
+}
