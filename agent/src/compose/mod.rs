@@ -76,8 +76,8 @@ struct Storage {
 /// A part that ended, with why it could not go on.
 type Ended = (&'static str, anyhow::Result<()>);
 
-/// The node, its runtime, and who can be asked about tokens and permissions.
-type Serves = (Arc<NodeContext>, Arc<dyn Runtime>, Option<Box<dyn Reviews>>);
+/// The node, its runtime and volumes, and who can be asked about tokens and permissions.
+type Serves = (Arc<NodeContext>, Arc<dyn Runtime>, Arc<NodeVolumes>, Option<Box<dyn Reviews>>);
 
 /// The parts as they are put together.
 struct Parts {
@@ -236,7 +236,7 @@ impl Parts {
             refresh.await;
             Ok(())
         });
-        self.serves = Some((node.clone(), runtime.clone(), world.reviews));
+        self.serves = Some((node.clone(), runtime.clone(), volumes.clone(), world.reviews));
         let mut events = world.events;
         if self.watched.store.is_none() {
             let recent = Arc::new(health::RecentEvents::new(events));
@@ -261,7 +261,8 @@ impl Parts {
 
     /// Serves port 10250, where an agent runs here and somebody could be let in.
     async fn node_api(&mut self, watched: &Arc<Watched>) -> anyhow::Result<()> {
-        let (Some((node, runtime, reviews)), Some(sync)) = (self.serves.take(), &watched.sync)
+        let (Some((node, runtime, volumes, reviews)), Some(sync)) =
+            (self.serves.take(), &watched.sync)
         else {
             return Ok(());
         };
@@ -288,6 +289,7 @@ impl Parts {
             cert_dir: self.config.cert_dir.clone(),
             sync: sync.clone(),
             runtime,
+            volumes: Some(volumes),
             watched: watched.clone(),
         };
         let listening = api.listen(reviews).await?;

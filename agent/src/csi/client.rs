@@ -15,8 +15,9 @@ use super::CsiError;
 use super::request::Capabilities;
 use super::wire::csi::node_client::NodeClient;
 use super::wire::csi::{
-    NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodePublishVolumeRequest,
-    NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
+    NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest,
+    NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest,
+    NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
 };
 
 /// How long a driver may take for one call, as under kubelet.
@@ -73,6 +74,13 @@ impl Client {
     pub(super) async fn capabilities(&self) -> Result<Capabilities, CsiError> {
         let told = call!(self, node_get_capabilities, NodeGetCapabilitiesRequest {})?;
         Ok(Capabilities::of(&told.capabilities))
+    }
+
+    pub(super) async fn stats(
+        &self,
+        request: NodeGetVolumeStatsRequest,
+    ) -> Result<NodeGetVolumeStatsResponse, CsiError> {
+        call!(self, node_get_volume_stats, request)
     }
 
     pub(super) async fn stage(&self, request: NodeStageVolumeRequest) -> Result<(), CsiError> {

@@ -33,6 +33,7 @@ mod record;
 mod registry;
 mod request;
 mod unmount;
+mod usage;
 mod volume;
 mod wire;
 

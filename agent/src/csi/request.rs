@@ -17,6 +17,8 @@ use super::wire::csi::{NodeServiceCapability, VolumeCapability};
 pub(super) struct Capabilities {
     /// STAGE_UNSTAGE_VOLUME.
     pub(super) stage: bool,
+    /// GET_VOLUME_STATS: tells how full a volume is.
+    pub(super) stats: bool,
     /// SINGLE_NODE_MULTI_WRITER: knows the access modes of one node and of one pod apart.
     pub(super) single_node_multi_writer: bool,
     /// VOLUME_MOUNT_GROUP: gives the volume to the pod's fsGroup itself.
@@ -33,6 +35,7 @@ impl Capabilities {
         };
         Self {
             stage: has(Rpc::StageUnstageVolume),
+            stats: has(Rpc::GetVolumeStats),
             single_node_multi_writer: has(Rpc::SingleNodeMultiWriter),
             mount_group: has(Rpc::VolumeMountGroup),
         }

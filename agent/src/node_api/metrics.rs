@@ -1,7 +1,7 @@
 //! `/metrics`, `/metrics/probes`, `/metrics/slis`: what was counted, and what is looked up when a
 //! scrape comes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,10 +12,12 @@ use axum::response::{IntoResponse, Response};
 
 use super::Shared;
 use super::stats::text::{CONTENT_TYPE, Exposition, Kind, classic};
+use crate::ids::PodUid;
 use crate::join::csr::NodeCertificate;
 use crate::join::files::CURRENT;
 use crate::metrics::{HttpLabels, METRICS, volume_plugin};
 use crate::pod::spec::{is_static, spec_of};
+use crate::volume::VolumeUsage;
 use Kind::{Counter, Gauge};
 
 /// First parts of paths that are told apart; all else is `other`.
@@ -97,9 +99,10 @@ impl Drop for Ended {
 /// `/metrics`.
 pub(super) async fn all(State(shared): State<Arc<Shared>>) -> Response {
     let mut out = classic(&METRICS.encode());
-    let shared = shared.clone();
+    let gatherer = shared.gatherer.clone();
     let looked = tokio::task::spawn_blocking(move || look(&shared)).await;
     out.push_str(&looked.unwrap_or_default());
+    out.push_str(&volumes(&gatherer.volumes().await));
     text(out)
 }
 
@@ -181,6 +184,44 @@ fn build_info(out: &mut Exposition) {
     ];
     let help = "A metric with a constant '1' value labeled by version and platform.";
     out.sample(("kubernetes_build_info", Gauge, help), &version, 1.0, None);
+}
+
+/// How full claims are, each once however many pods use it.
+fn volumes(usage: &HashMap<PodUid, Vec<VolumeUsage>>) -> String {
+    let mut claims = BTreeMap::new();
+    for volume in usage.values().flatten() {
+        if let Some(claim) = &volume.claim {
+            claims.entry(claim.clone()).or_insert(volume);
+        }
+    }
+    let mut out = Exposition::default();
+    type Of = fn(&VolumeUsage) -> u64;
+    let all: [(&'static str, &'static str, Of); 6] = [
+        ("kubelet_volume_stats_capacity_bytes", "Capacity in bytes of the volume", |v| {
+            v.bytes.capacity
+        }),
+        ("kubelet_volume_stats_available_bytes", "Number of available bytes in the volume", |v| {
+            v.bytes.available
+        }),
+        ("kubelet_volume_stats_used_bytes", "Number of used bytes in the volume", |v| v.bytes.used),
+        ("kubelet_volume_stats_inodes", "Maximum number of inodes in the volume", |v| {
+            v.inodes.capacity
+        }),
+        ("kubelet_volume_stats_inodes_free", "Number of free inodes in the volume", |v| {
+            v.inodes.available
+        }),
+        ("kubelet_volume_stats_inodes_used", "Number of used inodes in the volume", |v| {
+            v.inodes.used
+        }),
+    ];
+    for (name, help, of) in all {
+        for (claim, volume) in &claims {
+            let labels =
+                [("namespace", &*claim.namespace), ("persistentvolumeclaim", &*claim.name)];
+            out.sample((name, Gauge, help), &labels, of(volume) as f64, None);
+        }
+    }
+    out.render()
 }
 
 /// The built-in runtime's pulls, under containerd's names.
@@ -373,6 +414,30 @@ fn process(out: &mut Exposition) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_claim_is_told_of_once() {
+        use crate::ids::NamespacedName;
+        use crate::volume::Room;
+        let room = Room { available: 1, capacity: 3, used: 2 };
+        let usage = |claim: Option<&str>| VolumeUsage {
+            name: "v".into(),
+            claim: claim.map(|claim| NamespacedName::new("n", claim)),
+            bytes: room,
+            inodes: Room::default(),
+            at: jiff::Timestamp::UNIX_EPOCH,
+        };
+        let all = HashMap::from([
+            (PodUid::from("a"), vec![usage(Some("c")), usage(None)]),
+            (PodUid::from("b"), vec![usage(Some("c"))]),
+        ]);
+        let text = volumes(&all);
+        let sample =
+            "kubelet_volume_stats_used_bytes{namespace=\"n\",persistentvolumeclaim=\"c\"} 2";
+        assert_eq!(text.lines().filter(|line| *line == sample).count(), 1, "{text}");
+        assert_eq!(text.lines().filter(|line| line.starts_with("kubelet_")).count(), 6, "{text}");
+        assert_eq!(volumes(&HashMap::new()), "");
+    }
 
     #[test]
     fn requests_are_counted_under_few_names() {

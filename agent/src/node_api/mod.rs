@@ -48,6 +48,7 @@ use crate::health::Watched;
 use crate::node_context::NodeContext;
 use crate::pod::SyncHandle;
 use crate::runtime::Runtime;
+use crate::volume::NodeVolumes;
 
 pub use identity::Identity;
 pub use proxy_port::proxy_port;
@@ -87,6 +88,8 @@ pub struct NodeApi {
     pub sync: SyncHandle,
     /// The runtime.
     pub runtime: Arc<dyn Runtime>,
+    /// The volumes of the pods.
+    pub volumes: Option<Arc<NodeVolumes>>,
     /// What health is made of.
     pub watched: Arc<Watched>,
 }
@@ -172,6 +175,7 @@ impl NodeApi {
                 self.node.clone(),
                 self.sync.table().clone(),
                 self.runtime.clone(),
+                self.volumes,
             )),
             node: self.node,
             cert_dir: self.cert_dir,

@@ -201,6 +201,7 @@ async fn hurried(change: impl FnOnce(&mut NodeApiConfig), hurry: Hurry) -> Rig {
         cert_dir: dir.path().join("pki"),
         sync,
         runtime: Arc::new(FakeRuntime::new(Arc::new(SystemClock), false)),
+        volumes: None,
         watched: Arc::new(watched),
     };
     let reviews: Box<dyn Reviews> = Box::new(rules.clone());

@@ -30,6 +30,7 @@ mod secret;
 mod sub_path;
 mod teardown;
 mod token;
+mod usage;
 
 pub use error::VolumeError;
 pub(crate) use layout::empty_dir_path;
@@ -37,6 +38,7 @@ pub(crate) use mounts::mount_points;
 pub use node::NodeVolumes;
 pub use owner::Group;
 pub use refresh::run as run_refresh;
+pub use usage::{Room, VolumeUsage};
 
 /// Brings volumes about. Every verb is idempotent and may be repeated after a crash at any instant.
 #[async_trait]

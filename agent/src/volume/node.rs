@@ -13,10 +13,11 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, VolumeMount};
 use tokio::sync::{Notify, watch};
 
-use super::claim::Backing;
+use super::claim::{Backing, claim_of};
 use super::gather::{Earlier, Gather, Wanted, fs_group, group};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
+use super::usage::{Measure, Measured};
 use super::{
     Group, VolumeError, Volumes, atomic, empty_dir, host_path, local, mounts, sub_path, teardown,
 };
@@ -51,11 +52,13 @@ impl Mounted {
 
 /// Where a volume is that is behind a claim, or a driver's.
 #[derive(Clone)]
-struct Place {
-    path: PathBuf,
+pub(super) struct Place {
+    pub(super) path: PathBuf,
     read_only: bool,
     /// Its files get the pod's SELinux label.
     relabel: bool,
+    pub(super) claim: Option<NamespacedName>,
+    pub(super) measure: Measure,
 }
 
 /// A due time that has come.
@@ -67,6 +70,7 @@ const REPUBLISH: i64 = 60;
 struct Slot {
     busy: tokio::sync::Mutex<()>,
     mounted: Mutex<Option<Mounted>>,
+    measured: Mutex<Option<Measured>>,
     /// Turns true once nobody waits for the pod's volumes any more.
     ending: watch::Sender<bool>,
 }
@@ -74,7 +78,12 @@ struct Slot {
 impl Default for Slot {
     fn default() -> Self {
         let ending = watch::Sender::new(false);
-        Self { busy: Default::default(), mounted: Default::default(), ending }
+        Self {
+            busy: Default::default(),
+            mounted: Default::default(),
+            measured: Default::default(),
+            ending,
+        }
     }
 }
 
@@ -109,6 +118,33 @@ impl NodeVolumes {
 
     pub(super) fn objects(&self) -> &Arc<dyn Objects> {
         &self.objects
+    }
+
+    pub(super) fn csi(&self) -> Option<&Arc<Csi>> {
+        self.csi.as_ref()
+    }
+
+    /// Volumes of mounted pods that lie elsewhere than their names say.
+    pub(super) fn places(&self) -> Vec<(PodUid, HashMap<String, Place>)> {
+        let slots = lock(&self.slots);
+        let places = |slot: &Slot| lock(&slot.mounted).as_ref().map(|m| m.places.clone());
+        slots
+            .iter()
+            .filter_map(|(uid, slot)| Some((uid.clone(), places(slot)?)))
+            .filter(|(_, places)| !places.is_empty())
+            .collect()
+    }
+
+    pub(super) fn measured(&self, uid: &PodUid) -> Option<Measured> {
+        let slot = lock(&self.slots).get(uid).cloned()?;
+        lock(&slot.measured).clone()
+    }
+
+    pub(super) fn keep_measured(&self, uid: &PodUid, measured: Measured) {
+        // A pod that went meanwhile needs none.
+        if let Some(slot) = lock(&self.slots).get(uid).cloned() {
+            *lock(&slot.measured) = Some(measured);
+        }
     }
 
     fn slot(&self, uid: &PodUid) -> Arc<Slot> {
@@ -197,7 +233,7 @@ impl NodeVolumes {
             })
             .collect();
         places.extend(wanted.iter().filter_map(|(name, want)| {
-            let place = self.place(&uid, want)?;
+            let place = self.place(&uid, want, claim_named(pod, name))?;
             Some((name.clone(), place))
         }));
         let (layout, fs_group, group) = (self.layout.clone(), fs_group(pod), group(pod));
@@ -261,23 +297,33 @@ impl NodeVolumes {
             spec_name: volume.spec_name.clone(),
             source: Box::new(source),
         })?;
-        let (path, read_only) = (placed.path, volume.read_only);
-        Ok((Place { path, read_only, relabel: !read_only }, placed.republish))
+        let place = Place {
+            path: placed.path,
+            read_only: volume.read_only,
+            relabel: !volume.read_only,
+            claim: claim_named(pod, name),
+            measure: Measure::Driver(volume.driver.clone(), volume.handle.clone()),
+        };
+        Ok((place, placed.republish))
     }
 
     /// Where a volume is that is behind a claim and no driver's.
-    fn place(&self, uid: &PodUid, want: &Wanted) -> Option<Place> {
+    fn place(&self, uid: &PodUid, want: &Wanted, claim: Option<NamespacedName>) -> Option<Place> {
         match want {
             Wanted::Claimed(Backing::Local { name, read_only, .. }) => Some(Place {
                 path: self.layout.volume(uid, Plugin::Local, name),
                 read_only: *read_only,
                 relabel: !read_only,
+                claim,
+                measure: Measure::FileSystem,
             }),
             Wanted::Claimed(Backing::HostPath(source, read_only)) => Some(Place {
                 path: PathBuf::from(&source.path),
                 read_only: *read_only,
                 // What is the node's own keeps its labels.
                 relabel: false,
+                claim,
+                measure: Measure::Nobody,
             }),
             _ => None,
         }
@@ -505,6 +551,13 @@ fn check_uid(uid: &PodUid) -> Result<(), VolumeError> {
 
 fn volumes_of(pod: &Pod) -> impl Iterator<Item = &Volume> {
     pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten())
+}
+
+/// The claim that the pod's volume `name` names.
+fn claim_named(pod: &Pod, name: &str) -> Option<NamespacedName> {
+    let volume = volumes_of(pod).find(|volume| volume.name == name)?;
+    let (claim, _) = claim_of(pod, volume)?;
+    Some(NamespacedName::new(&NamespacedName::of_pod(pod).namespace, &claim))
 }
 
 /// Whether a downwardAPI volume of the pod may show what differs between two states of its object:

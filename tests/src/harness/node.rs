@@ -269,12 +269,25 @@ impl Node {
     /// # Errors
     /// When the node has not joined yet.
     pub fn lower_eviction_thresholds(&self) -> Result<()> {
+        self.configure(|config| {
+            if config.get("evictionHard").is_none() {
+                config["evictionHard"] = serde_json::json!({"memory.available": "1Mi",
+                    "nodefs.available": "1Mi", "imagefs.available": "1Mi", "nodefs.inodesFree": "0%"});
+            }
+        })
+    }
+
+    /// Changes the node's KubeletConfiguration, for its next start.
+    ///
+    /// # Errors
+    /// When the node has not joined yet.
+    pub fn configure(&self, change: impl FnOnce(&mut serde_json::Value)) -> Result<()> {
         let path = self.path("/var/lib/kubelet/config.yaml");
         let text = std::fs::read_to_string(&path).context("read the node's configuration")?;
         let mut config: serde_json::Value = serde_saphyr::from_str(&text)?;
-        if config.get("evictionHard").is_none() {
-            config["evictionHard"] = serde_json::json!({"memory.available": "1Mi",
-                "nodefs.available": "1Mi", "imagefs.available": "1Mi", "nodefs.inodesFree": "0%"});
+        let before = config.clone();
+        change(&mut config);
+        if config != before {
             std::fs::write(&path, config.to_string()).context("write the node's configuration")?;
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tests::harness::csi::{CsiDriver, MOUNT_GROUP, STAGE, Volumes, attachment_name};
+use tests::harness::csi::{CsiDriver, MOUNT_GROUP, STAGE, STATS, Volumes, attachment_name};
 use tests::harness::{eventually, eventually_within};
 
 use crate::support::{World, idle, sh, with};
@@ -61,8 +61,11 @@ async fn end(world: World, mut driver: CsiDriver, pods: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_claim_is_attached_staged_once_and_taken_back_after_its_last_pod() {
-    let world = World::new("csi-claim").await;
-    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
+    let mut world = World::new("csi-claim").await;
+    world.node.configure(|config| config["readOnlyPort"] = 10255.into()).unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE, STATS]).await.unwrap();
     let (v, node) = (volumes(&world), world.node.name());
     let secret =
         |name: &str, key: &str| json!({"metadata": {"name": name}, "stringData": {key: "s3"}});
@@ -108,6 +111,22 @@ async fn a_claim_is_attached_staged_once_and_taken_back_after_its_last_pod() {
     assert_eq!(of_pod["volumeLifecycleMode"], "Persistent");
     assert_eq!(of_pod["attachmentID"], attachment_name("vol", DRIVER, node));
     assert_eq!(record(staging[0].clone())["volumeHandle"], "vol");
+
+    // How full it is shows where dashboards look.
+    let ask = |path: &str| world.node.get(([127, 0, 0, 1], 10255).into(), path).unwrap().body;
+    let summary: Value = serde_json::from_str(&ask("/stats/summary")).unwrap();
+    let pods = summary["pods"].as_array().unwrap();
+    let told = pods.iter().find(|p| p["podRef"]["name"] == "one").unwrap();
+    let [volume] = &told["volume"].as_array().unwrap()[..] else { panic!("{told}") };
+    assert_eq!(volume["usedBytes"], 40);
+    assert_eq!(volume["inodesFree"], 60);
+    let namespace = world.cluster.namespace();
+    assert_eq!(volume["pvcRef"], json!({"name": "vol", "namespace": namespace}));
+    let sample = format!(
+        "kubelet_volume_stats_capacity_bytes{{namespace=\"{namespace}\",persistentvolumeclaim=\"vol\"}} 100"
+    );
+    let metrics = ask("/metrics");
+    assert!(metrics.contains(&sample), "{metrics}");
 
     // A second pod shares what is staged, and only reads.
     let mut spec = claiming("vol", sh("c", "cat /data/file; touch /data/no && exit 9; sleep 1000"));
@@ -344,6 +363,37 @@ async fn a_kill_at_any_step_is_made_up_for() {
     assert_eq!(driver.verbs("gone"), ["stage", "publish", "unpublish", "unstage"]);
     assert_eq!(fs::read_to_string(driver.volume("gone").join("file")).unwrap(), "kept");
     end(world, driver, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_with_a_claim_starts_again_while_the_control_plane_is_away() {
+    let mut world = World::new("csi-away").await;
+    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
+    volumes(&world).driver_object(json!({"attachRequired": false})).await.unwrap();
+    volumes(&world).claim("vol", json!({})).await.unwrap();
+    let script =
+        "echo start >> /data/starts; while [ ! -e /data/end ]; do sleep 0.1; done; rm /data/end";
+    world.ready_pod("away", claiming("vol", sh("c", script))).await;
+    // What was learnt is on disk before long.
+    let kept = world.node.path("/var/lib/kubelet/longshore/storage.jsonl");
+    eventually("what is behind the claim is kept", async || {
+        let text = fs::read_to_string(&kept).map_err(|e| e.to_string())?;
+        let all = ["PersistentVolumeClaim", "PersistentVolume vol", "CSIDriver"];
+        if all.iter().all(|kind| text.contains(kind)) { Ok(()) } else { Err(text) }
+    })
+    .await;
+    world.cluster.cut().await;
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    fs::write(driver.volume("vol").join("end"), "").unwrap();
+    eventually("the container starts again", async || {
+        let starts = fs::read_to_string(driver.volume("vol").join("starts")).unwrap_or_default();
+        if starts.lines().count() == 2 { Ok(()) } else { Err(starts) }
+    })
+    .await;
+    assert_eq!(driver.verbs("vol"), ["stage", "publish"]);
+    world.cluster.restore().unwrap();
+    end(world, driver, &["away"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

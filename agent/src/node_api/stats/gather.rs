@@ -17,6 +17,7 @@ use crate::pod::cgroup::{parent_name, pod_path, slice_folders, slice_name};
 use crate::pod::qos::qos_class;
 use crate::pod::table::PodTable;
 use crate::runtime::Runtime;
+use crate::volume::{NodeVolumes, VolumeUsage};
 
 /// A usage with its time, and the rate since the one before.
 #[derive(Clone, Debug, Default)]
@@ -52,6 +53,8 @@ pub(super) struct PodStats {
     pub(super) sandbox: String,
     pub(super) network: Vec<Interface>,
     pub(super) containers: Vec<ContainerStats>,
+    /// Volumes that claims or drivers provide.
+    pub(super) volumes: Vec<VolumeUsage>,
 }
 
 /// Counters of a network interface.
@@ -106,6 +109,7 @@ pub(in crate::node_api) struct Gatherer {
     node: Arc<NodeContext>,
     table: PodTable,
     runtime: Arc<dyn Runtime>,
+    volumes: Option<Arc<NodeVolumes>>,
     mounts: Mounts,
     pub(super) machine: Machine,
     booted: Timestamp,
@@ -118,11 +122,13 @@ impl Gatherer {
         node: Arc<NodeContext>,
         table: PodTable,
         runtime: Arc<dyn Runtime>,
+        volumes: Option<Arc<NodeVolumes>>,
     ) -> Self {
         Self {
             node,
             table,
             runtime,
+            volumes,
             mounts: Mounts::find(),
             machine: Machine::read(),
             booted: booted(),
@@ -130,15 +136,26 @@ impl Gatherer {
         }
     }
 
+    /// How full the volumes of pods are that claims or drivers provide.
+    pub(in crate::node_api) async fn volumes(&self) -> HashMap<PodUid, Vec<VolumeUsage>> {
+        match &self.volumes {
+            Some(volumes) => volumes.usage().await,
+            None => HashMap::new(),
+        }
+    }
+
     /// What is used now.
     pub(super) async fn gather(self: &Arc<Self>, depth: Depth) -> Snapshot {
+        let mut volumes = HashMap::new();
         let (sandboxes, images, error) = match depth {
             Depth::Usage => (Vec::new(), None, false),
             Depth::All => {
-                let (stats, info) = tokio::join!(
+                let (stats, info, usage) = tokio::join!(
                     self.runtime.list_pod_sandbox_stats(),
-                    self.runtime.image_fs_info()
+                    self.runtime.image_fs_info(),
+                    self.volumes(),
                 );
+                volumes = usage;
                 let failed = stats.is_err();
                 if let Err(error) = &stats {
                     tracing::warn!(%error, "statistics lack what the runtime knows");
@@ -150,7 +167,11 @@ impl Gatherer {
         let this = self.clone();
         let work =
             tokio::task::spawn_blocking(move || this.look(depth, sandboxes, images, error)).await;
-        work.unwrap_or(Snapshot { error: true, ..Snapshot::default() })
+        let mut snapshot = work.unwrap_or(Snapshot { error: true, ..Snapshot::default() });
+        for pod in &mut snapshot.pods {
+            pod.volumes = volumes.remove(&PodUid::from(&*pod.uid)).unwrap_or_default();
+        }
+        snapshot
     }
 
     fn look(
@@ -183,6 +204,7 @@ impl Gatherer {
                 network: told.map(interfaces).unwrap_or_default(),
                 sandbox,
                 containers,
+                volumes: Vec::new(),
             });
         }
         pods.sort_by(|a, b| a.key.cmp(&b.key));

@@ -31,7 +31,7 @@ impl LiveUsage {
     pub async fn now(&self) -> (UsageLine, HashMap<PodUid, UsageLine>) {
         let gatherer = self.gatherer.get_or_init(|| {
             let (node, runtime) = (self.node.clone(), self.runtime.clone());
-            Arc::new(Gatherer::new(node, self.table.clone(), runtime))
+            Arc::new(Gatherer::new(node, self.table.clone(), runtime, None))
         });
         let snapshot = gatherer.gather(Depth::Usage).await;
         let pods = snapshot.pods.iter().filter_map(|pod| {

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::gather::{ContainerStats, Depth, Interface, PodStats, Sample, Snapshot};
 use crate::node::machine::FileSystem;
+use crate::volume::VolumeUsage;
 
 /// Kubernetes writes whole seconds.
 fn time(at: Timestamp) -> Value {
@@ -83,6 +84,23 @@ fn file_system(at: Timestamp, fs: Option<FileSystem>, used: Option<(u64, u64)>) 
     shown
 }
 
+fn volume(usage: &VolumeUsage) -> Value {
+    let mut shown = json!({
+        "name": usage.name,
+        "time": time(usage.at),
+        "availableBytes": usage.bytes.available,
+        "capacityBytes": usage.bytes.capacity,
+        "usedBytes": usage.bytes.used,
+        "inodesFree": usage.inodes.available,
+        "inodes": usage.inodes.capacity,
+        "inodesUsed": usage.inodes.used,
+    });
+    if let Some(claim) = &usage.claim {
+        shown["pvcRef"] = json!({"name": *claim.name, "namespace": *claim.namespace});
+    }
+    shown
+}
+
 fn container(container: &ContainerStats, snapshot: &Snapshot, depth: Depth) -> Value {
     let mut shown = json!({"name": container.name});
     if let Some(started) = container.started {
@@ -118,6 +136,9 @@ fn pod(pod: &PodStats, snapshot: &Snapshot, depth: Depth) -> Value {
     }
     if depth == Depth::All {
         shown["network"] = network(at, &pod.network);
+        if !pod.volumes.is_empty() {
+            shown["volume"] = pod.volumes.iter().map(volume).collect();
+        }
         let used = pod.containers.iter().fold((0, 0), |(bytes, inodes), c| {
             let layer = c.layer.unwrap_or_default();
             (bytes + layer.0 + c.logs.0, inodes + layer.1 + c.logs.1)
