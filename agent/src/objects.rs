@@ -87,6 +87,15 @@ pub trait Objects: Send + Sync + 'static {
         Err(ObjectError::Standalone { what: "a PersistentVolumeClaim" })
     }
 
+    /// Changes the status of a claim by a merge patch.
+    async fn patch_claim_status(
+        &self,
+        _key: &NamespacedName,
+        _patch: serde_json::Value,
+    ) -> Result<(), ObjectError> {
+        Err(ObjectError::Standalone { what: "a PersistentVolumeClaim" })
+    }
+
     /// The PersistentVolume `name`.
     async fn persistent_volume(
         &self,

@@ -16,7 +16,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
-use kube::api::PostParams;
+use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::sync::{broadcast, watch};
@@ -509,6 +509,22 @@ impl Objects for ClusterObjects {
     ) -> Result<Option<Arc<PersistentVolumeClaim>>, ObjectError> {
         let objects = kube::Api::namespaced(self.api.objects.clone(), &key.namespace);
         self.storage.get("PersistentVolumeClaim", key, &objects).await
+    }
+
+    async fn patch_claim_status(
+        &self,
+        key: &NamespacedName,
+        patch: serde_json::Value,
+    ) -> Result<(), ObjectError> {
+        let claims: kube::Api<PersistentVolumeClaim> =
+            kube::Api::namespaced(self.api.main.clone(), &key.namespace);
+        let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+        let request = claims.patch_status(&key.name, &params, &patch);
+        let what = format!("patch the status of PersistentVolumeClaim {key}");
+        match api::timed(what, REQUEST_TIMEOUT, request).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(object_error("PersistentVolumeClaim", key, &error)),
+        }
     }
 
     async fn persistent_volume(

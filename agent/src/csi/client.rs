@@ -15,9 +15,9 @@ use super::CsiError;
 use super::request::Capabilities;
 use super::wire::csi::node_client::NodeClient;
 use super::wire::csi::{
-    NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse, NodeGetVolumeStatsRequest,
-    NodeGetVolumeStatsResponse, NodePublishVolumeRequest, NodeStageVolumeRequest,
-    NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
+    NodeExpandVolumeRequest, NodeGetCapabilitiesRequest, NodeGetInfoRequest, NodeGetInfoResponse,
+    NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
+    NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
 };
 
 /// How long a driver may take for one call, as under kubelet.
@@ -81,6 +81,10 @@ impl Client {
         request: NodeGetVolumeStatsRequest,
     ) -> Result<NodeGetVolumeStatsResponse, CsiError> {
         call!(self, node_get_volume_stats, request)
+    }
+
+    pub(super) async fn expand(&self, request: NodeExpandVolumeRequest) -> Result<(), CsiError> {
+        call!(self, node_expand_volume, request).map(drop)
     }
 
     pub(super) async fn stage(&self, request: NodeStageVolumeRequest) -> Result<(), CsiError> {

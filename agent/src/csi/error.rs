@@ -60,9 +60,15 @@ impl CsiError {
         move |source| CsiError::Io { operation, path, source }
     }
 
+    /// Whether trying again as it is makes no sense (KEP-1790).
+    pub fn is_infeasible(&self) -> bool {
+        let hopeless = [Code::InvalidArgument, Code::OutOfRange, Code::NotFound];
+        matches!(self, Self::Rpc { code, .. } if hopeless.contains(code))
+    }
+
     /// Whether the driver has surely stopped working on it. After any other error what it was asked
     /// for may yet come about.
-    pub(super) fn is_final(&self) -> bool {
+    pub fn is_final(&self) -> bool {
         match self {
             Self::Rpc { code, .. } => !matches!(
                 code,

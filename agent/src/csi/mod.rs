@@ -25,6 +25,7 @@ mod attach;
 mod client;
 mod drivers;
 mod error;
+mod expand;
 mod in_use;
 mod layout;
 mod mount;

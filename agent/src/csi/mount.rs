@@ -84,6 +84,9 @@ impl Csi {
         if attach {
             self.in_use.add(&name, uid);
         }
+        if again && !republish {
+            return Ok(placed);
+        }
         if !again && self.is_in_place(&folder, volume).await? {
             return Ok(placed);
         }
@@ -265,7 +268,7 @@ impl Csi {
     }
 
     /// What a Secret holds for the driver.
-    async fn secret(
+    pub(super) async fn secret(
         &self,
         field: &str,
         key: Option<&NamespacedName>,

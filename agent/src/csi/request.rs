@@ -19,6 +19,8 @@ pub(super) struct Capabilities {
     pub(super) stage: bool,
     /// GET_VOLUME_STATS: tells how full a volume is.
     pub(super) stats: bool,
+    /// EXPAND_VOLUME: makes a volume larger.
+    pub(super) expand: bool,
     /// SINGLE_NODE_MULTI_WRITER: knows the access modes of one node and of one pod apart.
     pub(super) single_node_multi_writer: bool,
     /// VOLUME_MOUNT_GROUP: gives the volume to the pod's fsGroup itself.
@@ -36,6 +38,7 @@ impl Capabilities {
         Self {
             stage: has(Rpc::StageUnstageVolume),
             stats: has(Rpc::GetVolumeStats),
+            expand: has(Rpc::ExpandVolume),
             single_node_multi_writer: has(Rpc::SingleNodeMultiWriter),
             mount_group: has(Rpc::VolumeMountGroup),
         }
@@ -163,6 +166,7 @@ mod tests {
             mount_options: vec!["noatime".into()],
             stage_secret: None,
             publish_secret: None,
+            expand_secret: None,
         }
     }
 

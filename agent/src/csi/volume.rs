@@ -32,6 +32,8 @@ pub struct CsiVolume {
     pub stage_secret: Option<NamespacedName>,
     /// The Secret that publishing needs.
     pub publish_secret: Option<NamespacedName>,
+    /// The Secret that making it larger needs.
+    pub expand_secret: Option<NamespacedName>,
 }
 
 impl CsiVolume {
@@ -49,6 +51,7 @@ impl CsiVolume {
             access_modes: None,
             mount_options: Vec::new(),
             stage_secret: None,
+            expand_secret: None,
             publish_secret: secret
                 .filter(|name| !name.is_empty())
                 .map(|name| NamespacedName::new(namespace, name)),
@@ -77,6 +80,7 @@ impl CsiVolume {
             mount_options: spec.mount_options.clone().unwrap_or_default(),
             stage_secret: secret(&source.node_stage_secret_ref),
             publish_secret: secret(&source.node_publish_secret_ref),
+            expand_secret: secret(&source.node_expand_secret_ref),
         })
     }
 

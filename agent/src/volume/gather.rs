@@ -5,13 +5,15 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use k8s_openapi::api::authentication::v1::TokenRequestSpec;
 use k8s_openapi::api::core::v1::{
-    HostPathVolumeSource, Pod, ProjectedVolumeSource, ServiceAccountTokenProjection, Volume,
+    HostPathVolumeSource, PersistentVolumeClaim, Pod, ProjectedVolumeSource,
+    ServiceAccountTokenProjection, Volume,
 };
 
 use super::claim::{Backing, backing, bound_to, claim_of, is_used};
 use super::config_map::{self, Selection};
 use super::downward_api;
 use super::empty_dir::{Medium, plan_medium};
+use super::growth::{Growth, growth};
 use super::layout::Plugin;
 use super::payload::{File, Payload};
 use super::secret::{self, mode_bits};
@@ -32,6 +34,8 @@ pub(super) enum Wanted {
     HostPath(HostPathVolumeSource),
     /// What is behind a claim, or a CSI volume of the pod's own.
     Claimed(Backing),
+    /// A driver's volume behind a claim, which shall grow.
+    Growing(Box<CsiVolume>, Box<Growing>),
     /// A claim that no container mounts.
     Unused,
     /// Files made from objects.
@@ -43,6 +47,13 @@ pub(super) enum Wanted {
         /// When it must be gathered again, in seconds since the epoch (tokens).
         due: Option<i64>,
     },
+}
+
+/// What a volume that shall grow has to do with its claim.
+pub(super) struct Growing {
+    pub(super) growth: Growth,
+    pub(super) key: NamespacedName,
+    pub(super) claim: Arc<PersistentVolumeClaim>,
 }
 
 /// Reads token files that an earlier call wrote.
@@ -92,7 +103,7 @@ impl Gather<'_> {
             if !is_used(self.pod, name) {
                 return Ok(Wanted::Unused);
             }
-            return self.claim(volume, &self.key(&claim), read_only).await.map(Wanted::Claimed);
+            return self.claim(volume, &self.key(&claim), read_only).await;
         }
         if let Some(source) = &volume.csi {
             if !is_used(self.pod, name) {
@@ -153,7 +164,7 @@ impl Gather<'_> {
         volume: &Volume,
         key: &NamespacedName,
         read_only: bool,
-    ) -> Result<Backing, VolumeError> {
+    ) -> Result<Wanted, VolumeError> {
         let failed = |reason: String| VolumeError::Claim {
             volume: volume.name.clone(),
             claim: key.clone(),
@@ -167,8 +178,17 @@ impl Gather<'_> {
         let pv = self.objects.persistent_volume(&name).await.map_err(|error| {
             failed(format!("failed to fetch PV {name} from API server: {error}"))
         })?;
-        let uid = claim.and_then(|claim| claim.metadata.uid.clone()).unwrap_or_default();
-        backing(pv.as_deref(), &name, &uid, read_only).map_err(failed)
+        let uid = claim.as_ref().and_then(|claim| claim.metadata.uid.clone()).unwrap_or_default();
+        let found = backing(pv.as_deref(), &name, &uid, read_only).map_err(failed)?;
+        let (Backing::Csi(csi), Some(claim), false) = (&found, claim, read_only) else {
+            return Ok(Wanted::Claimed(found));
+        };
+        let capacity = pv.as_ref().and_then(|pv| pv.spec.as_ref()?.capacity.as_ref());
+        let Some(growth) = growth(&claim, capacity.and_then(|all| all.get("storage"))) else {
+            return Ok(Wanted::Claimed(found));
+        };
+        let growing = Growing { growth, key: key.clone(), claim };
+        Ok(Wanted::Growing(csi.clone(), Box::new(growing)))
     }
 
     async fn config_map(

@@ -18,6 +18,7 @@ mod downward_api;
 mod empty_dir;
 mod error;
 mod gather;
+mod growth;
 mod host_path;
 mod layout;
 mod local;

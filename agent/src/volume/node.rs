@@ -14,7 +14,8 @@ use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, Volu
 use tokio::sync::{Notify, watch};
 
 use super::claim::{Backing, claim_of};
-use super::gather::{Earlier, Gather, Wanted, fs_group, group};
+use super::gather::{Earlier, Gather, Growing, Wanted, fs_group, group};
+use super::growth::{Outcome, status_patch};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
 use super::usage::{Measure, Measured};
@@ -37,8 +38,8 @@ pub(super) struct Mounted {
     pub(super) uses: Vec<ObjectRef>,
     /// When its volumes must be gathered again, in seconds since the epoch.
     pub(super) due: Option<i64>,
-    /// When drivers that want it must be asked again.
-    republish: Option<i64>,
+    /// When drivers' volumes must be looked at again: some want to be published again, some grow.
+    revisit: Option<i64>,
     /// Volumes that lie elsewhere than their name says, by that name.
     places: HashMap<String, Place>,
 }
@@ -46,7 +47,7 @@ pub(super) struct Mounted {
 impl Mounted {
     /// When something is to be done for it.
     pub(super) fn next(&self) -> Option<i64> {
-        [self.due, self.republish].into_iter().flatten().min()
+        [self.due, self.revisit].into_iter().flatten().min()
     }
 }
 
@@ -61,10 +62,18 @@ pub(super) struct Place {
     pub(super) measure: Measure,
 }
 
+impl Place {
+    fn is_drivers(&self) -> bool {
+        matches!(self.measure, Measure::Driver(..))
+    }
+}
+
 /// A due time that has come.
 const AT_ONCE: i64 = 0;
 /// A driver that wants to be asked again is after so many seconds, and up to half as many more.
 const REPUBLISH: i64 = 60;
+/// Whether a volume shall grow is looked up after so many seconds, and up to half as many more.
+const LOOK_AT_SIZE: i64 = 90;
 
 /// One pod's volumes; its lock keeps mount, refresh and unmount of one pod apart.
 struct Slot {
@@ -183,8 +192,8 @@ impl NodeVolumes {
         self.bring_about(&slot, &pod, true).await
     }
 
-    /// Gathers and applies all volumes, or only those made of files and of drivers that want to be asked
-    /// again. In a mounted pod one volume that
+    /// Gathers and applies all volumes, or only those made of files and, when it is time, those of
+    /// drivers again. In a mounted pod one volume that
     /// cannot be renewed does not hold the others back; it keeps what it has, and its error is told.
     async fn bring_about(
         &self,
@@ -198,15 +207,16 @@ impl NodeVolumes {
         let mut wanted = Vec::new();
         let (mut all_uses, mut earliest) = (Vec::new(), None);
         let mut failure = None;
-        let (mut republish, mut places) = match lock(&slot.mounted).as_ref() {
-            Some(before) if files_only => (before.republish, before.places.clone()),
+        let (mut revisit, mut places) = match lock(&slot.mounted).as_ref() {
+            Some(before) if files_only => (before.revisit, before.places.clone()),
             _ => (None, HashMap::new()),
         };
         let now = gather.now.as_second();
-        let again = files_only && republish.is_some_and(|at| at <= now);
+        let again = files_only && revisit.is_some_and(|at| at <= now);
         for volume in volumes_of(pod) {
             let is_files = plugin_of(volume).is_some_and(|plugin| plugin != Plugin::EmptyDir);
-            let is_drivers = places.contains_key(&volume.name) && again;
+            let is_drivers =
+                again && places.get(&volume.name).is_some_and(|place| place.is_drivers());
             if files_only && !is_files && !is_drivers {
                 continue;
             }
@@ -225,13 +235,19 @@ impl NodeVolumes {
             }
             wanted.push((volume.name.clone(), want));
         }
-        let drivers: Vec<(String, CsiVolume)> = wanted
-            .iter()
-            .filter_map(|(name, want)| match want {
-                Wanted::Claimed(Backing::Csi(volume)) => Some((name.clone(), (**volume).clone())),
-                _ => None,
-            })
-            .collect();
+        let (mut drivers, mut growing) = (Vec::new(), HashMap::new());
+        let mut others = Vec::new();
+        for (name, want) in wanted {
+            match want {
+                Wanted::Claimed(Backing::Csi(volume)) => drivers.push((name, volume)),
+                Wanted::Growing(volume, grows) => {
+                    growing.insert(name.clone(), grows);
+                    drivers.push((name, volume));
+                }
+                other => others.push((name, other)),
+            }
+        }
+        let wanted = others;
         places.extend(wanted.iter().filter_map(|(name, want)| {
             let place = self.place(&uid, want, claim_named(pod, name))?;
             Some((name.clone(), place))
@@ -240,18 +256,28 @@ impl NodeVolumes {
         let target = uid.clone();
         blocking(move || apply_all(&layout, &target, &wanted, fs_group, group)).await?;
         if again || !files_only {
-            republish = None;
+            revisit = None;
         }
+        let mut look_again = |seconds: i64, spread: i64| {
+            let at = now + seconds + fastrand::i64(0..=spread);
+            revisit = Some(revisit.map_or(at, |other: i64| other.min(at)));
+        };
         for (name, volume) in drivers {
             match self.set_up(slot, pod, &name, &volume, group, again).await {
                 Ok((place, wants_again)) => {
-                    places.insert(name, place);
                     if wants_again {
-                        republish = Some(now + REPUBLISH + fastrand::i64(0..=REPUBLISH / 2));
+                        look_again(REPUBLISH, REPUBLISH / 2);
                     }
+                    if self.may_grow(&volume, again).await {
+                        look_again(LOOK_AT_SIZE, LOOK_AT_SIZE / 2);
+                    }
+                    if let Some(growing) = growing.remove(&name) {
+                        self.grow(&volume, &place.path, &growing).await;
+                    }
+                    places.insert(name, place);
                 }
                 Err(error) if files_only => {
-                    republish = Some(now + RETRY);
+                    look_again(RETRY, 0);
                     failure.get_or_insert(error);
                 }
                 Err(error) => return Err(error),
@@ -269,9 +295,9 @@ impl NodeVolumes {
             // It changed meanwhile, and what was gathered is of before.
             (pod, earliest) = (now.clone(), Some(AT_ONCE));
         }
-        *mounted = Some(Mounted { pod, uses: all_uses, due: earliest, republish, places });
+        *mounted = Some(Mounted { pod, uses: all_uses, due: earliest, revisit, places });
         drop(mounted);
-        if earliest.or(republish).is_some() {
+        if earliest.or(revisit).is_some() {
             self.rescheduled.notify_one();
         }
         failure.map_or(Ok(()), Err)
@@ -305,6 +331,60 @@ impl NodeVolumes {
             measure: Measure::Driver(volume.driver.clone(), volume.handle.clone()),
         };
         Ok((place, placed.republish))
+    }
+
+    /// Whether the volume may come to grow while the pod uses it. A driver is asked when there is time:
+    /// what runs already needs none right after a restart.
+    async fn may_grow(&self, volume: &CsiVolume, ask: bool) -> bool {
+        let Some(csi) = self.csi.as_ref().filter(|_| !volume.ephemeral && !volume.read_only) else {
+            return false;
+        };
+        // One that is away now may be back then.
+        !ask || csi.expands(&volume.driver).await.unwrap_or(true)
+    }
+
+    /// Has a driver make a volume larger, and the claim say how it went. The pod does not wait for a
+    /// volume that does not grow: it is tried again.
+    async fn grow(&self, volume: &CsiVolume, path: &Path, growing: &Growing) {
+        let Some(csi) = &self.csi else { return };
+        let Growing { growth, key, claim } = growing;
+        let tell = async |outcome: Outcome<'_>| {
+            let Some(patch) = status_patch(claim, growth, outcome, Timestamp::now()) else {
+                return true;
+            };
+            let told = self.objects.patch_claim_status(key, patch).await;
+            if let Err(error) = &told {
+                tracing::warn!(claim = %key, %error, "cannot tell how a volume grows");
+            }
+            told.is_ok()
+        };
+        match csi.expands(&volume.driver).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                tracing::warn!(claim = %key, %error, "a volume that shall grow does not yet");
+                return;
+            }
+        }
+        // The controller must not ask for less meanwhile.
+        if !tell(Outcome::Begun).await {
+            return;
+        }
+        match csi.expand(volume, path, growth.bytes).await {
+            Ok(()) => {
+                tracing::info!(claim = %key, bytes = growth.bytes, "a volume has grown");
+                tell(Outcome::Grown).await;
+            }
+            Err(error) => {
+                tracing::warn!(claim = %key, %error, "a volume that shall grow does not yet");
+                let reason = error.to_string();
+                if error.is_infeasible() {
+                    tell(Outcome::Infeasible(&reason)).await;
+                } else if error.is_final() {
+                    tell(Outcome::Failed(&reason)).await;
+                }
+            }
+        }
     }
 
     /// Where a volume is that is behind a claim and no driver's.
@@ -629,7 +709,10 @@ fn apply_all(
                 empty_dir::apply(&path, *medium, group)?;
             }
             // A driver's is put in place by it, after all others.
-            Wanted::Image | Wanted::Unused | Wanted::Claimed(Backing::Csi(_)) => {}
+            Wanted::Image
+            | Wanted::Unused
+            | Wanted::Growing(..)
+            | Wanted::Claimed(Backing::Csi(_)) => {}
             Wanted::HostPath(source) | Wanted::Claimed(Backing::HostPath(source, _)) => {
                 host_path::apply(name, source)?;
             }

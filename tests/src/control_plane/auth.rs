@@ -319,7 +319,11 @@ fn authorize_node(store: &Store, node: &str, info: &RequestInfo) -> Result<(), S
         }
         ("", "persistentvolumeclaims" | "persistentvolumes")
         | ("storage.k8s.io", "volumeattachments") => {
-            if info.verb != "get" || !info.subresource.is_empty() {
+            // Of claims that grow the node says how far it is.
+            let tells = info.plural == "persistentvolumeclaims"
+                && info.subresource == "status"
+                && matches!(info.verb, "get" | "update" | "patch");
+            if !tells && (info.verb != "get" || !info.subresource.is_empty()) {
                 return deny("can only get individual resources of this type");
             }
             let related = match info.plural.as_str() {

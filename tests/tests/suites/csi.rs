@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tests::harness::csi::{CsiDriver, MOUNT_GROUP, STAGE, STATS, Volumes, attachment_name};
+use tests::harness::caller::MERGE;
+use tests::harness::csi::{CsiDriver, EXPAND, MOUNT_GROUP, STAGE, STATS, Volumes, attachment_name};
 use tests::harness::{eventually, eventually_within};
 
 use crate::support::{World, idle, sh, with};
@@ -363,6 +364,57 @@ async fn a_kill_at_any_step_is_made_up_for() {
     assert_eq!(driver.verbs("gone"), ["stage", "publish", "unpublish", "unstage"]);
     assert_eq!(fs::read_to_string(driver.volume("gone").join("file")).unwrap(), "kept");
     end(world, driver, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_grows_where_the_controller_leaves_it_to_the_node() {
+    let mut world = World::new("csi-grows").await;
+    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE, EXPAND]).await.unwrap();
+    volumes(&world).driver_object(json!({"attachRequired": false})).await.unwrap();
+    volumes(&world).claim("vol", json!({})).await.unwrap();
+    let path = world.cluster.path("persistentvolumeclaims/vol");
+    // What the resizer does before it leaves the rest to the node.
+    let enlarge = async |world: &World, size: &str| {
+        let admin = &world.cluster.admin;
+        let capacity = json!({"spec": {"capacity": {"storage": size}}});
+        assert_eq!(admin.patch("/api/v1/persistentvolumes/vol", MERGE, capacity).await.0, 200);
+        let asked = json!({"status": {"allocatedResourceStatuses": {"storage": "NodeResizePending"},
+            "conditions": [{"type": "FileSystemResizePending", "status": "True"}]}});
+        let path = world.cluster.path("persistentvolumeclaims/vol");
+        assert_eq!(admin.patch(&format!("{path}/status"), MERGE, asked).await.0, 200);
+    };
+    let status = async |world: &World, what: &str, good: &dyn Fn(&Value) -> bool| {
+        eventually(what, async || {
+            let status = world.cluster.admin.read(&path).await?["status"].clone();
+            if good(&status) { Ok(status) } else { anyhow::bail!("{status}") }
+        })
+        .await
+    };
+    enlarge(&world, "2Gi").await;
+    world.ready_pod("grows", claiming("vol", idle("c"))).await;
+    let grown = status(&world, "the claim says 2Gi", &|s| s["capacity"]["storage"] == "2Gi").await;
+    assert!(grown["allocatedResourceStatuses"]["storage"].is_null(), "{grown}");
+    assert!(grown["conditions"].as_array().is_none_or(Vec::is_empty), "{grown}");
+    let expand = driver.last("expand", "vol").unwrap();
+    assert_eq!(expand["bytes"], 2_i64 << 30);
+    assert_eq!(expand["path"], driver.last("publish", "vol").unwrap()["path"]);
+    assert_eq!(expand["staging"], driver.last("stage", "vol").unwrap()["path"]);
+
+    // While the pod runs; a size that the driver cannot give is the controller's matter again.
+    driver.fail("expand", Some("11 the disk has no more")).unwrap();
+    enlarge(&world, "3Gi").await;
+    world.node.restart().await.unwrap();
+    let refused = status(&world, "the claim says that it cannot", &|s| {
+        s["allocatedResourceStatuses"]["storage"] == "NodeResizeInfeasible"
+    })
+    .await;
+    assert!(refused["conditions"].to_string().contains("the disk has no more"), "{refused}");
+    driver.fail("expand", None).unwrap();
+    enlarge(&world, "3Gi").await;
+    world.node.restart().await.unwrap();
+    status(&world, "the claim says 3Gi", &|s| s["capacity"]["storage"] == "3Gi").await;
+    assert_eq!(driver.verbs("vol"), ["stage", "publish", "expand", "expand", "expand"]);
+    end(world, driver, &["grows"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
