@@ -333,7 +333,6 @@ fn mask() -> WatchMask {
         | WatchMask::DELETE_SELF
         | WatchMask::MOVE_SELF
         | WatchMask::ONLYDIR
-        | WatchMask::DONT_FOLLOW
 }
 
 fn start_watch(folder: &Path) -> io::Result<Events> {

@@ -46,7 +46,8 @@ impl Csi {
         let mut failure = None;
         for volume in blocking(move || entries(&folder)).await? {
             if let Err(error) = self.take_back(uid, &volume).await {
-                tracing::warn!(%uid, volume = %volume.display(), %error, "cannot take a CSI volume back yet");
+                // Whoever asked tells of the first, and asks again.
+                tracing::debug!(%uid, volume = %volume.display(), %error, "a CSI volume stays");
                 failure.get_or_insert(error);
             }
         }

@@ -10,7 +10,7 @@ use tests::harness::caller::MERGE;
 use tests::harness::csi::{CsiDriver, EXPAND, MOUNT_GROUP, STAGE, STATS, Volumes, attachment_name};
 use tests::harness::{eventually, eventually_within};
 
-use crate::support::{World, idle, sh, with};
+use crate::support::{World, idle, restarts, sh, with};
 
 const DRIVER: &str = "csi.test.example";
 
@@ -309,7 +309,7 @@ async fn inline_volumes_know_their_pod_and_are_brought_up_to_date() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_kill_at_any_step_is_made_up_for() {
     let mut world = World::new("csi-kill").await;
-    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
+    let mut driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
     volumes(&world).driver_object(json!({"attachRequired": false})).await.unwrap();
     let called = async |driver: &CsiDriver, verb: &str, volume: &str| {
         eventually(&format!("{verb} of {volume}"), async || driver.last(verb, volume)).await
@@ -347,7 +347,8 @@ async fn a_kill_at_any_step_is_made_up_for() {
     }
     assert!(staged(&world).is_empty(), "{:?}", staged(&world));
 
-    // Pods that went while the agent was away are cleaned up by what stands beside their volumes.
+    // Pods that went while the agent was away are cleaned up by what stands beside their volumes, once
+    // the driver is there, too.
     volumes(&world).claim("gone", json!({})).await.unwrap();
     let pod = world.ready_pod("gone", claiming("gone", idle("c"))).await;
     fs::write(driver.volume("gone").join("file"), "kept").unwrap();
@@ -355,7 +356,18 @@ async fn a_kill_at_any_step_is_made_up_for() {
     let now = json!({"gracePeriodSeconds": 0});
     let path = world.cluster.path("pods/gone");
     assert_eq!(world.cluster.admin.delete(&path, now).await.0, 200);
-    world.node.restart().await.unwrap();
+    driver.stop(&world.node, true).unwrap();
+    // First the runtime still knows the pod, then nothing but its folder is left of it.
+    let signs = ["cannot clean up after a pod", "cannot take away yet what an earlier pod left"];
+    for sign in signs {
+        world.node.restart().await.unwrap();
+        eventually(sign, async || {
+            let log = world.node.log_tail(100);
+            if log.contains(sign) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    }
+    driver.spawn(&world.node).unwrap();
     eventually("the vanished pod's volume is taken back", async || {
         let left = (staged(&world), folder(&world, &pod, "gone").exists());
         if left.0.is_empty() && !left.1 { Ok(()) } else { Err(format!("{left:?}")) }
@@ -446,6 +458,51 @@ async fn a_pod_with_a_claim_starts_again_while_the_control_plane_is_away() {
     assert_eq!(driver.verbs("vol"), ["stage", "publish"]);
     world.cluster.restore().unwrap();
     end(world, driver, &["away"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kills_during_a_churn_of_pods_with_claims() {
+    let mut world = World::new("csi-churn").await;
+    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
+    volumes(&world).driver_object(json!({"attachRequired": false})).await.unwrap();
+    let claims = ["red", "green", "blue"];
+    for claim in claims {
+        volumes(&world).claim(claim, json!({})).await.unwrap();
+        fs::create_dir_all(driver.volume(claim)).unwrap();
+        fs::write(driver.volume(claim).join("file"), claim).unwrap();
+    }
+    let mut random = fastrand::Rng::with_seed(crate::restart::seed());
+    let (mut live, mut made) = (Vec::<String>::new(), 0);
+    for _ in 0..12 {
+        for _ in 0..random.usize(1..4) {
+            if random.bool() || live.len() < 2 {
+                made += 1;
+                let name = format!("churn-{made}");
+                let spec = claiming(claims[random.usize(..3)], idle("c"));
+                world.cluster.pod(&world.node, &name, spec).await.unwrap();
+                live.push(name);
+            } else {
+                let name = live.swap_remove(random.usize(..live.len()));
+                let path = world.cluster.path(&format!("pods/{name}"));
+                world.cluster.admin.remove(&path).await.unwrap();
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(random.u64(0..500))).await;
+        world.node.restart().await.unwrap();
+    }
+    for name in &live {
+        let pod = world.cluster.pod_ready(name).await;
+        assert_eq!(restarts(&pod, "c"), 0, "{name} was restarted: {}", pod["status"]);
+        let claim = pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"].as_str();
+        let claim = claim.unwrap();
+        let file = folder(&world, &pod, claim).join("mount/file");
+        assert_eq!(fs::read_to_string(file).unwrap(), claim);
+    }
+    let live: Vec<&str> = live.iter().map(String::as_str).collect();
+    for claim in claims {
+        assert_eq!(fs::read_to_string(driver.volume(claim).join("file")).unwrap(), claim);
+    }
+    end(world, driver, &live).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

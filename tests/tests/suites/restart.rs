@@ -10,7 +10,7 @@ use tests::harness::eventually;
 use crate::support::{World, container, idle, is_ready, restarts, sh};
 
 /// The seed of this run: printed, and given again by `LONGSHORE_TEST_SEED`.
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     let seed = std::env::var("LONGSHORE_TEST_SEED")
         .ok()
         .and_then(|s| s.parse().ok())
