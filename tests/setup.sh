@@ -9,7 +9,7 @@ as_root() {
 }
 
 build="build-essential pkg-config libseccomp-dev curl ca-certificates iproute2 busybox-static"
-peers="qemu-system-x86 qemu-utils mmdebstrap e2fsprogs containerd runc crun containernetworking-plugins docker-registry skopeo umoci buildah nftables iptables conntrack socat jq apache2-utils openssl"
+peers="qemu-system-x86 qemu-utils mmdebstrap e2fsprogs containerd runc crun containernetworking-plugins docker-registry skopeo umoci buildah nftables iptables conntrack socat jq apache2-utils openssl dbus-daemon"
 
 packages=$build
 [ "$what" = build ] || packages="$build $peers"

@@ -7,6 +7,7 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Volume;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -104,6 +105,8 @@ pub struct Metrics {
     volumes: Histograms<StorageOperation>,
     evictions: Family<Eviction, Gauge>,
     rejections: Family<Rejection, Counter>,
+    shutdown_start: Gauge,
+    shutdown_end: Gauge,
     pods_started: Counter,
     pods_not_started: Counter,
     containers_started: Family<StartedContainer, Counter>,
@@ -216,6 +219,8 @@ impl Metrics {
             rejections: Family::default(),
             pods_started: Counter::default(),
             pods_not_started: Counter::default(),
+            shutdown_start: Gauge::default(),
+            shutdown_end: Gauge::default(),
             containers_started: Family::default(),
             containers_not_started: Family::default(),
         };
@@ -335,6 +340,16 @@ impl Metrics {
             "Cumulative number of pods that were not let in",
             self.rejections.clone(),
         );
+        all.register(
+            "kubelet_graceful_shutdown_start_time_seconds",
+            "Last graceful shutdown start time since unix epoch in seconds",
+            self.shutdown_start.clone(),
+        );
+        all.register(
+            "kubelet_graceful_shutdown_end_time_seconds",
+            "Last graceful shutdown end time since unix epoch in seconds",
+            self.shutdown_end.clone(),
+        );
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
@@ -385,9 +400,15 @@ impl Metrics {
         self.evictions.get_or_create(&Eviction { eviction_signal }).inc();
     }
 
+    /// When the node's last graceful shutdown began, and ended if it has.
+    pub fn graceful_shutdown(&self, start: Timestamp, end: Option<Timestamp>) {
+        self.shutdown_start.set(start.as_second());
+        self.shutdown_end.set(end.map_or(0, Timestamp::as_second));
+    }
+
     /// A pod was not let in. Reasons that upstream does not list are counted as `Other`.
     pub fn pod_rejected(&self, reason: &str) {
-        const LISTED: [&str; 10] = [
+        const LISTED: [&str; 11] = [
             "AppArmor",
             "PodOSSelectorNodeLabelDoesNotMatch",
             "PodOSNotSupported",
@@ -398,6 +419,7 @@ impl Metrics {
             "OutOfmemory",
             "OutOfephemeral-storage",
             "OutOfpods",
+            "NodeShutdown",
         ];
         let reason = LISTED.into_iter().find(|listed| *listed == reason).unwrap_or("Other");
         self.rejections.get_or_create(&Rejection { reason }).inc();

@@ -36,6 +36,15 @@ impl Default for PullLimits {
     }
 }
 
+/// How long pods of a priority have to end when the node shuts down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShutdownGrace {
+    /// Pods from this priority up to the next one's.
+    pub priority: i32,
+    /// Seconds.
+    pub seconds: u32,
+}
+
 /// When images and dead containers are removed (`imageGC*`, `imageMinimumGCAge`, ...).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GcLimits {
@@ -119,6 +128,9 @@ pub struct NodeContext {
     /// Longest wait between restarts of a crashing container
     /// (`crashLoopBackOff.maxContainerRestartPeriod`).
     pub max_restart_backoff: Duration,
+    /// How long pods have when the node shuts down, the lowest priority first; empty where the node
+    /// shuts down without waiting for them (`shutdownGracePeriod...`).
+    pub shutdown_grace: Vec<ShutdownGrace>,
     /// Every pod is looked at again at least this often, as a safety net.
     pub relist_period: Duration,
     /// A container's log is rotated above this size in bytes (`containerLogMaxSize`).
@@ -170,6 +182,7 @@ impl NodeContext {
             gc: GcLimits::default(),
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
+            shutdown_grace: Vec::new(),
             relist_period: Duration::from_secs(300),
             container_log_max_size: 10 << 20,
             container_log_max_files: 5,

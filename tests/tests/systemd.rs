@@ -36,7 +36,7 @@ fn must(command: &mut Command) -> Result<()> {
 fn payload(work: &Path) -> Result<PathBuf> {
     let tests = workspace().join("tests/vm");
     let payload = work.join("payload");
-    for folder in ["late", "selinux"] {
+    for folder in ["late", "selinux", "graceful"] {
         std::fs::create_dir_all(payload.join("manifests").join(folder))?;
     }
     // A debug build is ten times as large with its symbols, and packing is quick where it need not
@@ -67,6 +67,7 @@ fn payload(work: &Path) -> Result<PathBuf> {
         (tests.join("manifests"), "late.yaml", "manifests/late"),
         (tests.join("manifests"), "apparmor.yaml", "manifests/late"),
         (tests.join("manifests"), "selinux.yaml", "manifests/selinux"),
+        (tests.join("manifests"), "graceful.yaml", "manifests/graceful"),
         (tests, "guest.sh", "."),
     ] {
         std::fs::copy(from.join(name), payload.join(to).join(name))?;

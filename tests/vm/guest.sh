@@ -119,6 +119,8 @@ apparmor_confines() {
 label_of() { stat -c %C "$1"; }
 # A pod's volume called data: volume_of POD
 volume_of() { ls -d /var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/data | grep "$(basename "$(ls -d /var/log/pods/default_"$1"-*)" | sed 's/.*_//')"; }
+inhibits() { equal "$(busctl --json=short call org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager ListInhibitors | grep -o '"shutdown","kubelet","[^"]*","delay"' | wc -l)" 1; }
+delay() { busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager InhibitDelayMaxUSec; }
 no_pods() { ! find $cgroups/kubepods* -path '*pod*pod*' -type d 2>/dev/null | grep .; }
 options() { echo "LONGSHORE_OPTIONS=\"$*\"" >/etc/default/longshore; }
 standalone="--standalone --manifests $manifests --node-ip 192.0.2.10"
@@ -256,6 +258,19 @@ selinux)
     check kept-after-start same_sleeper "$child"
     check page-again within 60 page
     check restarts-nothing within 30 status_has 'worker-test-machine 1/1 Running 0 '
+
+    # A shutdown waits for the pods.
+    printf '%s\n' 'kind: KubeletConfiguration' 'apiVersion: kubelet.config.k8s.io/v1beta1' \
+        'shutdownGracePeriod: 60s' 'shutdownGracePeriodCriticalPods: 20s' >/root/kubelet.yaml
+    options $standalone --config /root/kubelet.yaml
+    cp /opt/manifests/graceful/*.yaml $manifests/
+    systemctl restart longshore
+    check graceful-pod within 60 says graceful main ready
+    check inhibits within 30 inhibits
+    check inhibit-delay equal "$(delay)" "t 60000000"
+    systemctl restart systemd-logind
+    check inhibits-again within 30 inhibits
+    check inhibit-delay-again equal "$(delay)" "t 60000000"
     date +%s >"$state/rebooted"
     echo "RESULT reboot ok"
     finish systemctl reboot
@@ -263,6 +278,9 @@ selinux)
 1)
     check active-after-reboot within 120 systemctl is-active longshore
     check page-after-reboot within 120 page
+    check shutdown-waited equal "$(cat /srv/graceful)" "ended in its own time"
+    check shutdown-noted sh -c 'grep endTime /var/lib/kubelet/graceful_node_shutdown_state | grep -v 0001-01-01'
+    check graceful-pod-again within 60 status_has 'graceful-test-machine 1/1 Running 1 '
     check restarted-once within 30 status_has 'worker-test-machine 1/1 Running 1 '
     check still-out-of-memory status_has 'hungry-test-machine 0/1 OOMKilled 0 '
     check all-in-scopes-after-reboot within 20 all_in_scopes

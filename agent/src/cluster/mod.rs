@@ -197,10 +197,11 @@ const CHANNEL: usize = 256;
 
 /// Joins the loops of a node in a cluster. Returns at once, but where there is no kubeconfig yet:
 /// then when the bootstrap kubeconfig has given one. Everything ends when the returned `tasks` are
-/// dropped or aborted.
+/// dropped or aborted. The node is not ready while `shutting_down`.
 pub async fn start(
     config: ClusterConfig,
     runtime: Arc<dyn Runtime>,
+    shutting_down: watch::Receiver<bool>,
 ) -> Result<ClusterParts, ClusterError> {
     bootstrap::ensure_kubeconfig(&config).await?;
     let api = Api::from_kubeconfig(&config.kubeconfig)?;
@@ -324,7 +325,7 @@ pub async fn start(
             runtime,
             events.clone(),
             errors.clone(),
-            Seen { node: node.clone(), in_use: in_use.names() },
+            Seen { node: node.clone(), in_use: in_use.names(), shutting_down },
             Told { network: network_tx, pressure: pressure_tx },
         );
         tasks.spawn(node_loop.run());

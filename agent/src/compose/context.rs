@@ -86,6 +86,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
             ..GcLimits::default()
         },
         max_restart_backoff: config.max_container_restart_period,
+        shutdown_grace: config.shutdown_grace.clone(),
         container_log_max_size: config.container_log_max_size,
         container_log_max_files: config.container_log_max_files,
         container_log_monitor_interval: config.container_log_monitor_interval,

@@ -23,10 +23,11 @@ use crate::config::node_api::Authorization;
 use crate::csi::{Csi, InUse};
 use crate::health::{self, Watched};
 use crate::node::conditions::Pressure;
+use crate::node::logind;
 use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
-use crate::pod::SyncLoop;
+use crate::pod::{SyncLoop, node_shutdown};
 use crate::proxy_api;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -85,6 +86,8 @@ struct Parts {
     shutdown: watch::Receiver<bool>,
     tasks: JoinSet<Ended>,
     watched: Watched,
+    /// Whether the machine shuts down; the sync loop's to say.
+    shutting_down: watch::Sender<bool>,
     /// What the node API needs of an agent that runs here.
     serves: Option<Serves>,
 }
@@ -102,6 +105,7 @@ pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
         tasks: JoinSet::new(),
         shutdown: shutdown.clone(),
         serves: None,
+        shutting_down: watch::Sender::new(false),
         config,
     };
     let mut terminate = signal(SignalKind::terminate())?;
@@ -244,10 +248,23 @@ impl Parts {
             events = recent;
         }
         let (context, cri) = (node.clone(), runtime.clone());
-        let sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
+        let mut sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
             .with_sources(world.sources)
             .with_network(world.network)
             .with_pressure(world.pressure);
+        if !self.config.shutdown_grace.is_empty() {
+            let (told, shutdowns) = mpsc::channel(1);
+            sync = sync.with_shutdowns(shutdowns, self.shutting_down.clone());
+            let wanted = node_shutdown::longest(&self.config.shutdown_grace);
+            let mut shutdown = self.shutdown.clone();
+            self.spawn("the watch for shutdowns", async move {
+                tokio::select! {
+                    () = logind::watch(logind::Place::default(), wanted, told) => {}
+                    () = crate::shutdown::requested(&mut shutdown) => {}
+                }
+                Ok(())
+            });
+        }
         let handle = sync.handle();
         self.watched.usage = Some(LiveUsage::new(context, handle.table().clone(), cri));
         self.watched.sync = Some(handle);
@@ -364,7 +381,7 @@ impl Parts {
     /// Everything from an API server, and static pods from a folder if there is one.
     async fn cluster(&mut self, runtime: Arc<dyn Runtime>) -> anyhow::Result<World> {
         let config = context::cluster(&self.config);
-        let mut parts = cluster::start(config, runtime).await?;
+        let mut parts = cluster::start(config, runtime, self.shutting_down.subscribe()).await?;
         self.watched.errors = Some(parts.errors);
         self.watched.node = Some(parts.node.clone());
         let mut shutdown = self.shutdown.clone();

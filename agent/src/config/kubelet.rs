@@ -93,6 +93,9 @@ pub struct KubeletConfiguration {
     pub kube_reserved: Option<BTreeMap<String, String>>,
     #[serde(rename = "providerID")]
     pub provider_id: Option<String>,
+    pub shutdown_grace_period: Option<Duration>,
+    pub shutdown_grace_period_critical_pods: Option<Duration>,
+    pub shutdown_grace_period_by_pod_priority: Option<Vec<ShutdownGracePeriodByPodPriority>>,
     pub crash_loop_back_off: Option<CrashLoopBackOff>,
     pub register_with_taints: Option<Vec<Taint>>,
     pub register_node: Option<bool>,
@@ -155,6 +158,17 @@ pub struct WebhookAuthorization {
     pub cache_authorized_ttl: Option<Duration>,
     #[serde(rename = "cacheUnauthorizedTTL")]
     pub cache_unauthorized_ttl: Option<Duration>,
+}
+
+/// KEP-2712.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct ShutdownGracePeriodByPodPriority {
+    #[serde(default)]
+    pub priority: i32,
+    #[serde(default)]
+    pub shutdown_grace_period_seconds: i64,
 }
 
 /// KEP-4603.
@@ -284,9 +298,9 @@ pub(super) const FIELDS: Fields = &[
     ("logging", Inert), // --v, --log-level, --logging-format
     ("enableSystemLogHandler", Used),
     ("enableSystemLogQuery", Used),
-    ("shutdownGracePeriod", NotBuilt(&[])),
-    ("shutdownGracePeriodCriticalPods", NotBuilt(&[])),
-    ("shutdownGracePeriodByPodPriority", NotBuilt(&[])),
+    ("shutdownGracePeriod", Used),
+    ("shutdownGracePeriodCriticalPods", Used),
+    ("shutdownGracePeriodByPodPriority", Used),
     ("crashLoopBackOff", Used),
     ("reservedMemory", NotBuilt(&[])),
     ("enableProfilingHandler", Used),

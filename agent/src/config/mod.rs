@@ -13,6 +13,7 @@ pub mod node_api;
 mod proxy;
 mod proxy_pages;
 mod quantity;
+mod shutdown;
 pub mod tracing;
 
 pub use documents::{Documents, parse};

@@ -11,10 +11,11 @@ use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_
 use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, ProxyPages, RuntimeHandler, configz, node_api,
-    proxy, proxy_pages,
+    proxy, proxy_pages, shutdown,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
+use crate::node_context::ShutdownGrace;
 use crate::pod::sysctls;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -113,6 +114,8 @@ pub struct NodeConfig {
     pub sync_frequency: Duration,
     pub runtime_request_timeout: Duration,
     pub max_container_restart_period: Duration,
+    /// How long pods have when the node shuts down, by priority; none where it is not waited for.
+    pub shutdown_grace: Vec<ShutdownGrace>,
     pub node_status_update_frequency: Duration,
     pub node_status_report_frequency: Duration,
     pub node_lease_duration: Duration,
@@ -191,6 +194,7 @@ pub fn resolve(
     );
     let shown = configz::shown(kubelet_written, node_api_address, cgroup_driver);
     let node_api_config = node_api::resolve(&kubelet, node_api_address, shown)?;
+    let shutdown_grace = shutdown::resolve(&kubelet)?;
     let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
     let node_name = flags
         .hostname_override
@@ -428,6 +432,7 @@ pub fn resolve(
             kubelet.crash_loop_back_off.and_then(|backoff| backoff.max_container_restart_period),
             300,
         ),
+        shutdown_grace,
         node_status_update_frequency: period(kubelet.node_status_update_frequency, 10),
         // Whoever sets only how often it is measured means both.
         node_status_report_frequency: period(

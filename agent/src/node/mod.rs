@@ -2,6 +2,7 @@
 
 pub mod conditions;
 pub mod lease;
+pub(crate) mod logind;
 pub mod machine;
 pub mod object;
 pub mod rotate;
@@ -56,6 +57,8 @@ pub struct Seen {
     pub node: watch::Receiver<Option<Arc<Node>>>,
     /// Unique names of attachable volumes that pods use.
     pub in_use: watch::Receiver<BTreeSet<String>>,
+    /// Whether the machine shuts down.
+    pub shutting_down: watch::Receiver<bool>,
 }
 
 /// What the rest of the agent is told of the node.
@@ -85,6 +88,8 @@ pub struct NodeLoop {
     runtime_down: bool,
     state: State,
     told: Told,
+    /// Whether the machine shuts down.
+    shutting_down: watch::Receiver<bool>,
     /// When pods may have addresses at the latest.
     network_by: Instant,
 }
@@ -118,6 +123,7 @@ impl NodeLoop {
             runtime_down: false,
             state: State::Unregistered,
             told,
+            shutting_down: seen.shutting_down,
             network_by: Instant::now() + CIDRS_WHILE_AWAY,
         }
     }
@@ -158,6 +164,8 @@ impl NodeLoop {
                     () = tokio::time::sleep_until(self.network_by), if !settled => {}
                     // Pods wait for it, and so does whoever may detach a volume.
                     Ok(()) = self.in_use.changed() => break,
+                    // Whoever could say so may be gone; then it does not.
+                    Ok(()) = self.shutting_down.changed() => break,
                     changed = self.watch.changed() => {
                         if changed.is_err() {
                             return;
@@ -216,12 +224,15 @@ impl NodeLoop {
         }
     }
 
-    /// One look at everything; whether the node is ready.
+    /// One look at everything; whether pods could run.
     async fn reconcile(&mut self) -> Result<bool, ApiError> {
         self.hand_on_cidrs().await;
-        let not_ready = self.look_at_runtime().await;
-        let status = self.status(&not_ready);
+        let mut not_ready = self.look_at_runtime().await;
         let ready = not_ready.is_empty();
+        if *self.shutting_down.borrow_and_update() {
+            not_ready.push("node is shutting down".to_owned());
+        }
+        let status = self.status(&not_ready);
         match &self.state {
             State::Unregistered => self.register(status).await?,
             State::Registered { .. } => self.patch_status(status).await?,

@@ -19,6 +19,7 @@ pub mod image_name;
 pub mod images;
 pub mod keyring;
 mod logs;
+pub(crate) mod node_shutdown;
 pub mod observed;
 mod orphans;
 pub mod plan;

@@ -137,7 +137,7 @@ impl Watch {
         let grace = plan_grace(&threshold, self.deps.node.eviction.max_pod_grace, &victim.pod);
         let verdict = Verdict { reason: "Evicted".to_owned(), message, disrupts: true };
         let grace = SignedDuration::from_secs(grace);
-        Some((PodUid::of(&victim.pod), Eviction { verdict, grace }))
+        Some((PodUid::of(&victim.pod), Eviction { verdict, grace, event: true }))
     }
 
     fn say(&self, resource: Resource) {

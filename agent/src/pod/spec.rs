@@ -183,7 +183,7 @@ pub fn host_network(spec: &PodSpec) -> bool {
 }
 
 /// Priority of `system-cluster-critical`: what has it or more keeps the cluster itself going.
-const SYSTEM_CRITICAL: i32 = 2_000_000_000;
+pub(crate) const SYSTEM_CRITICAL: i32 = 2_000_000_000;
 
 /// Whether the pod's priority is one of the system's own.
 pub fn has_critical_priority(spec: &PodSpec) -> bool {

@@ -161,7 +161,7 @@ pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(Pod
             let usage = measure(&deps, &view).await;
             let Some((signal, verdict)) = plan_eviction(&view.pod, &usage) else { continue };
             METRICS.evicted(signal);
-            let eviction = Eviction { verdict, grace: GRACE };
+            let eviction = Eviction { verdict, grace: GRACE, event: true };
             if evictions.send((PodUid::of(&view.pod), eviction)).is_err() {
                 return;
             }

@@ -23,6 +23,7 @@ use super::deps::Deps;
 use super::events::{News, watch_events};
 use super::explain::{self, Explanation};
 use super::images::Images;
+use super::node_shutdown;
 use super::observed::names;
 use super::orphans;
 use super::status::{REJECTED, Verdict, is_terminal};
@@ -33,6 +34,7 @@ use super::worker::{Begin, Eviction, Message, Worker};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
+use crate::node::logind::Told;
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink};
@@ -194,6 +196,8 @@ pub struct SyncLoop {
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
     pressure: watch::Receiver<Pressure>,
+    shutdowns: Option<mpsc::Receiver<Told>>,
+    shutting_down: watch::Sender<bool>,
     table: PodTable,
     questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
@@ -230,6 +234,8 @@ impl SyncLoop {
             sources,
             network: watch::channel(true).1,
             pressure: watch::channel(Pressure::default()).1,
+            shutdowns: None,
+            shutting_down: watch::Sender::new(false),
             table: PodTable::default(),
             questions: mpsc::channel(8),
         }
@@ -262,6 +268,18 @@ impl SyncLoop {
     /// Refuses most new pods while the node is under pressure.
     pub fn with_pressure(mut self, pressure: watch::Receiver<Pressure>) -> Self {
         self.pressure = pressure;
+        self
+    }
+
+    /// Ends all pods when `shutdowns` tells of one, and refuses new ones while `shutting_down`, which
+    /// it keeps.
+    pub(crate) fn with_shutdowns(
+        mut self,
+        shutdowns: mpsc::Receiver<Told>,
+        shutting_down: watch::Sender<bool>,
+    ) -> Self {
+        self.shutdowns = Some(shutdowns);
+        self.shutting_down = shutting_down;
         self
     }
 
@@ -303,7 +321,12 @@ impl SyncLoop {
         let (news_in, news) = mpsc::channel(1024);
         let watching = tokio::spawn(watch_events(deps.runtime.clone(), news_in));
         let (evict, evictions) = mpsc::unbounded_channel();
-        let caretakers = super::caretaker::spawn(&deps, evict);
+        let mut caretakers = super::caretaker::spawn(&deps, evict.clone());
+        let shutting_down = self.shutting_down.subscribe();
+        if let Some(shutdowns) = self.shutdowns {
+            let (deps, told) = (deps.clone(), self.shutting_down);
+            caretakers.spawn(node_shutdown::watch(deps, shutdowns, told, evict));
+        }
         let (over, overs) = mpsc::unbounded_channel();
         let state = Loop {
             deps,
@@ -316,6 +339,7 @@ impl SyncLoop {
             grants: HashMap::new(),
             waiting: HashSet::new(),
             pressure: self.pressure,
+            shutting_down,
             held: HashMap::new(),
             again: HashMap::new(),
             evictions,
@@ -432,6 +456,7 @@ struct Loop {
     /// Those that ask for more than they have.
     waiting: HashSet<PodUid>,
     pressure: watch::Receiver<Pressure>,
+    shutting_down: watch::Receiver<bool>,
     /// Static pods that wait for one of the same name to be gone.
     held: HashMap<NamespacedName, Arc<Pod>>,
     /// Pods that came back while they were being removed.
@@ -571,12 +596,17 @@ impl Loop {
             return;
         }
         self.deps.objects.retain(&pod);
-        let kept = self.deps.store.kept(&uid);
+        let mut kept = self.deps.store.kept(&uid);
         let allocation = kept.as_ref().and_then(|kept| kept.allocation.clone());
         let allocation = allocation.unwrap_or_else(|| Allocation::asked(&pod));
         let given = allocation.in_place_of(&pod);
         let adopt = self.known.has(&uid);
         let verdict = if adopt { self.count(&uid, &given) } else { self.admit(&uid, &given) };
+        if source == PodSource::File
+            && kept.as_ref().is_some_and(|kept| node_shutdown::ended_by(&kept.status))
+        {
+            kept = None;
+        }
         let (given, pending) = self.grant(&uid, pod, allocation, kept.as_ref());
         let begin = Begin {
             pod: given,
@@ -611,7 +641,9 @@ impl Loop {
         let new = !self.deps.store.exists(uid)
             && pod.status.as_ref().is_none_or(|s| s.start_time.is_none());
         let pressure = if new { *self.pressure.borrow() } else { Pressure::default() };
-        let fits = admit_under(pod, pressure)
+        let leaving = *self.shutting_down.borrow();
+        let fits = if leaving { Err(node_shutdown::refusal()) } else { Ok(()) }
+            .and_then(|()| admit_under(pod, pressure))
             .and_then(|()| admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()));
         match fits {
             Ok(()) => {

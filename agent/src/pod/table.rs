@@ -26,6 +26,8 @@ pub struct PodView {
     pub containers: HashMap<String, String>,
     /// Its sandbox's id.
     pub sandbox: Option<String>,
+    /// It is over and uses nothing of the node any more but its logs.
+    pub finished: bool,
 }
 
 /// How the sync loop is doing.

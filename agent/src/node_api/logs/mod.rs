@@ -292,6 +292,7 @@ mod tests {
             ..ContainerStatus::default()
         };
         PodView {
+            finished: false,
             pod: Arc::new(crate::pod::testing::pod(r#"{"containers": [{"name": "c"}]}"#)),
             status: PodStatus { container_statuses: Some(vec![status]), ..PodStatus::default() },
             source: None,

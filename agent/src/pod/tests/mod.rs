@@ -17,7 +17,8 @@ use super::testing::at;
 use super::{SyncHandle, SyncLoop};
 use crate::ids::{NamespacedName, PodUid};
 use crate::node::conditions::Pressure;
-use crate::node_context::NodeContext;
+use crate::node::logind::Told;
+use crate::node_context::{NodeContext, ShutdownGrace};
 use crate::objects::{ObjectError, ObjectRef, Objects};
 use crate::report::{EventSink, EventType, StatusSink};
 use crate::runtime::fake::FakeRuntime;
@@ -30,6 +31,7 @@ mod lifecycle;
 mod probing;
 mod resizing;
 mod restarting;
+mod shutting_down;
 mod status;
 
 #[derive(Default)]
@@ -147,6 +149,8 @@ struct Rig {
     shutdown: watch::Sender<bool>,
     network: watch::Sender<bool>,
     pressure: watch::Sender<Pressure>,
+    shutdowns: mpsc::Sender<Told>,
+    shutting_down: watch::Sender<bool>,
     task: tokio::task::JoinHandle<()>,
     handle: SyncHandle,
 }
@@ -165,10 +169,26 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let network = watch::Sender::new(true);
         let pressure = watch::Sender::new(Pressure::default());
+        let (shutdowns, shutdowns_told) = mpsc::channel(1);
+        let shutting_down = watch::Sender::new(false);
         let told = (network.subscribe(), pressure.subscribe());
-        let (changes, shutdown, task, handle) = begin(&dir, &runtime, &world, clock, told).await;
-        let rig =
-            Self { dir, runtime, world, clock, changes, shutdown, network, pressure, task, handle };
+        let of_shutdowns = (shutdowns_told, shutting_down.clone());
+        let (changes, shutdown, task, handle) =
+            begin(&dir, &runtime, &world, clock, told, of_shutdowns).await;
+        let rig = Self {
+            dir,
+            runtime,
+            world,
+            clock,
+            changes,
+            shutdown,
+            network,
+            pressure,
+            shutdowns,
+            shutting_down,
+            task,
+            handle,
+        };
         rig.send(PodChange::Synced(PodSource::File)).await;
         rig
     }
@@ -178,8 +198,12 @@ impl Rig {
         self.task.abort();
         let _ = (&mut self.task).await;
         let told = (self.network.subscribe(), self.pressure.subscribe());
+        let (shutdowns, shutdowns_told) = mpsc::channel(1);
+        self.shutdowns = shutdowns;
+        self.shutting_down = watch::Sender::new(false);
+        let of_shutdowns = (shutdowns_told, self.shutting_down.clone());
         let (changes, shutdown, task, handle) =
-            begin(&self.dir, &self.runtime, &self.world, self.clock, told).await;
+            begin(&self.dir, &self.runtime, &self.world, self.clock, told, of_shutdowns).await;
         self.changes = changes;
         self.shutdown = shutdown;
         self.task = task;
@@ -260,6 +284,7 @@ async fn begin(
     world: &Arc<World>,
     clock: TokioClock,
     (network, pressure): (watch::Receiver<bool>, watch::Receiver<Pressure>),
+    (shutdowns, shutting_down): (mpsc::Receiver<Told>, watch::Sender<bool>),
 ) -> (mpsc::Sender<PodChange>, watch::Sender<bool>, tokio::task::JoinHandle<()>, SyncHandle) {
     let node = Arc::new(NodeContext {
         root_dir: dir.path().join("kubelet"),
@@ -267,6 +292,10 @@ async fn begin(
         container_logs_dir: dir.path().join("links"),
         runtime_rotates_logs: true,
         allocatable_milli_cpu: 4000,
+        shutdown_grace: vec![
+            ShutdownGrace { priority: 0, seconds: 20 },
+            ShutdownGrace { priority: 2_000_000_000, seconds: 10 },
+        ],
         ..NodeContext::new("n", vec!["192.168.0.1".parse().unwrap()])
     });
     let sync = SyncLoop::new(
@@ -279,6 +308,7 @@ async fn begin(
     )
     .with_network(network)
     .with_pressure(pressure)
+    .with_shutdowns(shutdowns, shutting_down)
     .with_cgroups(Arc::new(NoCgroups))
     .with_clock(Arc::new(clock));
     let handle = sync.handle();

@@ -56,6 +56,8 @@ pub(crate) struct Eviction {
     pub(crate) verdict: Verdict,
     /// At most; the pod's own grace period may be shorter.
     pub(crate) grace: SignedDuration,
+    /// Whether an Event says so.
+    pub(crate) event: bool,
 }
 
 /// What a worker is told.
@@ -317,12 +319,17 @@ impl Worker {
         }
     }
 
-    fn evict(&mut self, Eviction { verdict, grace }: Eviction) {
+    fn evict(&mut self, Eviction { verdict, grace, event }: Eviction) {
+        if self.state == State::Terminating {
+            self.kill_within(grace);
+        }
         if self.state != State::Running || self.verdict.is_some() {
             return;
         }
-        let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
-        self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
+        if event {
+            let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
+            self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
+        }
         self.grace_limit = Some(grace);
         self.verdict = Some(verdict);
     }
@@ -334,18 +341,19 @@ impl Worker {
         }
         self.pod = pod;
         self.deps.volumes.pod_changed(&self.pod);
-        if self.state == State::Terminating
-            && self.pod.metadata.deletion_timestamp.is_some()
-            && let Some(kill_at) = self.kill_at
-        {
+        if self.state == State::Terminating && self.pod.metadata.deletion_timestamp.is_some() {
             // A second deletion may shorten the time, never lengthen it.
-            let now = self.deps.clock.now();
-            let sooner = now + SignedDuration::from_secs(grace_seconds(&self.pod));
-            if sooner < kill_at {
-                self.kill_at = Some(sooner);
-                for id in self.facts.killing.clone() {
-                    self.hasten(id);
-                }
+            self.kill_within(SignedDuration::from_secs(grace_seconds(&self.pod)));
+        }
+    }
+
+    /// Leaves a pod that ends no more than `grace` from now on.
+    fn kill_within(&mut self, grace: SignedDuration) {
+        let sooner = self.deps.clock.now() + grace;
+        if self.kill_at.is_some_and(|at| sooner < at) {
+            self.kill_at = Some(sooner);
+            for id in self.facts.killing.clone() {
+                self.hasten(id);
             }
         }
     }
@@ -575,6 +583,7 @@ impl Worker {
                 .map(|c| (c.name.to_string(), c.id.to_string()))
                 .collect(),
             sandbox: self.observed.sandboxes.first().map(|s| s.id.to_string()),
+            finished: self.state == State::Finished,
         };
         self.deps.table.set(&self.uid, view);
         if !self.told || self.previous.as_ref() != Some(&status) {
