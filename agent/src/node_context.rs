@@ -36,6 +36,17 @@ impl Default for PullLimits {
     }
 }
 
+/// What containers may have of the node's swap (KEP-2400).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SwapUse {
+    /// Burstable containers get a share by their memory request (`LimitedSwap`); else none has any.
+    pub limited: bool,
+    /// Whether the node's cgroups bound swap at all.
+    pub controller: bool,
+    /// Swap of the node, bytes.
+    pub capacity: u64,
+}
+
 /// How long pods of a priority have to end when the node shuts down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShutdownGrace {
@@ -128,6 +139,11 @@ pub struct NodeContext {
     /// Longest wait between restarts of a crashing container
     /// (`crashLoopBackOff.maxContainerRestartPeriod`).
     pub max_restart_backoff: Duration,
+    /// Whether a container on cgroup v2 is ended as a whole when one of its processes has no memory left
+    /// (not `singleProcessOOMKill`).
+    pub oom_group: bool,
+    /// Swap in containers (`memorySwap`).
+    pub swap: SwapUse,
     /// How long pods have when the node shuts down, the lowest priority first; empty where the node
     /// shuts down without waiting for them (`shutdownGracePeriod...`).
     pub shutdown_grace: Vec<ShutdownGrace>,
@@ -182,6 +198,8 @@ impl NodeContext {
             gc: GcLimits::default(),
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
+            oom_group: true,
+            swap: SwapUse::default(),
             shutdown_grace: Vec::new(),
             relist_period: Duration::from_secs(300),
             container_log_max_size: 10 << 20,

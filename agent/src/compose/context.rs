@@ -87,6 +87,12 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         },
         max_restart_backoff: config.max_container_restart_period,
         shutdown_grace: config.shutdown_grace.clone(),
+        oom_group: config.resources.single_process_oom_kill != Some(true),
+        swap: node_context::SwapUse {
+            limited: config.resources.limited_swap,
+            controller: machine::swap_controller(),
+            capacity: machine::Machine::read().swap,
+        },
         container_log_max_size: config.container_log_max_size,
         container_log_max_files: config.container_log_max_files,
         container_log_monitor_interval: config.container_log_monitor_interval,

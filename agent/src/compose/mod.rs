@@ -41,6 +41,7 @@ use crate::traces::Traces;
 use crate::volume::{self, NodeVolumes};
 
 mod context;
+mod preflight;
 
 pub(crate) use context::host;
 
@@ -94,6 +95,9 @@ struct Parts {
 
 /// Runs the node until a signal ends it or a part cannot go on.
 pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
+    if config.parts.agent {
+        preflight::check(&config.resources)?;
+    }
     let _lock = lock(&config)?;
     let traces = match &config.tracing {
         Some(tracing) => Some(Traces::start(tracing, &config.hostname)?),

@@ -93,6 +93,11 @@ pub struct KubeletConfiguration {
     pub kube_reserved: Option<BTreeMap<String, String>>,
     #[serde(rename = "providerID")]
     pub provider_id: Option<String>,
+    pub fail_swap_on: Option<bool>,
+    #[serde(rename = "singleProcessOOMKill")]
+    pub single_process_oom_kill: Option<bool>,
+    pub protect_kernel_defaults: Option<bool>,
+    pub memory_swap: Option<MemorySwap>,
     pub shutdown_grace_period: Option<Duration>,
     pub shutdown_grace_period_critical_pods: Option<Duration>,
     pub shutdown_grace_period_by_pod_priority: Option<Vec<ShutdownGracePeriodByPodPriority>>,
@@ -158,6 +163,14 @@ pub struct WebhookAuthorization {
     pub cache_authorized_ttl: Option<Duration>,
     #[serde(rename = "cacheUnauthorizedTTL")]
     pub cache_unauthorized_ttl: Option<Duration>,
+}
+
+/// KEP-2400.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct MemorySwap {
+    pub swap_behavior: Option<String>,
 }
 
 /// KEP-2712.
@@ -239,7 +252,7 @@ pub(super) const FIELDS: Fields = &[
     ("cgroupsPerQOS", Used),
     ("cgroupDriver", Used),
     ("cpuManagerPolicy", NotBuilt(&["\"none\""])),
-    ("singleProcessOOMKill", NotBuilt(&["false"])),
+    ("singleProcessOOMKill", Used),
     ("cpuManagerPolicyOptions", NotBuilt(&[])),
     ("cpuManagerReconcilePeriod", Inert),
     ("memoryManagerPolicy", NotBuilt(&["\"None\""])),
@@ -272,13 +285,13 @@ pub(super) const FIELDS: Fields = &[
     ("mergeDefaultEvictionSettings", Used),
     ("podsPerCore", NotBuilt(&["0"])),
     ("enableControllerAttachDetach", NotBuilt(&["true"])),
-    ("protectKernelDefaults", NotBuilt(&["false"])),
+    ("protectKernelDefaults", Used),
     ("makeIPTablesUtilChains", Inert),
     ("iptablesMasqueradeBit", Inert),
     ("iptablesDropBit", Inert),
     ("featureGates", NotBuilt(&[])),
-    ("failSwapOn", Inert), // swap is never an error here; pods get none (NoSwap)
-    ("memorySwap", NotBuilt(&["{\"swapBehavior\":\"NoSwap\"}", "{\"swapBehavior\":\"\"}"])),
+    ("failSwapOn", Used),
+    ("memorySwap", Used),
     ("containerLogMaxSize", Used),
     ("containerLogMaxFiles", Used),
     ("containerLogMaxWorkers", Inert), // each monitor rotates its own

@@ -13,6 +13,7 @@ pub mod node_api;
 mod proxy;
 mod proxy_pages;
 mod quantity;
+mod resources;
 mod shutdown;
 pub mod tracing;
 
@@ -25,6 +26,7 @@ pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub use node_api::NodeApiConfig;
 pub use proxy_pages::ProxyPages;
 pub use quantity::{Threshold, parse_bytes};
+pub use resources::ResourceConfig;
 
 /// Something in the configuration that an operator should know, without stopping the node.
 #[derive(Clone, Debug, PartialEq, Eq)]

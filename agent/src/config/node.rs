@@ -10,8 +10,8 @@ use k8s_openapi::api::core::v1::Taint;
 use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_taint, period};
 use super::quantity::parse_bytes;
 use super::{
-    ConfigError, Documents, NodeApiConfig, Note, ProxyPages, RuntimeHandler, configz, node_api,
-    proxy, proxy_pages, shutdown,
+    ConfigError, Documents, NodeApiConfig, Note, ProxyPages, ResourceConfig, RuntimeHandler,
+    configz, node_api, proxy, proxy_pages, resources, shutdown,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
@@ -116,6 +116,8 @@ pub struct NodeConfig {
     pub max_container_restart_period: Duration,
     /// How long pods have when the node shuts down, by priority; none where it is not waited for.
     pub shutdown_grace: Vec<ShutdownGrace>,
+    /// What pods get of the machine.
+    pub resources: ResourceConfig,
     pub node_status_update_frequency: Duration,
     pub node_status_report_frequency: Duration,
     pub node_lease_duration: Duration,
@@ -195,6 +197,7 @@ pub fn resolve(
     let shown = configz::shown(kubelet_written, node_api_address, cgroup_driver);
     let node_api_config = node_api::resolve(&kubelet, node_api_address, shown)?;
     let shutdown_grace = shutdown::resolve(&kubelet)?;
+    let resources = resources::resolve(&kubelet)?;
     let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
     let node_name = flags
         .hostname_override
@@ -433,6 +436,7 @@ pub fn resolve(
             300,
         ),
         shutdown_grace,
+        resources,
         node_status_update_frequency: period(kubelet.node_status_update_frequency, 10),
         // Whoever sets only how often it is measured means both.
         node_status_report_frequency: period(

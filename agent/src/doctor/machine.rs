@@ -106,7 +106,7 @@ pub fn plan_swap(swap: u64) -> Finding {
         bytes => Finding::warning(
             "swap",
             format!(
-                "{} MiB of swap: pods use none of it, but the machine's own processes may be slow \
+                "{} MiB of swap: pods use none of it without memorySwap.swapBehavior LimitedSwap, but the machine's own processes may be slow \
                  where Kubernetes expects them to be evicted",
                 bytes >> 20
             ),

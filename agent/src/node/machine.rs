@@ -145,6 +145,30 @@ fn hugepages(dir: &Path) -> BTreeMap<u64, u64> {
     found
 }
 
+/// Whether the node has swap that is on (/proc/swaps: a line for each, below the heading).
+pub fn swap_is_on() -> bool {
+    fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1)
+}
+
+/// Whether cgroup v2 has all controllers.
+pub fn is_unified() -> bool {
+    cgroups_rs::fs::hierarchies::is_cgroup2_unified_mode()
+}
+
+/// Whether this node's cgroups bound the swap of containers.
+pub fn swap_controller() -> bool {
+    let root = Path::new("/sys/fs/cgroup");
+    if root.join("memory/memory.memsw.limit_in_bytes").exists() {
+        return true;
+    }
+    // The root has no such file; with swap accounting every other cgroup has.
+    let file = "memory.swap.max";
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).map(str::to_owned);
+    let others = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
+    own.map(|own| root.join(own)).into_iter().chain(others).any(|dir| dir.join(file).exists())
+}
+
 /// Room on the file system that holds `path`, or its nearest existing parent.
 pub fn file_system(path: &Path) -> Option<FileSystem> {
     let stat = path.ancestors().find_map(|p| statvfs(p).ok())?;

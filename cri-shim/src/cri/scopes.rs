@@ -156,6 +156,14 @@ fn resources(container: &Container) -> LinuxContainerResources {
 fn scope_limits(resources: &LinuxContainerResources, host: &Host) -> Limits {
     let set = |value: i64| Some(value).filter(|v| *v != 0);
     let memory = set(resources.memory_limit_in_bytes);
+    // What is asked for by the kernel's own names: systemd would undo what it does not know of.
+    let named = |file: &str| {
+        let value = resources.unified.get(file)?;
+        if value == "max" { Some(-1) } else { value.parse::<i64>().ok() }
+    };
+    let together = memory
+        .filter(|_| host.swap_accounting)
+        .map(|memory| limits::swap_bytes(memory, resources.memory_swap_limit_in_bytes));
     Limits {
         cpu_weight: u64::try_from(resources.cpu_shares)
             .ok()
@@ -164,9 +172,10 @@ fn scope_limits(resources: &LinuxContainerResources, host: &Host) -> Limits {
         cpu_quota: set(resources.cpu_quota),
         cpu_period: u64::try_from(resources.cpu_period).unwrap_or(0),
         memory,
-        swap: memory
-            .filter(|_| host.swap_accounting)
-            .map(|memory| limits::swap_bytes(memory, resources.memory_swap_limit_in_bytes)),
+        swap: named("memory.swap.max").or(together),
+        memory_min: named("memory.min"),
+        memory_low: named("memory.low"),
+        memory_high: named("memory.high"),
         // The pod's slice has the limit; systemd would give each scope one of its own.
         pids: Some(-1),
         oom_group: resources.unified.get("memory.oom.group").is_some_and(|v| v == "1"),
@@ -199,7 +208,18 @@ mod tests {
             swap: Some(0),
             pids: Some(-1),
             oom_group: true,
+            ..Limits::default()
         };
         assert_eq!(scope_limits(&asked, &host), expected);
+        let unified = [
+            ("memory.swap.max", "4096"),
+            ("memory.min", "1"),
+            ("memory.low", "2"),
+            ("memory.high", "max"),
+        ];
+        let unified = unified.map(|(file, value)| (file.to_owned(), value.to_owned())).into();
+        let by_name = scope_limits(&LinuxContainerResources { unified, ..asked }, &host);
+        let (min, low, high) = (by_name.memory_min, by_name.memory_low, by_name.memory_high);
+        assert_eq!((by_name.swap, min, low, high), (Some(4096), Some(1), Some(2), Some(-1)));
     }
 }

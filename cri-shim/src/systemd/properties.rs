@@ -17,8 +17,14 @@ pub struct Limits {
     pub cpu_period: u64,
     /// Bytes; negative is no limit.
     pub memory: Option<i64>,
-    /// Bytes beside `memory`.
+    /// Bytes beside `memory`; negative is no limit.
     pub swap: Option<i64>,
+    /// Bytes that are never reclaimed; negative is all.
+    pub memory_min: Option<i64>,
+    /// Bytes that are reclaimed last; negative is all.
+    pub memory_low: Option<i64>,
+    /// Bytes above which its processes are slowed down; negative is no limit.
+    pub memory_high: Option<i64>,
     /// Processes and threads; negative is no limit.
     pub pids: Option<i64>,
     /// `memory.oom.group`, for scopes: one process without memory ends all of them.
@@ -52,8 +58,16 @@ impl Limits {
         if let Some(memory) = self.memory {
             set("MemoryMax", limit(memory));
         }
-        if let Some(swap) = self.swap {
-            set("MemorySwapMax", limit(swap));
+        let more = [
+            ("MemorySwapMax", self.swap),
+            ("MemoryMin", self.memory_min),
+            ("MemoryLow", self.memory_low),
+            ("MemoryHigh", self.memory_high),
+        ];
+        for (name, bytes) in more {
+            if let Some(bytes) = bytes {
+                set(name, limit(bytes));
+            }
         }
         if let Some(pids) = self.pids {
             set("TasksMax", limit(pids));
@@ -146,6 +160,15 @@ mod tests {
                     "MemorySwapMax=0",
                     "TasksMax=100",
                 ],
+            ),
+            (
+                Limits {
+                    memory_min: Some(1),
+                    memory_low: Some(2),
+                    memory_high: Some(-1),
+                    ..Limits::default()
+                },
+                vec!["MemoryMin=1", "MemoryLow=2", "MemoryHigh=18446744073709551615"],
             ),
             // Rounded up to whole percents, of which systemd would otherwise lose the rest.
             (

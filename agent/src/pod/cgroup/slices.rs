@@ -44,9 +44,8 @@ impl Slices {
             cpu_quota: Some(limits.cpu_quota.unwrap_or(-1)),
             cpu_period: self.period_us,
             memory: Some(limits.memory.unwrap_or(-1)),
-            swap: None,
             pids: self.pids,
-            oom_group: false,
+            ..Limits::default()
         };
         let slice = slice_name(&self.root, &path);
         let properties = systemd::slice(format!("Kubernetes pod {uid}"), &limits);

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use crate::node_context::NodeContext;
 use crate::pod::qos::qos_class;
 use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
-use crate::pod::spec::{init_containers, is_sidecar, spec_of};
+use crate::pod::spec::{has_critical_priority, init_containers, is_sidecar, is_static, spec_of};
 
 /// Bounds of cgroup v1 `cpu.shares`.
 const MIN_SHARES: i64 = 2;
@@ -108,11 +108,43 @@ pub fn container_resources(
         }
     }
     if unified {
-        // The kernel ends the container as a whole; half a container helps nobody.
-        linux.unified.insert("memory.oom.group".into(), "1".into());
+        if node.oom_group {
+            // The kernel ends the container as a whole; half a container helps nobody.
+            linux.unified.insert("memory.oom.group".into(), "1".into());
+        }
+        if node.swap.controller {
+            let swap = swap_limit(pod, container, node);
+            linux.unified.insert("memory.swap.max".into(), swap.to_string());
+        }
+    } else if node.swap.controller {
+        // Memory and swap together: none beyond the memory. Without a limit of that there is none.
         linux.memory_swap_limit_in_bytes = linux.memory_limit_in_bytes;
     }
     linux
+}
+
+/// Swap that a container may use on cgroup v2, in bytes: as much of the node's as it requests of its
+/// memory, for burstable pods alone (KEP-2400). What the node needs to go on never waits for a disk.
+fn swap_limit(pod: &Pod, container: &Container, node: &NodeContext) -> u64 {
+    let resources = container.resources.as_ref();
+    let of = |list: Option<&ResourceList>| amount(list, "memory").unwrap_or(0);
+    let request = of(resources.and_then(|r| r.requests.as_ref()));
+    let limit = of(resources.and_then(|r| r.limits.as_ref()));
+    let critical = is_static(pod) || has_critical_priority(spec_of(pod));
+    let request = u64::try_from(request).unwrap_or(0);
+    let capacity = node.capacity_memory;
+    // A limit alone has become the request as well, in the API.
+    if !node.swap.limited
+        || critical
+        || qos_class(pod) != "Burstable"
+        || request == u64::try_from(limit).unwrap_or(0)
+        || request > capacity
+        || capacity == 0
+    {
+        return 0;
+    }
+    // In floating point as kubelet does it, so that both give the same bytes.
+    (request as f64 / capacity as f64 * node.swap.capacity as f64) as u64
 }
 
 /// `2Mi` as the kernel writes it: `2MB`.
@@ -301,6 +333,7 @@ pub fn pod_limits(pod: &Pod, node: &NodeContext) -> PodLimits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::node_context::SwapUse;
     use crate::pod::testing::pod;
 
     #[test]
@@ -326,6 +359,45 @@ mod tests {
             let pod = pod(&format!(r#"{{"containers":[{container}]}}"#));
             assert_eq!(oom_score_adj(&pod, &spec_of(&pod).containers[0], capacity), score);
         }
+    }
+
+    #[test]
+    fn swap_is_shared_by_memory_requests_among_the_burstable() {
+        let swap = SwapUse { limited: true, controller: true, capacity: 4 << 30 };
+        let mut node =
+            NodeContext { swap, capacity_memory: 16 << 30, ..NodeContext::new("n", vec![]) };
+        let given = |node: &NodeContext, spec: &str, unified: bool| {
+            let pod = pod(spec);
+            let linux = container_resources(&pod, &spec_of(&pod).containers[0], node, unified);
+            let v2 = linux.unified.get("memory.swap.max").cloned();
+            (v2, linux.memory_swap_limit_in_bytes)
+        };
+        let of = |resources: &str, more: &str| {
+            format!(r#"{{{more}"containers":[{{"name":"a","resources":{resources}}}]}}"#)
+        };
+        let burstable = r#"{"requests":{"memory":"1Gi"},"limits":{"memory":"2Gi"}}"#;
+        for (resources, more, swap) in [
+            (burstable, "", 256 << 20),
+            (r#"{"requests":{"memory":"1Gi"}}"#, "", 256 << 20),
+            (r#"{"requests":{"memory":"1000003"}}"#, "", 250_000),
+            // Critical, without a memory request, guaranteed in memory, more than there is, best effort.
+            (burstable, r#""priority":2000000000,"#, 0),
+            (r#"{"requests":{"cpu":"1"}}"#, "", 0),
+            (r#"{"requests":{"memory":"1Gi","cpu":"1"},"limits":{"memory":"1Gi"}}"#, "", 0),
+            (r#"{"requests":{"memory":"17Gi"}}"#, "", 0),
+            ("{}", "", 0),
+        ] {
+            let given = given(&node, &of(resources, more), true);
+            assert_eq!(given, (Some(swap.to_string()), 0), "{resources} {more}");
+        }
+        let burstable = of(burstable, "");
+        // v1 counts both together and has no LimitedSwap.
+        assert_eq!(given(&node, &burstable, false), (None, 2 << 30));
+        node.swap.limited = false;
+        assert_eq!(given(&node, &burstable, true), (Some("0".into()), 0));
+        node.swap.controller = false;
+        assert_eq!(given(&node, &burstable, true), (None, 0));
+        assert_eq!(given(&node, &burstable, false), (None, 0));
     }
 
     #[test]
