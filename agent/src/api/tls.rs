@@ -92,6 +92,15 @@ pub fn system_config() -> Result<ClientConfig, TlsError> {
             cause: "this machine trusts none (install the package ca-certificates)".to_owned(),
         });
     }
+    with_roots(store)
+}
+
+/// For connections without TLS.
+pub fn trusting_nobody() -> Result<ClientConfig, TlsError> {
+    with_roots(RootCertStore::empty())
+}
+
+fn with_roots(store: RootCertStore) -> Result<ClientConfig, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     Ok(ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()?

@@ -33,7 +33,8 @@ use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
 use crate::runtime::cri::CriRuntime;
 use crate::source::file::{FileSource, ObjectSink};
-use crate::source::{PodChange, PodSource};
+use crate::source::url::{Said, UrlSide};
+use crate::source::{self, PodChange, PodSource};
 use crate::standalone::folder::Scope;
 use crate::standalone::services::ServiceLoop;
 use crate::standalone::store::Store;
@@ -373,7 +374,21 @@ impl Parts {
         pods: mpsc::Sender<PodChange>,
     ) {
         let Some(folder) = self.config.pod_manifest_path.clone() else { return };
-        let source = FileSource::new(folder, &self.config.node_name, scope, sink);
+        let mut source = FileSource::new(folder, &self.config.node_name, scope, sink);
+        if let Some(url) = self.config.static_pod_url.clone() {
+            let (tell, said) = watch::channel(Said::Nothing);
+            let kept = self.config.root_dir.join("longshore/static-pod-url");
+            let taken = Said::Nothing;
+            source = source.with_url(UrlSide { name: url.shown(), said, kept, taken });
+            let mut shutdown = self.shutdown.clone();
+            self.spawn("the static pod URL", async move {
+                tokio::select! {
+                    () = source::url::poll(url, tell) => {}
+                    () = crate::shutdown::requested(&mut shutdown) => {}
+                }
+                Ok(())
+            });
+        }
         self.watched.manifests = Some(source.problems());
         let shutdown = self.shutdown.clone();
         self.spawn("the folder of manifests", async move {

@@ -16,6 +16,11 @@ use super::tracing::TracingConfiguration;
 #[allow(missing_docs, reason = "the field documentation is upstream's")]
 pub struct KubeletConfiguration {
     pub static_pod_path: Option<String>,
+    #[serde(rename = "staticPodURL")]
+    pub static_pod_url: Option<String>,
+    #[serde(rename = "staticPodURLHeader")]
+    pub static_pod_url_header: Option<BTreeMap<String, Vec<String>>>,
+    pub http_check_frequency: Option<Duration>,
     pub pod_logs_dir: Option<String>,
     pub sync_frequency: Option<Duration>,
     pub address: Option<String>,
@@ -209,9 +214,9 @@ pub(super) const FIELDS: Fields = &[
     ("podLogsDir", Used),
     ("syncFrequency", Used),
     ("fileCheckFrequency", Inert), // manifests are watched with inotify
-    ("httpCheckFrequency", Inert),
-    ("staticPodURL", NotBuilt(&[])),
-    ("staticPodURLHeader", NotBuilt(&[])),
+    ("httpCheckFrequency", Used),
+    ("staticPodURL", Used),
+    ("staticPodURLHeader", Used),
     ("address", Used),
     ("port", Used),
     ("readOnlyPort", Used),

@@ -17,6 +17,7 @@ use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
 use crate::node_context::ShutdownGrace;
 use crate::pod::sysctls;
+use crate::source::url::PodUrl;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
 const KUBECONFIG: &str = "/etc/kubernetes/kubelet.conf";
@@ -83,6 +84,8 @@ pub struct NodeConfig {
     pub container_runtime_endpoint: Option<String>,
     pub image_service_endpoint: Option<String>,
     pub pod_manifest_path: Option<PathBuf>,
+    /// Where else static pods come from.
+    pub static_pod_url: Option<PodUrl>,
     pub cluster_dns: Vec<IpAddr>,
     pub cluster_domain: String,
     pub resolv_conf: PathBuf,
@@ -198,6 +201,7 @@ pub fn resolve(
     let node_api_config = node_api::resolve(&kubelet, node_api_address, shown)?;
     let shutdown_grace = shutdown::resolve(&kubelet)?;
     let resources = resources::resolve(&kubelet)?;
+    let static_pod_url = static_pod_url(&kubelet)?;
     let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
     let node_name = flags
         .hostname_override
@@ -372,6 +376,7 @@ pub fn resolve(
             .or(kubelet.image_service_endpoint)
             .filter(|endpoint| !endpoint.is_empty()),
         pod_manifest_path: manifests,
+        static_pod_url,
         cluster_dns: if flags.cluster_dns.is_empty() {
             kubelet.cluster_dns.unwrap_or_default()
         } else {
@@ -504,6 +509,17 @@ pub fn resolve(
         },
         notes,
     })
+}
+
+fn static_pod_url(kubelet: &super::KubeletConfiguration) -> Result<Option<PodUrl>, ConfigError> {
+    let Some(url) = kubelet.static_pod_url.as_deref().filter(|url| !url.is_empty()) else {
+        return Ok(None);
+    };
+    let headers = kubelet.static_pod_url_header.iter().flatten();
+    let headers = headers.flat_map(|(name, values)| values.iter().map(|v| (&**name, &**v)));
+    PodUrl::new(url, headers, period(kubelet.http_check_frequency, 20))
+        .map(Some)
+        .map_err(|error| ConfigError::invalid("KubeletConfiguration.staticPodURL", error))
 }
 
 fn ids_per_pod(userns: Option<super::kubelet::UserNamespaces>) -> Result<Option<i64>, ConfigError> {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use inotify::{Inotify, WatchMask};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use crate::source::url::{Said, UrlSide};
 use crate::source::{PodChange, PodSource};
 use crate::standalone::folder::{Folder, FolderChange, Problem, Ready, Scope};
 use crate::standalone::yaml::MAX_FILE;
@@ -45,6 +46,7 @@ pub struct FileSource {
     read: BTreeMap<String, Identity>,
     problems: watch::Sender<Vec<Problem>>,
     sink: Option<Arc<dyn ObjectSink>>,
+    url: Option<UrlSide>,
 }
 
 /// Changes when a file's content may have.
@@ -82,7 +84,14 @@ impl FileSource {
             read: BTreeMap::new(),
             problems: watch::Sender::new(Vec::new()),
             sink,
+            url: None,
         }
+    }
+
+    /// Takes what an address says for one more file.
+    pub fn with_url(mut self, url: UrlSide) -> Self {
+        self.url = Some(url);
+        self
     }
 
     /// What is wrong in the folder, now and as it changes.
@@ -99,11 +108,14 @@ impl FileSource {
             if events.is_none() {
                 events = self.watch();
             }
-            let changes = self.look(!synced);
+            let mut changes = self.look(!synced);
+            changes.extend(self.look_at_url());
+            self.tell_problems();
             if self.tell(changes, &pods).await.is_err() {
                 return;
             }
-            if !synced {
+            // What an address ran is not taken for orphaned before it has had a chance to say so.
+            if !synced && self.url.as_ref().is_none_or(|url| url.taken != Said::Nothing) {
                 synced = true;
                 if let Some(sink) = &self.sink {
                     sink.synced();
@@ -113,8 +125,19 @@ impl FileSource {
                 }
             }
             let patience = if events.is_some() { RESCAN } else { RETRY };
+            let url = async {
+                // Whoever asks may be gone; then there is no news.
+                let news = match &mut self.url {
+                    Some(url) => url.said.changed().await.is_ok(),
+                    None => false,
+                };
+                if !news {
+                    std::future::pending::<()>().await;
+                }
+            };
             let wake = tokio::select! {
                 event = next(&mut events) => event,
+                () = url => Wake::Timer,
                 () = tokio::time::sleep(patience) => Wake::Timer,
                 () = crate::shutdown::requested(&mut shutdown) => {Wake::Shutdown }
             };
@@ -166,8 +189,11 @@ impl FileSource {
             Ok(found) => {
                 changes.extend(self.folder.removed(""));
                 let known: BTreeSet<String> = self.folder.files().into_iter().collect();
-                let gone: Vec<String> =
-                    known.into_iter().filter(|name| !found.contains_key(name)).collect();
+                let is_url = |name: &String| self.url.as_ref().is_some_and(|u| u.name == *name);
+                let gone: Vec<String> = known
+                    .into_iter()
+                    .filter(|name| !found.contains_key(name) && !is_url(name))
+                    .collect();
                 for (name, identity) in found {
                     if self.read.get(&name) == Some(&identity) {
                         continue;
@@ -198,6 +224,44 @@ impl FileSource {
                 }
             }
         }
+        changes
+    }
+
+    /// Takes what the address says; at the start, what it said before if it does not answer.
+    fn look_at_url(&mut self) -> Vec<FolderChange> {
+        let Some(url) = &mut self.url else { return Vec::new() };
+        let said = url.said.borrow_and_update().clone();
+        if said == url.taken {
+            return Vec::new();
+        }
+        let first = std::mem::replace(&mut url.taken, said.clone()) == Said::Nothing;
+        let seen = jiff::Timestamp::now().to_string();
+        match said {
+            Said::Nothing => Vec::new(),
+            Said::Text(text) => {
+                let changes = self.folder.read(&url.name, &text, &seen);
+                let refused = |problem: &Problem| problem.file == url.name;
+                if !self.folder.problems().iter().any(refused)
+                    && let Err(error) = keep(&url.kept, &text)
+                {
+                    tracing::warn!(path = %url.kept.display(), %error,
+                        "cannot keep the static pods of an address; they would not come back after \
+                         a boot without it");
+                }
+                changes
+            }
+            Said::Failed(cause) => {
+                let mut changes = Vec::new();
+                if first && let Ok(text) = read(&url.kept) {
+                    changes = self.folder.read(&url.name, &text, &seen);
+                }
+                self.folder.unreadable(&url.name, cause);
+                changes
+            }
+        }
+    }
+
+    fn tell_problems(&self) {
         let problems = self.folder.problems();
         self.problems.send_if_modified(|shown| {
             for problem in problems.iter().filter(|problem| !shown.contains(problem)) {
@@ -207,7 +271,6 @@ impl FileSource {
             *shown = problems;
             changed
         });
-        changes
     }
 
     async fn tell(
@@ -280,6 +343,21 @@ fn list(directory: &Path) -> io::Result<BTreeMap<String, Identity>> {
     Ok(found)
 }
 
+/// Writes `text` whole; it may hold secrets.
+fn keep(path: &Path, text: &[u8]) -> io::Result<()> {
+    if fs::read(path).is_ok_and(|before| before == text) {
+        return Ok(());
+    }
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(dir)?;
+    // For root alone, as temporary files are.
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(text)?;
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
+}
+
 fn read(path: &Path) -> io::Result<Vec<u8>> {
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let mut text = Vec::new();
@@ -329,5 +407,73 @@ mod tests {
         fs::remove_file(at.join("q.yaml")).unwrap();
         let PodChange::Removed(_, uid) = next_change(&mut pods).await else { panic!() };
         assert_eq!(uid, PodUid::of(&first));
+    }
+
+    #[tokio::test]
+    async fn an_address_is_one_more_file_and_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = dir.path().join("state/static-pod-url");
+        let start = |said| {
+            let (taken, name) = (Said::Nothing, "http://host/pods".to_owned());
+            let url = UrlSide { name, said, kept: kept.clone(), taken };
+            let folder = dir.path().join("manifests");
+            let source = FileSource::new(folder, "n", Scope::StaticPods, None).with_url(url);
+            let problems = source.problems();
+            let (tell, pods) = mpsc::channel(16);
+            let (stop, stopped) = watch::channel(false);
+            tokio::spawn(source.run(tell, stopped));
+            (pods, problems, stop)
+        };
+        let list = |pods: &[&str]| {
+            let pod = |name: &&str| {
+                format!(
+                    r#"{{"metadata":{{"name":"{name}"}},"spec":{{"containers":[{{"name":"c","image":"i"}}]}}}}"#
+                )
+            };
+            let items: Vec<String> = pods.iter().map(pod).collect();
+            let list = format!(
+                r#"{{"kind":"PodList","apiVersion":"v1","metadata":{{}},"items":[{}]}}"#,
+                items.join(",")
+            );
+            Said::Text(list.into())
+        };
+        fs::create_dir(dir.path().join("manifests")).unwrap();
+        fs::write(dir.path().join("manifests/p.yaml"), POD).unwrap();
+        let (say, said) = watch::channel(Said::Nothing);
+        let (mut pods, mut problems, _stop) = start(said);
+        // The folder waits for no address, but nothing is orphaned before it was asked.
+        let PodChange::Set(_, first) = next_change(&mut pods).await else { panic!() };
+        assert_eq!(first.metadata.name.as_deref(), Some("web-n"));
+        assert!(pods.try_recv().is_err());
+        say.send_replace(list(&["a", "b"]));
+        let PodChange::Set(_, a) = next_change(&mut pods).await else { panic!() };
+        let PodChange::Set(_, b) = next_change(&mut pods).await else { panic!() };
+        let source = "kubernetes.io/config.source";
+        assert_eq!(a.metadata.annotations.as_ref().unwrap()[source], "http");
+        assert!(matches!(next_change(&mut pods).await, PodChange::Synced(PodSource::File)));
+        // What is no answer, or no pod, takes nothing away.
+        for bad in
+            [Said::Failed("503".into()), Said::Text("{".into()), Said::Text("kind: x".into())]
+        {
+            say.send_replace(bad);
+            problems.wait_for(|problems| !problems.is_empty()).await.unwrap();
+            problems.borrow_and_update();
+            say.send_replace(list(&["a", "b"]));
+            problems.wait_for(Vec::is_empty).await.unwrap();
+        }
+        say.send_replace(list(&["b"]));
+        let PodChange::Removed(_, gone) = next_change(&mut pods).await else { panic!() };
+        assert_eq!(gone, PodUid::of(&a));
+        // A boot with the address away.
+        let (say, said) = watch::channel(Said::Failed("no route".into()));
+        let (mut pods, _problems, _stop) = start(said);
+        let mut names = Vec::new();
+        while let PodChange::Set(_, pod) = next_change(&mut pods).await {
+            names.push(pod.metadata.name.clone().unwrap());
+        }
+        assert_eq!(names, ["web-n", "b-n"]);
+        say.send_replace(list(&[]));
+        let PodChange::Removed(_, gone) = next_change(&mut pods).await else { panic!() };
+        assert_eq!(gone, PodUid::of(&b));
     }
 }

@@ -6,6 +6,7 @@
 pub mod cluster;
 pub mod file;
 pub mod proxy_object;
+pub mod url;
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::ids::PodUid;
 /// Which source a pod came from. Both at once is normal: static pods on a cluster node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PodSource {
-    /// A manifest in the static pod folder.
+    /// A manifest in the static pod folder, or at the static pod URL.
     File,
     /// The API server.
     Cluster,

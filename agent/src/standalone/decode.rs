@@ -86,12 +86,25 @@ pub enum DecodeError {
     },
 }
 
-/// The objects of one document: one, or those of a `List`.
+/// The objects of one document: one, or those of a `List` or `PodList`.
 pub fn decode(value: Value) -> Vec<Result<Object, DecodeError>> {
-    let is_list = value.get("kind").and_then(Value::as_str) == Some("List");
+    let kind = value.get("kind").and_then(Value::as_str).unwrap_or_default();
+    let kind_is_list = kind == "List";
+    let pods = kind == "PodList" && value.get("apiVersion").and_then(Value::as_str) == Some("v1");
+    // The items of a typed list need not say what they are.
+    let item = |mut item: Value| {
+        if let Value::Object(fields) = &mut item
+            && pods
+        {
+            fields.entry("kind").or_insert_with(|| "Pod".into());
+            fields.entry("apiVersion").or_insert_with(|| "v1".into());
+        }
+        decode_one(item)
+    };
     match value {
-        Value::Object(mut list) if is_list => match list.remove("items") {
-            Some(Value::Array(items)) => items.into_iter().map(decode_one).collect(),
+        Value::Object(mut list) if pods || kind_is_list => match list.remove("items") {
+            Some(Value::Array(items)) => items.into_iter().map(item).collect(),
+            Some(Value::Null) | None if pods => Vec::new(),
             _ => vec![Err(DecodeError::Field {
                 field: "items".into(),
                 cause: "a List needs a list of items".into(),

@@ -19,17 +19,26 @@ pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 /// When the manifest was first seen.
 pub const CONFIG_SEEN: &str = "kubernetes.io/config.seen";
 
+/// Where a static pod came from.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// `file` or `http`.
+    pub source: &'a str,
+    /// When it was first seen.
+    pub seen: &'a str,
+}
+
 /// Makes a static pod of what a manifest says: name, namespace, UID, node, annotations, defaults.
-pub fn static_pod(mut pod: Pod, node: &str, uid: String, seen: &str) -> Pod {
+pub fn static_pod(mut pod: Pod, node: &str, uid: String, from: Origin<'_>) -> Pod {
     let metadata = &mut pod.metadata;
     if let Some(name) = &mut metadata.name {
         *name = format!("{name}-{node}");
     }
     metadata.namespace.get_or_insert_with(|| "default".into());
     let annotations = metadata.annotations.get_or_insert_default();
-    annotations.insert(CONFIG_SOURCE.into(), "file".into());
+    annotations.insert(CONFIG_SOURCE.into(), from.source.into());
     annotations.insert(CONFIG_HASH.into(), uid.clone());
-    annotations.insert(CONFIG_SEEN.into(), seen.into());
+    annotations.insert(CONFIG_SEEN.into(), from.seen.into());
     metadata.uid = Some(uid);
     let spec = pod.spec.get_or_insert_default();
     spec.node_name = Some(node.into());

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 
 use super::decode::{Object, decode};
+use super::defaults::Origin;
 use super::{defaults, validate, yaml};
 use crate::ids::{NamespacedName, PodUid};
 
@@ -143,6 +144,9 @@ impl Folder {
 
     /// The file `name` says `text`; `seen` is the time, for new pods.
     pub fn read(&mut self, name: &str, text: &[u8], seen: &str) -> Vec<FolderChange> {
+        // An address is a file that has its URL for a name.
+        let source = if name.contains("://") { "http" } else { "file" };
+        let from = Origin { source, seen };
         let mut file = File::default();
         let documents = yaml::documents(text);
         let problem =
@@ -161,7 +165,7 @@ impl Folder {
                 }
             };
             for decoded in decode(value) {
-                let made = decoded.map_err(|e| e.to_string()).and_then(|o| self.prepare(o, seen));
+                let made = decoded.map_err(|e| e.to_string()).and_then(|o| self.prepare(o, from));
                 match made {
                     Ok((key, _)) if file.objects.contains_key(&key) => {
                         let message = format!("{:?} {} a second time in this file", key.0, key.1);
@@ -178,7 +182,7 @@ impl Folder {
     }
 
     /// Defaults, validation, identity.
-    fn prepare(&self, object: Object, seen: &str) -> Result<(Key, Ready), String> {
+    fn prepare(&self, object: Object, from: Origin<'_>) -> Result<(Key, Ready), String> {
         let named =
             |kind: Kind, metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta| {
                 let namespace = metadata.namespace.as_deref().unwrap_or("default");
@@ -195,7 +199,7 @@ impl Folder {
         match object {
             Object::Pod(pod, hash) => {
                 let key = named(Kind::Pod, &pod.metadata);
-                let pod = defaults::static_pod(*pod, &self.node, hash.uid(&self.node), seen);
+                let pod = defaults::static_pod(*pod, &self.node, hash.uid(&self.node), from);
                 validate::pod(&pod).map_err(|found| fail(&key, found))?;
                 if self.scope == Scope::StaticPods
                     && let Some(found) = pod.spec.as_ref().and_then(validate::api_reference)
