@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::pod::cgroup::{Group, GroupLimits};
 use crate::user_ids::UserIds;
 
 /// Who makes the cgroups of pods: the kernel's file system, or systemd's slices.
@@ -139,6 +140,10 @@ pub struct NodeContext {
     /// Longest wait between restarts of a crashing container
     /// (`crashLoopBackOff.maxContainerRestartPeriod`).
     pub max_restart_backoff: Duration,
+    /// What the node's groups may use (`enforceNodeAllocatable`); none where nothing is enforced.
+    pub node_limits: Vec<(Group, GroupLimits)>,
+    /// Whether pods are held to their local storage (`localStorageCapacityIsolation`).
+    pub local_storage_isolation: bool,
     /// Whether a container on cgroup v2 is ended as a whole when one of its processes has no memory left
     /// (not `singleProcessOOMKill`).
     pub oom_group: bool,
@@ -198,6 +203,8 @@ impl NodeContext {
             gc: GcLimits::default(),
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
+            node_limits: Vec::new(),
+            local_storage_isolation: true,
             oom_group: true,
             swap: SwapUse::default(),
             shutdown_grace: Vec::new(),

@@ -77,6 +77,8 @@ pub struct ClusterConfig {
     pub register_with_taints: Vec<Taint>,
     /// `maxPods`.
     pub max_pods: u32,
+    /// `localStorageCapacityIsolation`: whether the node tells of its `ephemeral-storage`.
+    pub local_storage_isolation: bool,
     /// `kubeReserved` and `systemReserved`, resource name to quantity.
     pub reserved: Vec<(String, String)>,
     /// When the node is under pressure.
@@ -124,6 +126,7 @@ impl ClusterConfig {
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
             max_pods: 110,
+            local_storage_isolation: true,
             reserved: Vec::new(),
             eviction: crate::eviction::EvictionConfig::default(),
             provider_id: None,

@@ -13,6 +13,8 @@ use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
 use crate::eviction::Signal;
 use crate::node::{machine, object};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
+use crate::pod::cgroup::node::{Capacity, plan_node_limits};
+use crate::pod::cgroup::{Group, GroupLimits};
 use crate::runtime::Runtime;
 use crate::user_ids::UserIds;
 
@@ -30,7 +32,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let memory = total_memory().unwrap_or(u64::MAX);
     let reserved = |resource: &str| -> u64 {
-        let lists = [&config.system_reserved, &config.kube_reserved];
+        let lists = [&config.resources.system_reserved, &config.resources.kube_reserved];
         let of = |list: &Vec<(String, String)>| {
             let found = list.iter().find(|(name, _)| name == resource)?;
             match found.1.strip_suffix('m') {
@@ -61,7 +63,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         cpu_cfs_quota: config.cpu_cfs_quota,
         cpu_cfs_period_us: u64::try_from(config.cpu_cfs_period.as_micros()).unwrap_or(100_000),
         pod_pids_limit: config.pod_pids_limit.and_then(|limit| i64::try_from(limit).ok()),
-        max_pods: config.max_pods,
+        max_pods: max_pods(config, cpus),
         user_ids: UserIds::find(config.ids_per_pod, config.max_pods).map_err(|e| e.to_string()),
         allocatable_milli_cpu: (cpus * 1000).saturating_sub(reserved("cpu")),
         allocatable_memory: memory
@@ -70,7 +72,10 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         capacity_memory: memory,
         allocatable_ephemeral: disk
             .saturating_sub(reserved("ephemeral-storage"))
-            .saturating_sub(config.eviction.kept(Signal::NodeFs, disk)),
+            .saturating_sub(config.eviction.kept(Signal::NodeFs, disk))
+            .saturating_mul(u64::from(!config.resources.no_storage_isolation)),
+        local_storage_isolation: !config.resources.no_storage_isolation,
+        node_limits: node_limits(config, cpus, memory),
         cluster: !standalone,
         pull: PullLimits {
             serialize: config.serialize_image_pulls,
@@ -102,6 +107,32 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         runtime_request_timeout: config.runtime_request_timeout,
         ..NodeContext::new(config.node_name.clone(), node_ips(config, standalone))
     }
+}
+
+fn max_pods(config: &NodeConfig, cpus: u64) -> u32 {
+    plan_max_pods(config.max_pods, config.resources.pods_per_core, cpus)
+}
+
+/// Most pods at once: `maxPods`, or fewer by `podsPerCore`.
+fn plan_max_pods(max: u32, per_core: Option<u32>, cpus: u64) -> u32 {
+    let by_core = per_core.map(|pods| u64::from(pods).saturating_mul(cpus));
+    by_core.and_then(|pods| u32::try_from(pods).ok()).map_or(max, |pods| pods.min(max))
+}
+
+/// What the node's groups may use.
+fn node_limits(config: &NodeConfig, cpus: u64, memory: u64) -> Vec<(Group, GroupLimits)> {
+    if !config.cgroups_per_qos {
+        return Vec::new();
+    }
+    let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    let capacity = Capacity {
+        cpu: number(cpus.saturating_mul(1000)),
+        memory: number(memory),
+        pids: machine::Measured::read(&config.root_dir, None).pid_max.map(number),
+    };
+    let resources = &config.resources;
+    let (system, kube) = (&resources.system_reserved, &resources.kube_reserved);
+    plan_node_limits(&resources.enforced, capacity, system, kube)
 }
 
 /// How long another runtime may take to come up before the configuration is believed.
@@ -190,8 +221,15 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         register_node: config.register_node,
         node_labels: config.node_labels.iter().cloned().collect(),
         register_with_taints: config.register_with_taints.clone(),
-        max_pods: config.max_pods,
-        reserved: config.system_reserved.iter().chain(&config.kube_reserved).cloned().collect(),
+        max_pods: max_pods(config, machine::Machine::read().cpus),
+        reserved: config
+            .resources
+            .system_reserved
+            .iter()
+            .chain(&config.resources.kube_reserved)
+            .cloned()
+            .collect(),
+        local_storage_isolation: !config.resources.no_storage_isolation,
         eviction: config.eviction.clone(),
         status_update_frequency: config.node_status_update_frequency,
         status_report_frequency: config.node_status_report_frequency,
@@ -259,4 +297,21 @@ fn declared_features(streams: bool) -> Vec<String> {
         ])
         .map(String::from)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lower_limit_of_pods_counts() {
+        for (per_core, cpus, pods) in [
+            (None, 2, 110),
+            (Some(10), 2, 20),
+            (Some(100), 2, 110),
+            (Some(u32::MAX), u64::MAX, 110),
+        ] {
+            assert_eq!(plan_max_pods(110, per_core, cpus), pods, "{per_core:?} {cpus}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 use anyhow::bail;
 
 use crate::config::ResourceConfig;
+use crate::node::cpu_set::CpuSet;
 use crate::node::machine;
 
 /// Kernel settings that kubelet counts on, by their path below /proc/sys.
@@ -21,6 +22,7 @@ const SYSCTLS: [(&str, i64); 6] = [
 struct Facts {
     swap_on: bool,
     unified: bool,
+    cpus: CpuSet,
     /// As text, in the order of `SYSCTLS`; or why it cannot be read.
     sysctls: Vec<Result<String, String>>,
 }
@@ -41,6 +43,12 @@ fn plan_refusals(config: &ResourceConfig, facts: &Facts) -> Vec<String> {
              out, or boot with systemd.unified_cgroup_hierarchy=1"
                 .to_owned(),
         );
+    }
+    if !config.reserved_cpus.is_within(&facts.cpus) {
+        refusals.push(format!(
+            "KubeletConfiguration.reservedSystemCPUs {} is not within the CPUs that are online ({})",
+            config.reserved_cpus, facts.cpus
+        ));
     }
     if config.protect_kernel_defaults {
         for ((path, wanted), found) in SYSCTLS.iter().zip(&facts.sysctls) {
@@ -73,6 +81,7 @@ pub(super) fn check(config: &ResourceConfig) -> anyhow::Result<()> {
     let facts = Facts {
         swap_on: machine::swap_is_on(),
         unified: machine::is_unified(),
+        cpus: machine::online_cpus(),
         sysctls: SYSCTLS.iter().map(read).collect(),
     };
     if config.limited_swap && !facts.unified {
@@ -93,28 +102,32 @@ mod tests {
     #[test]
     fn a_machine_that_is_not_as_configured_is_refused_with_every_reason() {
         let right: Vec<_> = SYSCTLS.iter().map(|(_, value)| Ok(value.to_string())).collect();
-        let good = Facts { swap_on: false, unified: true, sysctls: right.clone() };
+        let cpus: CpuSet = "0-3".parse().unwrap();
+        let good = Facts { swap_on: false, unified: true, cpus, sysctls: right.clone() };
         let strict = ResourceConfig {
             fail_swap_on: true,
             protect_kernel_defaults: true,
             single_process_oom_kill: Some(false),
+            reserved_cpus: "0-1".parse().unwrap(),
             ..ResourceConfig::default()
         };
         assert_eq!(plan_refusals(&strict, &good), Vec::<String>::new());
         let mut wrong = right;
         wrong[0] = Ok("0".into());
         wrong[4] = Err("no such file".into());
-        let bad = Facts { swap_on: true, unified: false, sysctls: wrong };
+        let cpus = "1-3".parse().unwrap();
+        let bad = Facts { swap_on: true, unified: false, cpus, sysctls: wrong };
         let refusals = plan_refusals(&strict, &bad);
         for (refusal, said) in refusals.iter().zip([
             "swap is on",
             "singleProcessOOMKill is false",
+            "reservedSystemCPUs 0-1 is not within the CPUs that are online (1-3)",
             "vm.overcommit_memory is 0 and",
             "kernel.keys.root_maxkeys, which",
         ]) {
             assert!(refusal.contains(said), "{refusal}");
         }
-        assert_eq!(refusals.len(), 4);
+        assert_eq!(refusals.len(), 5);
         assert_eq!(plan_refusals(&ResourceConfig::default(), &bad), Vec::<String>::new());
     }
 }

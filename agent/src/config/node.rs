@@ -134,9 +134,6 @@ pub struct NodeConfig {
     pub seccomp_default: bool,
     /// When pods must go for the node.
     pub eviction: EvictionConfig,
-    /// Resource to quantity, as written.
-    pub system_reserved: Vec<(String, String)>,
-    pub kube_reserved: Vec<(String, String)>,
     pub cni_conf_dir: PathBuf,
     /// Folders with CDI files, where they are not the usual ones.
     pub cdi_spec_dirs: Option<Vec<PathBuf>>,
@@ -470,8 +467,6 @@ pub fn resolve(
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
         eviction,
-        system_reserved: kubelet.system_reserved.unwrap_or_default().into_iter().collect(),
-        kube_reserved: kubelet.kube_reserved.unwrap_or_default().into_iter().collect(),
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
         pinned_images: flags.pinned_images.clone().or(longshore.pinned_images).unwrap_or_default(),

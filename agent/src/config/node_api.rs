@@ -28,6 +28,30 @@ pub struct ServerTls {
     pub min_version: TlsVersion,
     /// `tlsCipherSuites`, IANA names; empty is all that are safe.
     pub cipher_suites: Vec<String>,
+    /// `tlsCurvePreferences`: numbers of key exchanges (IANA "TLS Supported Groups"); empty is all.
+    pub curves: Vec<u16>,
+}
+
+/// Numbers that can be sent, each once.
+fn curves(asked: &[i32]) -> Result<Vec<u16>, ConfigError> {
+    let mut curves: Vec<u16> = Vec::new();
+    for id in asked {
+        match u16::try_from(*id) {
+            Ok(curve @ 1..) if !curves.contains(&curve) => curves.push(curve),
+            Ok(1..) => {
+                let field = "KubeletConfiguration.tlsCurvePreferences";
+                return Err(ConfigError::invalid(field, format!("{id} stands twice")));
+            }
+            _ => {
+                let field = "KubeletConfiguration.tlsCurvePreferences";
+                return Err(ConfigError::invalid(
+                    field,
+                    format!("{id} is not between 1 and 65535"),
+                ));
+            }
+        }
+    }
+    Ok(curves)
 }
 
 /// Whom the node API believes.
@@ -154,6 +178,7 @@ pub(super) fn resolve(
             bootstrap,
             min_version,
             cipher_suites: kubelet.tls_cipher_suites.clone().unwrap_or_default(),
+            curves: curves(kubelet.tls_curve_preferences.as_deref().unwrap_or_default())?,
         },
         authentication: Authentication {
             client_ca: path(&authentication.x509.unwrap_or_default().client_ca_file),

@@ -1,6 +1,8 @@
 //! What pods get of the machine: swap, and more to come with it. Pure.
 
 use super::{ConfigError, KubeletConfiguration};
+use crate::node::cpu_set::CpuSet;
+use crate::pod::cgroup::node::{Enforced, Reservation};
 
 /// What pods get of the machine, as it was asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -13,11 +15,43 @@ pub struct ResourceConfig {
     pub single_process_oom_kill: Option<bool>,
     /// `protectKernelDefaults`.
     pub protect_kernel_defaults: bool,
+    /// `podsPerCore`; `None` is no such limit.
+    pub pods_per_core: Option<u32>,
+    /// `reservedSystemCPUs`.
+    pub reserved_cpus: CpuSet,
+    /// `localStorageCapacityIsolation: false`.
+    pub no_storage_isolation: bool,
+    /// `enforceNodeAllocatable`.
+    pub enforced: Enforced,
+    /// `systemReserved`: resource to quantity, as written.
+    pub system_reserved: Vec<(String, String)>,
+    /// `kubeReserved`.
+    pub kube_reserved: Vec<(String, String)>,
 }
 
 pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, ConfigError> {
     let behavior = kubelet.memory_swap.as_ref().and_then(|swap| swap.swap_behavior.as_deref());
+    let reserved_cpus = reserved_cpus(kubelet)?;
+    let pairs =
+        |map: &Option<std::collections::BTreeMap<String, String>>| -> Vec<(String, String)> {
+            map.clone().unwrap_or_default().into_iter().collect()
+        };
+    let mut system_reserved = pairs(&kubelet.system_reserved);
+    let mut kube_reserved = pairs(&kubelet.kube_reserved);
+    if !reserved_cpus.is_empty() {
+        // They are what is reserved of the CPUs, whatever else was said of it.
+        for list in [&mut system_reserved, &mut kube_reserved] {
+            list.retain(|(name, _)| name != "cpu");
+        }
+        system_reserved.push(("cpu".to_owned(), reserved_cpus.len().to_string()));
+    }
     Ok(ResourceConfig {
+        pods_per_core: kubelet.pods_per_core.filter(|pods| *pods > 0),
+        reserved_cpus,
+        no_storage_isolation: kubelet.local_storage_capacity_isolation == Some(false),
+        enforced: enforced(kubelet)?,
+        system_reserved,
+        kube_reserved,
         limited_swap: match behavior.unwrap_or_default() {
             "" | "NoSwap" => false,
             "LimitedSwap" => true,
@@ -34,12 +68,126 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
     })
 }
 
+fn reserved_cpus(kubelet: &KubeletConfiguration) -> Result<CpuSet, ConfigError> {
+    let invalid =
+        |reason: String| ConfigError::invalid("KubeletConfiguration.reservedSystemCPUs", reason);
+    let text = kubelet.reserved_system_cpus.as_deref().unwrap_or_default();
+    let cpus: CpuSet = text.parse().map_err(invalid)?;
+    let cgroups = [&kubelet.system_reserved_cgroup, &kubelet.kube_reserved_cgroup];
+    if !cpus.is_empty() && cgroups.into_iter().flatten().any(|cgroup| !cgroup.is_empty()) {
+        let reason = "cannot be used together with systemReservedCgroup or kubeReservedCgroup";
+        return Err(invalid(reason.to_owned()));
+    }
+    Ok(cpus)
+}
+
+fn enforced(kubelet: &KubeletConfiguration) -> Result<Enforced, ConfigError> {
+    let Some(asked) = &kubelet.enforce_node_allocatable else { return Ok(Enforced::default()) };
+    let invalid = |reason: String| {
+        Err(ConfigError::invalid("KubeletConfiguration.enforceNodeAllocatable", reason))
+    };
+    let mut enforced = Enforced { pods: false, system: None, kube: None };
+    for (at, name) in asked.iter().enumerate() {
+        if asked[..at].contains(name) {
+            return invalid(format!("{name:?} stands twice"));
+        }
+        let (place, field, cgroup) = match name.as_str() {
+            "none" if asked.len() == 1 => continue,
+            "none" => return invalid("\"none\" stands alone or not at all".to_owned()),
+            "pods" => {
+                enforced.pods = true;
+                continue;
+            }
+            "system-reserved" | "system-reserved-compressible" => {
+                let cgroup = &kubelet.system_reserved_cgroup;
+                (&mut enforced.system, "systemReservedCgroup", cgroup)
+            }
+            "kube-reserved" | "kube-reserved-compressible" => {
+                let cgroup = &kubelet.kube_reserved_cgroup;
+                (&mut enforced.kube, "kubeReservedCgroup", cgroup)
+            }
+            other => {
+                return invalid(format!(
+                    "{other:?} is unknown; use none, pods, system-reserved, kube-reserved, \
+                     system-reserved-compressible or kube-reserved-compressible"
+                ));
+            }
+        };
+        let Some(cgroup) = cgroup.clone().filter(|cgroup| !cgroup.is_empty()) else {
+            return invalid(format!("{name:?} needs {field}, the cgroup that it is enforced on"));
+        };
+        let compressible = name.ends_with("-compressible");
+        if place.replace(Reservation { cgroup, compressible }).is_some() {
+            return invalid(format!("{name:?} stands beside the other of its kind; keep one"));
+        }
+    }
+    let some = enforced.pods || enforced.system.is_some() || enforced.kube.is_some();
+    if some && kubelet.cgroups_per_qos == Some(false) {
+        return invalid("needs cgroupsPerQOS: true".to_owned());
+    }
+    Ok(enforced)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn of(text: &str) -> Result<ResourceConfig, String> {
         resolve(&serde_json::from_str(text).unwrap()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn reserved_cpus_take_the_place_of_reserved_cpu() {
+        let config =
+            of(r#"{"reservedSystemCPUs":"0,2-3","systemReserved":{"cpu":"100m","memory":"1Gi"},
+                "kubeReserved":{"cpu":"1"}}"#)
+            .unwrap();
+        let pair = |name: &str, text: &str| (name.to_owned(), text.to_owned());
+        assert_eq!(config.system_reserved, [pair("memory", "1Gi"), pair("cpu", "3")]);
+        assert_eq!(config.kube_reserved, []);
+        for (text, said) in [
+            (r#"{"reservedSystemCPUs":"x"}"#, "reservedSystemCPUs: \"x\""),
+            (r#"{"reservedSystemCPUs":"0","kubeReservedCgroup":"/k"}"#, "cannot be used together"),
+        ] {
+            let error = of(text).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_enforced_names_its_cgroup() {
+        let group = |cgroup: &str, compressible| {
+            Some(Reservation { cgroup: cgroup.to_owned(), compressible })
+        };
+        for (text, pods, system, kube) in [
+            ("{}", true, None, None),
+            (r#"{"enforceNodeAllocatable":["none"]}"#, false, None, None),
+            (r#"{"enforceNodeAllocatable":[]}"#, false, None, None),
+            (
+                r#"{"enforceNodeAllocatable":["pods","system-reserved","kube-reserved-compressible"],
+                    "systemReservedCgroup":"/system.slice","kubeReservedCgroup":"/kube"}"#,
+                true,
+                group("/system.slice", false),
+                group("/kube", true),
+            ),
+        ] {
+            assert_eq!(of(text).unwrap().enforced, Enforced { pods, system, kube }, "{text}");
+        }
+        for (text, said) in [
+            (r#"{"enforceNodeAllocatable":["kube-reserved"]}"#, "needs kubeReservedCgroup"),
+            (r#"{"enforceNodeAllocatable":["none","pods"]}"#, "stands alone"),
+            (r#"{"enforceNodeAllocatable":["pods","pods"]}"#, "stands twice"),
+            (r#"{"enforceNodeAllocatable":["pod"]}"#, "\"pod\" is unknown"),
+            (r#"{"enforceNodeAllocatable":["pods"],"cgroupsPerQOS":false}"#, "cgroupsPerQOS"),
+            (
+                r#"{"enforceNodeAllocatable":["system-reserved","system-reserved-compressible"],
+                    "systemReservedCgroup":"/s"}"#,
+                "beside the other",
+            ),
+        ] {
+            let error = of(text).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::statvfs::statvfs;
 
+use super::cpu_set::CpuSet;
+
 /// What does not change while the machine runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Machine {
@@ -148,6 +150,12 @@ fn hugepages(dir: &Path) -> BTreeMap<u64, u64> {
 /// Whether the node has swap that is on (/proc/swaps: a line for each, below the heading).
 pub fn swap_is_on() -> bool {
     fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1)
+}
+
+/// The CPUs that are online; none where that cannot be read.
+pub fn online_cpus() -> CpuSet {
+    let text = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    text.trim().parse().unwrap_or_default()
 }
 
 /// Whether cgroup v2 has all controllers.

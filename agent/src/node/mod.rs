@@ -1,6 +1,7 @@
 //! The Node object: registered, kept true, its pod CIDRs handed to the runtime.
 
 pub mod conditions;
+pub mod cpu_set;
 pub mod lease;
 pub(crate) mod logind;
 pub mod machine;

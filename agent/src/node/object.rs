@@ -210,7 +210,7 @@ pub fn resources(
     put("memory", bytes(memory), bytes(left));
     let pods = Quantity(config.max_pods.to_string());
     put("pods", pods.clone(), pods);
-    if let Some(fs) = nodefs {
+    if let Some(fs) = nodefs.filter(|_| config.local_storage_isolation) {
         let left = fs
             .capacity
             .saturating_sub(reserved("ephemeral-storage", false))
@@ -445,6 +445,10 @@ mod tests {
             show(&allocatable),
             "cpu=1900m ephemeral-storage=943718399 hugepages-2Mi=0 memory=6044Mi pods=110"
         );
+        let apart = ClusterConfig { local_storage_isolation: false, ..config };
+        let (capacity, allocatable) = resources(&apart, &machine(), Some(fs));
+        let told = |list: &Resources| list.contains_key("ephemeral-storage");
+        assert!(!told(&capacity) && !told(&allocatable));
     }
 
     fn status(at: i64) -> NodeStatus {

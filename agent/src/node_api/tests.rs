@@ -169,6 +169,7 @@ async fn hurried(change: impl FnOnce(&mut NodeApiConfig), hurry: Hurry) -> Rig {
             bootstrap: false,
             min_version: TlsVersion::V12,
             cipher_suites: Vec::new(),
+            curves: Vec::new(),
         },
         authentication: Authentication {
             client_ca: Some(ca),

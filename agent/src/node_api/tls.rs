@@ -59,6 +59,9 @@ pub(super) fn server_config(
             suite.tls13().is_some() || wanted.iter().any(|wanted| wanted == name)
         });
     }
+    if !options.curves.is_empty() {
+        provider.kx_groups = wanted_groups(&options.curves)?;
+    }
     let versions: &[_] = match options.min_version {
         TlsVersion::V12 => &[&rustls::version::TLS13, &rustls::version::TLS12],
         TlsVersion::V13 => &[&rustls::version::TLS13],
@@ -77,6 +80,30 @@ pub(super) fn server_config(
     let mut config = builder.with_cert_resolver(certificate);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// The key exchanges that are asked for, in the usual order: as in Go, they are a set.
+fn wanted_groups(
+    curves: &[u16],
+) -> Result<Vec<&'static dyn rustls::crypto::SupportedKxGroup>, NodeApiError> {
+    let all = aws_lc_rs::ALL_KX_GROUPS;
+    for curve in curves {
+        if !all.iter().any(|group| u16::from(group.name()) == *curve) {
+            tracing::warn!(
+                curve,
+                "tlsCurvePreferences names a key exchange that is not spoken here"
+            );
+        }
+    }
+    let wanted = all.iter().copied().filter(|group| curves.contains(&u16::from(group.name())));
+    let wanted: Vec<_> = wanted.collect();
+    if wanted.is_empty() {
+        return Err(NodeApiError::Tls(format!(
+            "KubeletConfiguration.tlsCurvePreferences {curves:?}: none of them is spoken here; add \
+             29 (X25519), 23 (P-256), 24 (P-384) or 4588 (X25519MLKEM768)"
+        )));
+    }
+    Ok(wanted)
 }
 
 fn wanted_suites(names: &[String]) -> Result<Vec<String>, NodeApiError> {
@@ -236,5 +263,24 @@ impl ClientCertVerifier for AnyClient {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_exchanges_are_those_asked_for() {
+        let names = |curves: &[u16]| -> Result<Vec<u16>, String> {
+            let groups = wanted_groups(curves).map_err(|error| error.to_string())?;
+            Ok(groups.iter().map(|group| group.name().into()).collect())
+        };
+        assert_eq!(names(&[29]), Ok(vec![29]));
+        let mut some = names(&[24, 25, 23]).unwrap();
+        some.sort_unstable();
+        // 25 (P-521) is not spoken.
+        assert_eq!(some, [23, 24]);
+        assert!(names(&[25]).unwrap_err().contains("none of them is spoken here"));
     }
 }

@@ -10,9 +10,11 @@ use crate::ids::PodUid;
 use crate::node_context::CgroupDriver;
 
 mod fs;
+pub mod node;
 mod slices;
 
 pub use fs::KernelCgroups;
+pub use node::{Group, GroupLimits};
 
 /// Why a cgroup is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,10 @@ pub trait PodCgroups: Send + Sync + 'static {
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError>;
     /// Pods that have a cgroup.
     async fn list(&self) -> Result<Vec<PodUid>, CgroupError>;
+    /// Sets what a group of the node may use. Idempotent; does nothing where pods have no cgroups.
+    async fn bound(&self, _group: &Group, _limits: GroupLimits) -> Result<(), CgroupError> {
+        Ok(())
+    }
     /// Whether the node has cgroup v2.
     fn unified(&self) -> bool;
 }

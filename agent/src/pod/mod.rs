@@ -19,6 +19,7 @@ pub mod image_name;
 pub mod images;
 pub mod keyring;
 mod logs;
+mod node_limits;
 pub(crate) mod node_shutdown;
 pub mod observed;
 mod orphans;

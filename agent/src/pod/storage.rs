@@ -150,6 +150,9 @@ fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
 
 /// Measures pods with limits for ever, and tells which must go.
 pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(PodUid, Eviction)>) {
+    if !deps.node.local_storage_isolation {
+        return;
+    }
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {

@@ -322,6 +322,9 @@ impl SyncLoop {
         let watching = tokio::spawn(watch_events(deps.runtime.clone(), news_in));
         let (evict, evictions) = mpsc::unbounded_channel();
         let mut caretakers = super::caretaker::spawn(&deps, evict.clone());
+        if !deps.node.node_limits.is_empty() {
+            caretakers.spawn(super::node_limits::enforce(deps.clone()));
+        }
         let shutting_down = self.shutting_down.subscribe();
         if let Some(shutdowns) = self.shutdowns {
             let (deps, told) = (deps.clone(), self.shutting_down);

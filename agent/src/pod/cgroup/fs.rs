@@ -15,7 +15,8 @@ use cgroups_rs::fs::{Cgroup, Controllers, Hierarchy, MaxValue, Resources};
 
 use super::slices::Slices;
 use super::{
-    CgroupError, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders, slice_name,
+    CgroupError, Group, GroupLimits, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders,
+    slice_name,
 };
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
@@ -184,6 +185,55 @@ impl Inner {
         resources
     }
 
+    /// The folder of a group: as it is named where that is there, else as a slice.
+    fn folder_of(&self, group: &Group) -> String {
+        match group {
+            Group::Pods => self.folder(&["kubepods".to_owned()]),
+            Group::Reserved { cgroup, .. } => {
+                let named = cgroup.trim_matches('/');
+                let there = self.mounts.iter().any(|mount| mount.join(named).is_dir());
+                if there || self.driver == CgroupDriver::Cgroupfs {
+                    return named.to_owned();
+                }
+                let name = named.rsplit('/').next().unwrap_or(named);
+                slice_folders(&format!("{}.slice", name.trim_end_matches(".slice"))).join("/")
+            }
+        }
+    }
+
+    fn bound(&self, group: &Group, limits: GroupLimits) -> Result<(), CgroupError> {
+        let folder = self.folder_of(group);
+        let error =
+            |operation, cause: String| CgroupError { operation, path: folder.clone(), cause };
+        let cgroup = match group {
+            Group::Pods => Cgroup::new(self.hierarchy(), &folder)
+                .map_err(|e| error("create", Chain(&e).to_string()))?,
+            Group::Reserved { .. } => {
+                for (controller, used) in [
+                    (Controllers::Cpu, limits.cpu_shares.is_some()),
+                    (Controllers::Mem, limits.memory.is_some()),
+                    (Controllers::Pids, limits.pids.is_some()),
+                ] {
+                    let mount = match &self.v1 {
+                        Some(v1) => v1.get_mount_point(controller).map(|(point, _)| point),
+                        None => Some(V2::new().root()),
+                    };
+                    let dir = mount.unwrap_or_default().join(&folder);
+                    if used && !dir.is_dir() {
+                        let cause = format!("there is no {}; make it first", dir.display());
+                        return Err(error("find", cause));
+                    }
+                }
+                Cgroup::load(self.hierarchy(), &folder)
+            }
+        };
+        let mut resources = Resources::default();
+        resources.cpu.shares = limits.cpu_shares.map(|shares| self.shares(shares));
+        resources.memory.memory_hard_limit = limits.memory;
+        resources.pid.maximum_number_of_processes = limits.pids.map(MaxValue::Value);
+        cgroup.apply(&resources).map_err(|e| error("set limits of", Chain(&e).to_string()))
+    }
+
     /// What is busy still is an error of its own, for which trying again helps.
     fn remove(&self, uid: &PodUid) -> Result<Result<(), CgroupError>, CgroupError> {
         let mut failure: Option<(bool, CgroupError)> = None;
@@ -339,6 +389,16 @@ impl PodCgroups for KernelCgroups {
         removed.and(stopped)
     }
 
+    async fn bound(&self, group: &Group, limits: GroupLimits) -> Result<(), CgroupError> {
+        if let Some(slices) = &self.0.slices {
+            let folder = self.0.folder_of(group);
+            let unit = folder.rsplit('/').next().unwrap_or_default();
+            slices.bound(group, unit, limits).await?;
+        }
+        let group = group.clone();
+        blocking(&self.0, move |inner| inner.bound(&group, limits)).await
+    }
+
     async fn list(&self) -> Result<Vec<PodUid>, CgroupError> {
         blocking(&self.0, |inner| Ok(inner.list())).await
     }
@@ -384,6 +444,37 @@ mod tests {
             assert_eq!(read(Controllers::Cpu, "cpu.cfs_quota_us"), "50000");
             assert_eq!(read(Controllers::Mem, "memory.limit_in_bytes"), (64 << 20).to_string());
             assert_eq!(read(Controllers::Pids, "pids.max"), "100");
+        }
+        // All pods together, and a cgroup that was there before.
+        let read_in = |controller: Controllers, folder: &str, file: &str| {
+            let base = match &cgroups.0.v1 {
+                Some(v1) => v1.get_mount_point(controller).unwrap().0,
+                None => V2::new().root(),
+            };
+            let path = base.join(root.trim_start_matches('/')).join(folder).join(file);
+            std::fs::read_to_string(path).unwrap().trim().to_owned()
+        };
+        let limits = GroupLimits { cpu_shares: Some(2048), memory: Some(1 << 30), pids: Some(500) };
+        cgroups.bound(&Group::Pods, limits).await.unwrap();
+        let own =
+            |name: &str| Group::Reserved { whose: "system", cgroup: format!("{root}/{name}") };
+        let missing = cgroups.bound(&own("missing"), limits).await.unwrap_err().to_string();
+        assert!(missing.contains("missing; make it first"), "{missing}");
+        Cgroup::new(cgroups.0.hierarchy(), format!("{}/own", root.trim_start_matches('/')))
+            .unwrap();
+        let limits = GroupLimits { memory: Some(2 << 30), ..GroupLimits::default() };
+        cgroups.bound(&own("own"), limits).await.unwrap();
+        if cgroups.unified() {
+            assert_eq!(read_in(Controllers::Mem, "kubepods", "memory.max"), (1 << 30).to_string());
+            assert_eq!(read_in(Controllers::Pids, "kubepods", "pids.max"), "500");
+            assert_eq!(read_in(Controllers::Mem, "own", "memory.max"), (2u64 << 30).to_string());
+        } else {
+            let file = "memory.limit_in_bytes";
+            assert_eq!(read_in(Controllers::Mem, "kubepods", file), (1 << 30).to_string());
+            assert_eq!(read_in(Controllers::Cpu, "kubepods", "cpu.shares"), "2048");
+            assert_eq!(read_in(Controllers::Pids, "kubepods", "pids.max"), "500");
+            assert_eq!(read_in(Controllers::Mem, "own", file), (2u64 << 30).to_string());
+            assert_eq!(read_in(Controllers::Cpu, "own", "cpu.shares"), "1024");
         }
         // Whoever is just leaving is waited for.
         let mut last = std::process::Command::new("sleep").arg("0.2").spawn().unwrap();

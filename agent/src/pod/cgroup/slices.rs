@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use cri_shim::systemd::{self, Limits, Systemd};
 
-use super::{CgroupError, cpu_weight, pod_path, slice_name};
+use super::{CgroupError, Group, GroupLimits, cpu_weight, pod_path, slice_name};
 use crate::ids::PodUid;
 use crate::pod::config::resources::PodLimits;
 
@@ -66,6 +66,26 @@ impl Slices {
             Some(shares) => self.ensure_parent(&path[..path.len() - 1], Some(weight(shares))).await,
             None => Ok(()),
         }
+    }
+
+    /// Sets what a group may use, so that systemd does not undo it; `unit` is its name there.
+    pub(super) async fn bound(
+        &self,
+        group: &Group,
+        unit: &str,
+        limits: GroupLimits,
+    ) -> Result<(), CgroupError> {
+        let limits = Limits {
+            cpu_weight: limits.cpu_shares.map(weight),
+            memory: limits.memory,
+            pids: limits.pids,
+            ..Limits::default()
+        };
+        if *group == Group::Pods {
+            self.ensure_parent(&["kubepods".to_owned()], None).await?;
+        }
+        let done = self.systemd.set(unit, &limits.properties()).await;
+        done.map_err(|e| error("set limits of", unit.to_owned(), e))
     }
 
     async fn ensure_parent(&self, path: &[String], weight: Option<u64>) -> Result<(), CgroupError> {
