@@ -37,6 +37,17 @@ impl Default for PullLimits {
     }
 }
 
+/// How containers are slowed down and spared by memory (KEP-2570).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MemoryQos {
+    /// How far between request and limit a container is slowed down (`memoryThrottlingFactor`).
+    pub throttling: f64,
+    /// Whether what is requested is not reclaimed (`memoryReservationPolicy`).
+    pub reserve: bool,
+    /// What a container without a limit could have, bytes: the node's memory but for what is reserved.
+    pub allocatable: i64,
+}
+
 /// What containers may have of the node's swap (KEP-2400).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SwapUse {
@@ -140,6 +151,8 @@ pub struct NodeContext {
     /// Longest wait between restarts of a crashing container
     /// (`crashLoopBackOff.maxContainerRestartPeriod`).
     pub max_restart_backoff: Duration,
+    /// Memory QoS on cgroup v2, where it is asked for.
+    pub memory_qos: Option<MemoryQos>,
     /// What the node's groups may use (`enforceNodeAllocatable`); none where nothing is enforced.
     pub node_limits: Vec<(Group, GroupLimits)>,
     /// Whether pods are held to their local storage (`localStorageCapacityIsolation`).
@@ -203,6 +216,7 @@ impl NodeContext {
             gc: GcLimits::default(),
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
+            memory_qos: None,
             node_limits: Vec::new(),
             local_storage_isolation: true,
             oom_group: true,

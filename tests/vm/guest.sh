@@ -119,6 +119,21 @@ apparmor_confines() {
 label_of() { stat -c %C "$1"; }
 # A pod's volume called data: volume_of POD
 volume_of() { ls -d /var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/data | grep "$(basename "$(ls -d /var/log/pods/default_"$1"-*)" | sed 's/.*_//')"; }
+# What the graceful pod's container is spared and throttled at; the node's memory but for what is reserved.
+memory_qos() {
+    local cgroup
+    cgroup=$(dirname "$(grep -rlx 50331648 $cgroups/kubepods.slice --include=memory.max | grep scope | head -n 1)")
+    equal "$(cat "$cgroup/memory.low") $(cat "$cgroup/memory.high") $(cat "$cgroup/memory.swap.max")" "33554432 48652288 0" &&
+        equal "$(cat "$(dirname "$cgroup")/memory.low")" 33554432 &&
+        [ "$(cat $cgroups/kubepods.slice/memory.min)" -ge 33554432 ]
+}
+node_limits() {
+    local total
+    total=$(awk '/MemTotal/ {print $2 * 1024}' /proc/meminfo)
+    equal "$(cat $cgroups/kubepods.slice/memory.max)" $((total - (256 << 20))) &&
+        equal "$(systemctl show -p MemoryMax --value kubepods.slice)" $((total - (256 << 20))) &&
+        equal "$(cat $cgroups/system.slice/cpu.weight)" 20
+}
 inhibits() { equal "$(busctl --json=short call org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager ListInhibitors | grep -o '"shutdown","kubelet","[^"]*","delay"' | wc -l)" 1; }
 delay() { busctl get-property org.freedesktop.login1 /org/freedesktop/login1 org.freedesktop.login1.Manager InhibitDelayMaxUSec; }
 no_pods() { ! find $cgroups/kubepods* -path '*pod*pod*' -type d 2>/dev/null | grep .; }
@@ -261,13 +276,21 @@ selinux)
 
     # A shutdown waits for the pods.
     printf '%s\n' 'kind: KubeletConfiguration' 'apiVersion: kubelet.config.k8s.io/v1beta1' \
-        'shutdownGracePeriod: 60s' 'shutdownGracePeriodCriticalPods: 20s' >/root/kubelet.yaml
+        'shutdownGracePeriod: 60s' 'shutdownGracePeriodCriticalPods: 20s' \
+        'featureGates: {MemoryQoS: true}' 'memoryReservationPolicy: TieredReservation' \
+        'enforceNodeAllocatable: [pods, system-reserved-compressible]' 'systemReservedCgroup: /system.slice' \
+        'systemReserved: {cpu: 500m, memory: 256Mi}' >/root/kubelet.yaml
     options $standalone --config /root/kubelet.yaml
     cp /opt/manifests/graceful/*.yaml $manifests/
     systemctl restart longshore
     check graceful-pod within 60 says graceful main ready
     check inhibits within 30 inhibits
     check inhibit-delay equal "$(delay)" "t 60000000"
+    check memory-qos memory_qos
+    check node-limits within 10 node_limits
+    systemctl daemon-reload
+    check memory-qos-after-reload memory_qos
+    check node-limits-after-reload node_limits
     systemctl restart systemd-logind
     check inhibits-again within 30 inhibits
     check inhibit-delay-again equal "$(delay)" "t 60000000"
@@ -297,11 +320,26 @@ selinux)
     check join sh -c "$(grep '^longshore join' /root/join) --node-ip 192.0.2.10"
     check join-enables systemctl is-enabled longshore
     check join-starts systemctl is-active longshore
-    node() {
+    object() {
         curl -sf --cacert /etc/kubernetes/pki/ca.crt --cert /var/lib/kubelet/pki/kubelet-client-current.pem \
-            https://127.0.0.1:6443/api/v1/nodes/test-machine | tr -d ' \n' | grep -q '"status":"True","type":"Ready"'
+            https://127.0.0.1:6443/api/v1/nodes/test-machine | tr -d ' \n'
     }
+    node() { object | grep -q '"status":"True","type":"Ready"'; }
     check node-ready within 60 node
+
+    # The cluster hears of a shutdown, and that it was called off.
+    printf '%s\n' 'kind: KubeletConfiguration' 'apiVersion: kubelet.config.k8s.io/v1beta1' \
+        'shutdownGracePeriod: 5s' >/root/grace.yaml
+    options --config /root/grace.yaml
+    emit() { busctl emit /org/freedesktop/login1 org.freedesktop.login1.Manager PrepareForShutdown b "$1"; }
+    leaving() { object | grep -q '"message":"nodeisshuttingdown","reason":"KubeletNotReady","status":"False"'; }
+    check restart-with-grace systemctl restart longshore
+    check inhibits-in-cluster within 60 inhibits
+    emit true
+    check node-leaves within 30 leaving
+    emit false
+    check node-stays within 30 node
+    check inhibits-once-more within 30 inhibits
     check credentials-are-roots sh -c '! find /etc/kubernetes /var/lib/kubelet/pki -name "*.conf" -perm /077 | grep .'
     check reset-after-join longshore reset --yes
     check reset-disables sh -c '! systemctl is-enabled longshore && ! systemctl is-active longshore'

@@ -76,6 +76,12 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
             .saturating_mul(u64::from(!config.resources.no_storage_isolation)),
         local_storage_isolation: !config.resources.no_storage_isolation,
         node_limits: node_limits(config, cpus, memory),
+        memory_qos: config.resources.memory_qos.map(|qos| node_context::MemoryQos {
+            throttling: qos.throttling,
+            reserve: qos.reserve,
+            allocatable: i64::try_from(memory.saturating_sub(reserved("memory")))
+                .unwrap_or(i64::MAX),
+        }),
         cluster: !standalone,
         pull: PullLimits {
             serialize: config.serialize_image_pulls,

@@ -26,7 +26,7 @@ pub use node::{CgroupDriver, Host, NodeConfig, Parts, resolve};
 pub use node_api::NodeApiConfig;
 pub use proxy_pages::ProxyPages;
 pub use quantity::{Threshold, parse_bytes};
-pub use resources::ResourceConfig;
+pub use resources::{MemoryQos, ResourceConfig};
 
 /// Something in the configuration that an operator should know, without stopping the node.
 #[derive(Clone, Debug, PartialEq, Eq)]

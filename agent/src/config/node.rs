@@ -199,6 +199,11 @@ pub fn resolve(
     let shutdown_grace = shutdown::resolve(&kubelet)?;
     let resources = resources::resolve(&kubelet)?;
     let static_pod_url = static_pod_url(&kubelet)?;
+    let gates = kubelet.feature_gates.iter().flatten();
+    notes.extend(gates.filter(|(gate, _)| *gate != resources::MEMORY_QOS).map(|(gate, on)| {
+        let field = format!("KubeletConfiguration.featureGates.{gate}");
+        Note::NotBuilt { field, value: on.to_string() }
+    }));
     let standalone = flags.standalone || longshore.standalone.unwrap_or(false);
     let node_name = flags
         .hostname_override

@@ -4,6 +4,15 @@ use super::{ConfigError, KubeletConfiguration};
 use crate::node::cpu_set::CpuSet;
 use crate::pod::cgroup::node::{Enforced, Reservation};
 
+/// How containers are slowed down and spared by the memory that they request and may use.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MemoryQos {
+    /// `memoryThrottlingFactor`: above 0, up to 1.
+    pub throttling: f64,
+    /// `memoryReservationPolicy: TieredReservation`: what is requested is not reclaimed.
+    pub reserve: bool,
+}
+
 /// What pods get of the machine, as it was asked for.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ResourceConfig {
@@ -15,6 +24,8 @@ pub struct ResourceConfig {
     pub single_process_oom_kill: Option<bool>,
     /// `protectKernelDefaults`.
     pub protect_kernel_defaults: bool,
+    /// KEP-2570, where the feature gate MemoryQoS asks for it.
+    pub memory_qos: Option<MemoryQos>,
     /// `podsPerCore`; `None` is no such limit.
     pub pods_per_core: Option<u32>,
     /// `reservedSystemCPUs`.
@@ -46,6 +57,7 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
         system_reserved.push(("cpu".to_owned(), reserved_cpus.len().to_string()));
     }
     Ok(ResourceConfig {
+        memory_qos: memory_qos(kubelet)?,
         pods_per_core: kubelet.pods_per_core.filter(|pods| *pods > 0),
         reserved_cpus,
         no_storage_isolation: kubelet.local_storage_capacity_isolation == Some(false),
@@ -66,6 +78,33 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
         single_process_oom_kill: kubelet.single_process_oom_kill,
         protect_kernel_defaults: kubelet.protect_kernel_defaults.unwrap_or(false),
     })
+}
+
+/// The one feature gate of kubelet's that counts here; the others are noted by `resolve`'s caller.
+pub(super) const MEMORY_QOS: &str = "MemoryQoS";
+
+fn memory_qos(kubelet: &KubeletConfiguration) -> Result<Option<MemoryQos>, ConfigError> {
+    let gates = kubelet.feature_gates.as_ref();
+    let on = gates.and_then(|gates| gates.get(MEMORY_QOS)).copied().unwrap_or(false);
+    let throttling = kubelet.memory_throttling_factor.unwrap_or(0.9);
+    if !(throttling > 0.0 && throttling <= 1.0) {
+        return Err(ConfigError::invalid(
+            "KubeletConfiguration.memoryThrottlingFactor",
+            format!("{throttling} must be above 0 and at most 1"),
+        ));
+    }
+    let reserve = match kubelet.memory_reservation_policy.as_deref().unwrap_or_default() {
+        "" | "None" => Ok(false),
+        "TieredReservation" if on => Ok(true),
+        "TieredReservation" => {
+            Err("TieredReservation needs featureGates: {MemoryQoS: true}".into())
+        }
+        other => Err(format!("{other:?} is unknown; use None or TieredReservation")),
+    };
+    let reserve = reserve.map_err(|reason: String| {
+        ConfigError::invalid("KubeletConfiguration.memoryReservationPolicy", reason)
+    })?;
+    Ok(on.then_some(MemoryQos { throttling, reserve }))
 }
 
 fn reserved_cpus(kubelet: &KubeletConfiguration) -> Result<CpuSet, ConfigError> {
@@ -134,6 +173,34 @@ mod tests {
 
     fn of(text: &str) -> Result<ResourceConfig, String> {
         resolve(&serde_json::from_str(text).unwrap()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn memory_qos_is_behind_its_gate() {
+        let gate = r#""featureGates":{"MemoryQoS":true}"#;
+        let qos = |throttling, reserve| Some(MemoryQos { throttling, reserve });
+        for (text, expected) in [
+            ("{}".to_owned(), None),
+            (r#"{"memoryThrottlingFactor":0.5,"memoryReservationPolicy":"None"}"#.into(), None),
+            (format!("{{{gate}}}"), qos(0.9, false)),
+            (
+                format!(
+                    r#"{{{gate},"memoryThrottlingFactor":1,"memoryReservationPolicy":"TieredReservation"}}"#
+                ),
+                qos(1.0, true),
+            ),
+        ] {
+            assert_eq!(of(&text).unwrap().memory_qos, expected, "{text}");
+        }
+        for (text, said) in [
+            (r#"{"memoryThrottlingFactor":0}"#, "must be above 0"),
+            (r#"{"memoryThrottlingFactor":1.1}"#, "must be above 0"),
+            (r#"{"memoryReservationPolicy":"TieredReservation"}"#, "needs featureGates"),
+            (r#"{"memoryReservationPolicy":"Hard"}"#, "\"Hard\" is unknown"),
+        ] {
+            let error = of(text).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
     }
 
     #[test]

@@ -39,6 +39,8 @@ pub trait PodCgroups: Send + Sync + 'static {
         qos: &str,
         limits: PodLimits,
     ) -> Result<String, CgroupError>;
+    /// Counts in a pod whose cgroup an earlier agent has made: its class has the sum of its pods.
+    fn known(&self, _uid: &PodUid, _qos: &str, _limits: PodLimits) {}
     /// Takes the pod's cgroup away, whatever its QoS class was. Idempotent.
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError>;
     /// Pods that have a cgroup.

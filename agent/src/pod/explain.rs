@@ -283,6 +283,10 @@ fn failed_whole(verdict: &Verdict) -> Reason {
              controller makes another meanwhile"
         }
         "Evicted" => "its controller makes another; raise the limit it was over, or use less",
+        "Terminated" | "NodeShutdown" => {
+            "the machine was shutting down: its controller makes another; a static pod runs again at \
+             the next start"
+        }
         "DeadlineExceeded" => "raise activeDeadlineSeconds, or leave it out",
         "NodeAffinity" | "NodeName" | "Taints" => {
             "the node's labels or taints do not let it run here: change them, or the pod; then make \

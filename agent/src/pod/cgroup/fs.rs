@@ -55,8 +55,19 @@ struct Inner {
     mounts: Vec<PathBuf>,
     /// CPU shares by burstable pod: their class gets the sum.
     burstable: Mutex<HashMap<PodUid, i64>>,
+    /// Memory that pods are spared, by pod: never reclaimed, reclaimed last.
+    spared: Mutex<HashMap<PodUid, Spared>>,
     /// With the systemd driver.
     slices: Option<Slices>,
+}
+
+/// Memory that a pod, or all below a cgroup, is spared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Spared {
+    /// `memory.min`, bytes.
+    pub(super) min: i64,
+    /// `memory.low`, bytes.
+    pub(super) low: i64,
 }
 
 impl KernelCgroups {
@@ -85,6 +96,7 @@ impl KernelCgroups {
             v1,
             mounts,
             burstable: Mutex::default(),
+            spared: Mutex::default(),
             slices,
         }))
     }
@@ -119,6 +131,7 @@ impl Inner {
         let cgroup =
             Cgroup::new(self.hierarchy(), &folder).map_err(|e| error("create", &Chain(&e)))?;
         cgroup.apply(&self.resources(limits)).map_err(|e| error("set limits of", &Chain(&e)))?;
+        self.spare(&folder, limits.memory_min, limits.memory_low)?;
         if let Some(shares) = self.class_shares(qos) {
             self.set_shares(&path[..path.len() - 1], shares)?;
         }
@@ -144,6 +157,43 @@ impl Inner {
             Some(shares) => all.insert(uid.clone(), shares) != Some(shares),
             None => all.remove(uid).is_some(),
         }
+    }
+
+    /// Writes what the memory below a folder is spared; v1 has no such files.
+    fn spare(&self, folder: &str, min: Option<i64>, low: Option<i64>) -> Result<(), CgroupError> {
+        if self.v1.is_some() {
+            return Ok(());
+        }
+        for (file, bytes) in [("memory.min", min), ("memory.low", low)] {
+            let Some(bytes) = bytes else { continue };
+            let path = V2::new().root().join(folder).join(file);
+            std::fs::write(&path, bytes.to_string()).map_err(|error| CgroupError {
+                operation: "spare memory of",
+                path: path.display().to_string(),
+                cause: error.to_string(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Counts what a pod is spared, or takes it out. What all pods and the burstable ones are spared
+    /// together, where that changed: a cgroup's memory is spared no more than its parent's.
+    fn count_spared(&self, uid: &PodUid, limits: Option<PodLimits>) -> Option<(Spared, Spared)> {
+        let mut all = self.spared.lock().unwrap_or_else(PoisonError::into_inner);
+        let spared = limits.map(|limits| Spared {
+            min: limits.memory_min.unwrap_or(0),
+            low: limits.memory_low.unwrap_or(0),
+        });
+        match spared.filter(|spared| *spared != Spared::default()) {
+            Some(spared) if all.insert(uid.clone(), spared) == Some(spared) => return None,
+            Some(_) => {}
+            None => {
+                all.remove(uid)?;
+            }
+        }
+        let min: i64 = all.values().map(|spared| spared.min).sum();
+        let low: i64 = all.values().map(|spared| spared.low).sum();
+        Some((Spared { min: min.saturating_add(low), low: 0 }, Spared { min: 0, low }))
     }
 
     /// The QoS classes that a pod has a cgroup in: one, or more if its class ever changed.
@@ -337,6 +387,25 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
+impl KernelCgroups {
+    /// Spares what all pods, and the burstable ones, are spared together.
+    async fn spare_classes(&self, (pods, burstable): (Spared, Spared)) -> Result<(), CgroupError> {
+        if let Some(slices) = &self.0.slices {
+            slices.spare_classes(pods, burstable).await?;
+        }
+        blocking(&self.0, move |inner| {
+            let folder = inner.folder(&["kubepods".to_owned()]);
+            inner.spare(&folder, Some(pods.min), None)?;
+            let folder = inner.folder(&["kubepods".to_owned(), "burstable".to_owned()]);
+            if V2::new().root().join(&folder).is_dir() {
+                inner.spare(&folder, None, Some(burstable.low))?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
 async fn blocking<T: Send + 'static>(
     inner: &Arc<Inner>,
     work: impl FnOnce(&Inner) -> Result<T, CgroupError> + Send + 'static,
@@ -362,10 +431,22 @@ impl PodCgroups for KernelCgroups {
         if let Some(slices) = &self.0.slices {
             slices.ensure(uid, qos, self.0.class_shares(qos), limits).await?;
         }
-        let (uid, qos) = (uid.clone(), qos.to_owned());
-        let made = blocking(&self.0, move |inner| inner.ensure(&uid, &qos, limits)).await;
+        let (of, class) = (uid.clone(), qos.to_owned());
+        let made = blocking(&self.0, move |inner| inner.ensure(&of, &class, limits)).await;
+        if made.is_ok()
+            && let Some(sums) = self.0.count_spared(uid, Some(limits))
+        {
+            self.spare_classes(sums).await?;
+        }
         METRICS.cgroup_operation("create", began.elapsed());
         made
+    }
+
+    fn known(&self, uid: &PodUid, qos: &str, limits: PodLimits) {
+        if qos == "Burstable" {
+            self.0.count(uid, Some(limits.cpu_shares));
+        }
+        self.0.count_spared(uid, Some(limits));
     }
 
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
@@ -385,6 +466,11 @@ impl PodCgroups for KernelCgroups {
                 done => break done.flatten(),
             }
         };
+        if let Some(sums) = self.0.count_spared(uid, None)
+            && let Err(error) = self.spare_classes(sums).await
+        {
+            tracing::warn!(%error, "what all pods are spared is more than they request");
+        }
         METRICS.cgroup_operation("destroy", began.elapsed());
         removed.and(stopped)
     }
@@ -412,6 +498,29 @@ impl PodCgroups for KernelCgroups {
 mod tests {
     use super::*;
 
+    #[test]
+    fn parents_are_spared_what_their_pods_are() {
+        let cgroups = KernelCgroups::new(&NodeContext::new("n", vec![]));
+        let count = |uid: &str, min, low| {
+            let limits = PodLimits { memory_min: min, memory_low: low, ..PodLimits::default() };
+            cgroups.0.count_spared(&PodUid::from(uid), Some(limits))
+        };
+        let sums = |all, low| Some((Spared { min: all, low: 0 }, Spared { min: 0, low }));
+        assert_eq!(count("best-effort", None, None), None);
+        assert_eq!(count("a", Some(5), None), sums(5, 0));
+        assert_eq!(count("a", Some(5), None), None);
+        assert_eq!(count("b", None, Some(3)), sums(8, 3));
+        assert_eq!(count("b", None, Some(4)), sums(9, 4));
+        assert_eq!(cgroups.0.count_spared(&PodUid::from("a"), None), sums(4, 4));
+        assert_eq!(cgroups.0.count_spared(&PodUid::from("a"), None), None);
+        assert_eq!(count("b", None, None), sums(0, 0));
+        // Those of an earlier agent are among them.
+        let limits = PodLimits { cpu_shares: 500, memory_low: Some(7), ..PodLimits::default() };
+        cgroups.known(&PodUid::from("c"), "Burstable", limits);
+        assert_eq!(cgroups.0.class_shares("Burstable"), Some(500));
+        assert_eq!(count("d", Some(1), None), sums(8, 7));
+    }
+
     /// Makes real cgroups, in a subtree of its own.
     #[tokio::test]
     async fn pods_have_cgroups_with_their_limits_until_they_go() {
@@ -423,7 +532,13 @@ mod tests {
         };
         let cgroups = KernelCgroups::new(&node);
         let uid = PodUid::from("1-2");
-        let limits = PodLimits { cpu_shares: 512, cpu_quota: Some(50_000), memory: Some(64 << 20) };
+        let limits = PodLimits {
+            cpu_shares: 512,
+            cpu_quota: Some(50_000),
+            memory: Some(64 << 20),
+            memory_low: Some(32 << 20),
+            ..PodLimits::default()
+        };
         for _ in 0..2 {
             let parent = cgroups.ensure(&uid, "Burstable", limits).await.unwrap();
             assert_eq!(parent, format!("{root}/kubepods/burstable/pod1-2"));
@@ -439,6 +554,7 @@ mod tests {
         };
         if cgroups.unified() {
             assert_eq!(read(Controllers::Cpu, "cpu.max"), "50000 100000");
+            assert_eq!(read(Controllers::Mem, "memory.low"), (32 << 20).to_string());
         } else {
             assert_eq!(read(Controllers::Cpu, "cpu.shares"), "512");
             assert_eq!(read(Controllers::Cpu, "cpu.cfs_quota_us"), "50000");

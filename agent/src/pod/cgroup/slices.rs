@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use cri_shim::systemd::{self, Limits, Systemd};
 
+use super::fs::Spared;
 use super::{CgroupError, Group, GroupLimits, cpu_weight, pod_path, slice_name};
 use crate::ids::PodUid;
 use crate::pod::config::resources::PodLimits;
@@ -45,6 +46,8 @@ impl Slices {
             cpu_period: self.period_us,
             memory: Some(limits.memory.unwrap_or(-1)),
             pids: self.pids,
+            memory_min: limits.memory_min,
+            memory_low: limits.memory_low,
             ..Limits::default()
         };
         let slice = slice_name(&self.root, &path);
@@ -86,6 +89,27 @@ impl Slices {
         }
         let done = self.systemd.set(unit, &limits.properties()).await;
         done.map_err(|e| error("set limits of", unit.to_owned(), e))
+    }
+
+    /// Spares memory of all pods and of the burstable ones.
+    pub(super) async fn spare_classes(
+        &self,
+        pods: Spared,
+        burstable: Spared,
+    ) -> Result<(), CgroupError> {
+        let all = Limits { memory_min: Some(pods.min), ..Limits::default() };
+        let some = Limits { memory_low: Some(burstable.low), ..Limits::default() };
+        for (path, limits) in [(&["kubepods"][..], all), (&["kubepods", "burstable"], some)] {
+            let path: Vec<String> = path.iter().map(|part| (*part).to_owned()).collect();
+            let slice = slice_name(&self.root, &path);
+            // A class that has no pod yet is spared nothing, and is no unit.
+            if !self.parents().contains_key(&slice) {
+                continue;
+            }
+            let set = self.systemd.set(&slice, &limits.properties()).await;
+            set.map_err(|e| error("spare memory of", slice.clone(), e))?;
+        }
+        Ok(())
     }
 
     async fn ensure_parent(&self, path: &[String], weight: Option<u64>) -> Result<(), CgroupError> {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cri_shim::api::{HugepageLimit, LinuxContainerResources};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 
-use crate::node_context::NodeContext;
+use crate::node_context::{MemoryQos, NodeContext};
 use crate::pod::qos::qos_class;
 use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
 use crate::pod::spec::{has_critical_priority, init_containers, is_sidecar, is_static, spec_of};
@@ -112,6 +112,9 @@ pub fn container_resources(
             // The kernel ends the container as a whole; half a container helps nobody.
             linux.unified.insert("memory.oom.group".into(), "1".into());
         }
+        if let Some(qos) = node.memory_qos {
+            linux.unified.extend(memory_qos(pod, container, qos));
+        }
         if node.swap.controller {
             let swap = swap_limit(pod, container, node);
             linux.unified.insert("memory.swap.max".into(), swap.to_string());
@@ -121,6 +124,37 @@ pub fn container_resources(
         linux.memory_swap_limit_in_bytes = linux.memory_limit_in_bytes;
     }
     linux
+}
+
+/// A page of memory, in bytes: the kernel counts in these.
+const PAGE: i64 = 4096;
+
+/// Files of cgroup v2 for KEP-2570: what a container requests is spared (guaranteed: never reclaimed;
+/// burstable: reclaimed last), and one that comes near its limit is slowed down before it is ended.
+fn memory_qos(pod: &Pod, container: &Container, qos: MemoryQos) -> Vec<(String, String)> {
+    let resources = container.resources.as_ref();
+    let of = |list: Option<&ResourceList>| amount(list, "memory").unwrap_or(0);
+    let request = of(resources.and_then(|r| r.requests.as_ref()));
+    let limit = of(resources.and_then(|r| r.limits.as_ref()));
+    let mut files = Vec::new();
+    let mut set = |file: &str, value: i64| files.push((file.to_owned(), value.to_string()));
+    match (qos.reserve && request > 0, qos_class(pod)) {
+        (true, "Guaranteed") => set("memory.min", request),
+        (true, _) => set("memory.low", request),
+        (false, _) => {
+            set("memory.min", 0);
+            set("memory.low", 0);
+        }
+    }
+    if request != limit {
+        let top = if limit > 0 { limit } else { qos.allocatable };
+        let high = request as f64 + (top as f64 - request as f64) * qos.throttling;
+        let high = high.floor() as i64 / PAGE * PAGE;
+        if high > request {
+            set("memory.high", high);
+        }
+    }
+    files
 }
 
 /// Swap that a container may use on cgroup v2, in bytes: as much of the node's as it requests of its
@@ -161,6 +195,10 @@ pub struct PodLimits {
     pub cpu_quota: Option<i64>,
     /// Bytes; `None` where a container has no memory limit.
     pub memory: Option<i64>,
+    /// Bytes that are never reclaimed (`memory.min`, cgroup v2).
+    pub memory_min: Option<i64>,
+    /// Bytes that are reclaimed last (`memory.low`, cgroup v2).
+    pub memory_low: Option<i64>,
 }
 
 impl PodLimits {
@@ -171,6 +209,8 @@ impl PodLimits {
             cpu_shares: self.cpu_shares.max(other.cpu_shares),
             cpu_quota: both(self.cpu_quota, other.cpu_quota),
             memory: both(self.memory, other.memory),
+            memory_min: self.memory_min.max(other.memory_min),
+            memory_low: self.memory_low.max(other.memory_low),
         }
     }
 }
@@ -317,8 +357,13 @@ pub fn pod_resources(pod: &Pod) -> ResourceRequirements {
 
 /// Limits of the pod's own cgroup: a limit holds for the pod only where every container has one.
 pub fn pod_limits(pod: &Pod, node: &NodeContext) -> PodLimits {
+    let spared = node.memory_qos.filter(|qos| qos.reserve).map(|_| pod_requests(pod).memory);
+    let spared = spared.filter(|bytes| *bytes > 0);
+    let class = qos_class(pod);
     PodLimits {
-        cpu_shares: if qos_class(pod) == "BestEffort" {
+        memory_min: spared.filter(|_| class == "Guaranteed"),
+        memory_low: spared.filter(|_| class != "Guaranteed"),
+        cpu_shares: if class == "BestEffort" {
             MIN_SHARES
         } else {
             cpu_shares(pod_requests(pod).cpu)
@@ -359,6 +404,37 @@ mod tests {
             let pod = pod(&format!(r#"{{"containers":[{container}]}}"#));
             assert_eq!(oom_score_adj(&pod, &spec_of(&pod).containers[0], capacity), score);
         }
+    }
+
+    #[test]
+    fn memory_is_spared_by_request_and_throttled_below_the_limit() {
+        let qos = MemoryQos { throttling: 0.9, reserve: true, allocatable: 10 << 30 };
+        let node = NodeContext { memory_qos: Some(qos), ..NodeContext::new("n", vec![]) };
+        let given = |node: &NodeContext, resources: &str, unified: bool| {
+            let pod = pod(&format!(r#"{{"containers":[{{"name":"a","resources":{resources}}}]}}"#));
+            let linux = container_resources(&pod, &spec_of(&pod).containers[0], node, unified);
+            let file = |name: &str| linux.unified.get(name).and_then(|v| v.parse::<i64>().ok());
+            let limits = pod_limits(&pod, node);
+            let files = ["memory.min", "memory.low", "memory.high"].map(file);
+            (files, (limits.memory_min, limits.memory_low))
+        };
+        let (mib, zero) = (1 << 20, Some(0));
+        // 10 Mi + 0.9 * (20 Mi - 10 Mi), and 0.9 of what the node has.
+        let (high, most) = (Some(19 * mib), Some(9_663_676_416 / PAGE * PAGE));
+        let guaranteed =
+            r#"{"limits":{"cpu":"1","memory":"10Mi"},"requests":{"cpu":"1","memory":"10Mi"}}"#;
+        let burstable = r#"{"limits":{"memory":"20Mi"},"requests":{"memory":"10Mi"}}"#;
+        let ten = Some(10 * mib);
+        assert_eq!(given(&node, guaranteed, true), ([ten, None, None], (ten, None)));
+        assert_eq!(given(&node, burstable, true), ([None, ten, high], (None, ten)));
+        assert_eq!(given(&node, "{}", true).0, [zero, zero, None]);
+        assert_eq!(given(&node, r#"{"requests":{"cpu":"1"}}"#, true).0, [zero, zero, None]);
+        let requested = r#"{"requests":{"memory":"1"}}"#;
+        assert_eq!(given(&node, requested, true).0, [None, Some(1), most]);
+        assert_eq!(given(&node, burstable, false).0, [None; 3]);
+        let qos = MemoryQos { reserve: false, ..qos };
+        let node = NodeContext { memory_qos: Some(qos), ..node };
+        assert_eq!(given(&node, burstable, true), ([zero, zero, high], (None, None)));
     }
 
     #[test]
@@ -409,13 +485,15 @@ mod tests {
         ));
         assert_eq!(
             pod_limits(&both, &node),
-            PodLimits { cpu_shares: 1024, cpu_quota: Some(100_000), memory: Some(2 << 30) }
+            PodLimits {
+                cpu_shares: 1024,
+                cpu_quota: Some(100_000),
+                memory: Some(2 << 30),
+                ..PodLimits::default()
+            }
         );
         let one = pod(&format!(r#"{{"containers":[{{"name":"a",{limited}}},{{"name":"b"}}]}}"#));
-        assert_eq!(
-            pod_limits(&one, &node),
-            PodLimits { cpu_shares: 512, cpu_quota: None, memory: None }
-        );
+        assert_eq!(pod_limits(&one, &node), PodLimits { cpu_shares: 512, ..PodLimits::default() });
     }
 
     #[test]
@@ -426,7 +504,12 @@ mod tests {
             "containers":[{"name":"a","resources":{"limits":{"memory":"512Mi"}}},{"name":"b"}]}"#);
         assert_eq!(
             pod_limits(&pod, &node),
-            PodLimits { cpu_shares: 1024, cpu_quota: Some(200_000), memory: Some(1 << 30) }
+            PodLimits {
+                cpu_shares: 1024,
+                cpu_quota: Some(200_000),
+                memory: Some(1 << 30),
+                ..PodLimits::default()
+            }
         );
         // A container without a limit is told the pod's.
         let given = |n: usize| {

@@ -157,6 +157,7 @@ impl Worker {
             let wanted = pod_limits(&pod, &self.deps.node);
             if self.resources.pod.is_none() && !self.resources.midst {
                 self.resources.pod = Some(wanted);
+                self.deps.cgroups.known(&self.uid, qos_class(&pod), wanted);
             }
             let known = self.resources.pod;
             // What an instance has that is yet to end still needs its room.
