@@ -265,6 +265,8 @@ selinux)
     check watchdog-said sh -c 'journalctl -u longshore | grep -q "Watchdog timeout"'
     check restart systemctl restart longshore
     check kept-after-restart same_sleeper "$child"
+    # A page that is not ready at this moment would stay away.
+    check page-before-stop within 60 page
     check stop systemctl stop longshore
     check kept-while-stopped same_sleeper "$child"
     check page-while-stopped within 30 page
