@@ -11,6 +11,7 @@ pub mod config;
 pub mod csi;
 pub mod doctor;
 pub mod eviction;
+mod folder_events;
 pub mod health;
 pub mod ids;
 pub mod join;

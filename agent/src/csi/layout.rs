@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::volume::sha256;
 use crate::ids::PodUid;
+use crate::volume;
 
 /// The folder of a pod's CSI volumes in `volumes`.
 const POD_PLUGIN: &str = "kubernetes.io~csi";
@@ -13,11 +14,12 @@ const POD_PLUGIN: &str = "kubernetes.io~csi";
 #[derive(Clone, Debug)]
 pub(super) struct Layout {
     root: PathBuf,
+    of_pods: volume::Layout,
 }
 
 impl Layout {
     pub(super) fn new(root: &Path) -> Self {
-        Self { root: root.to_path_buf() }
+        Self { root: root.to_path_buf(), of_pods: volume::Layout::new(root) }
     }
 
     /// Where plugins put the sockets by which they make themselves known.
@@ -46,12 +48,12 @@ impl Layout {
     }
 
     pub(super) fn pods(&self) -> PathBuf {
-        self.root.join("pods")
+        self.of_pods.pods()
     }
 
     /// All CSI volumes of one pod.
     pub(super) fn of_pod(&self, uid: &PodUid) -> PathBuf {
-        self.pods().join(uid.as_str()).join("volumes").join(POD_PLUGIN)
+        self.of_pods.volumes(uid).join(POD_PLUGIN)
     }
 
     /// The folder of one volume of a pod; what is mounted is [`Layout::target`] in it.

@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::StreamExt as _;
-use inotify::{Inotify, WatchMask};
+use inotify::WatchMask;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
@@ -27,6 +26,7 @@ use super::node_info::Published;
 use super::wire::registration::registration_client::RegistrationClient;
 use super::wire::registration::{InfoRequest, PluginInfo, RegistrationStatus};
 use super::{Csi, CsiError};
+use crate::folder_events::{self, Events};
 use crate::shutdown;
 
 /// The folder is read again at least this often.
@@ -43,8 +43,6 @@ const LONGEST_RETRY: Duration = Duration::from_secs(120);
 const MAX_SOCKETS: usize = 1000;
 /// Folders below the registry are looked into so deep.
 const MAX_DEPTH: usize = 4;
-
-type Events = inotify::EventStream<[u8; 4096]>;
 
 /// Which socket it is: one that was made anew at the same path is another.
 type Identity = (u64, u64, i64, i64);
@@ -134,7 +132,7 @@ impl Registry {
         loop {
             // Watched before it is read, so that nothing falls between.
             if events.is_none() {
-                events = start_watch(&folder)
+                events = folder_events::watch(&folder, WatchMask::empty())
                     .inspect_err(|error| {
                         tracing::warn!(folder = %folder.display(), %error,
                             "cannot watch for plugins; looking once a minute");
@@ -148,7 +146,7 @@ impl Registry {
             });
             let wake = retries.min().into_iter().chain([Instant::now() + RESCAN]).min();
             tokio::select! {
-                alive = next_event(&mut events) => {
+                alive = folder_events::next(&mut events) => {
                     if !alive {
                         events = None;
                     }
@@ -325,37 +323,6 @@ async fn in_time<T>(work: impl Future<Output = Result<T, Status>>) -> Result<T, 
     }
 }
 
-fn mask() -> WatchMask {
-    WatchMask::CREATE
-        | WatchMask::DELETE
-        | WatchMask::MOVED_TO
-        | WatchMask::MOVED_FROM
-        | WatchMask::DELETE_SELF
-        | WatchMask::MOVE_SELF
-        | WatchMask::ONLYDIR
-}
-
-fn start_watch(folder: &Path) -> io::Result<Events> {
-    let inotify = Inotify::init()?;
-    inotify.watches().add(folder, mask())?;
-    inotify.into_event_stream([0; 4096])
-}
-
-/// The next event; false once the folder itself is no longer watched.
-async fn next_event(events: &mut Option<Events>) -> bool {
-    let Some(stream) = events else { return std::future::pending().await };
-    match stream.next().await {
-        Some(Ok(event)) => {
-            let lost = inotify::EventMask::DELETE_SELF
-                | inotify::EventMask::MOVE_SELF
-                | inotify::EventMask::UNMOUNT
-                | inotify::EventMask::IGNORED;
-            !event.mask.intersects(lost)
-        }
-        Some(Err(_)) | None => false,
-    }
-}
-
 /// Sockets in `folder` and below, which are watched from now on.
 fn sockets(
     folder: &Path,
@@ -374,7 +341,7 @@ fn sockets(
         if metadata.is_dir() && depth < MAX_DEPTH {
             if let Some(events) = events {
                 // Without a watch it is still looked into, by the clock.
-                let _ = events.watches().add(&path, mask());
+                let _ = events.watches().add(&path, folder_events::entries());
             }
             // A folder that went meanwhile has no sockets.
             let _ = sockets(&path, depth + 1, events, found);

@@ -6,7 +6,6 @@
 //! kubelet does. A signal counts whoever sends it, as it does for kubelet: operators rehearse a
 //! shutdown with `busctl emit`.
 
-use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +14,8 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use zbus::zvariant::{OwnedValue, Type};
 use zbus::{Connection, MatchRule, MessageStream, connection};
+
+use crate::join::files::{FileError, write_atomic};
 
 /// Where the bus listens.
 const BUS: &str = "unix:path=/run/dbus/system_bus_socket";
@@ -64,13 +65,8 @@ pub(crate) enum LogindError {
         cause: zbus::Error,
     },
     /// The drop-in cannot be written.
-    #[error("write {}: {cause}", path.display())]
-    DropIn {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        cause: std::io::Error,
-    },
+    #[error(transparent)]
+    DropIn(#[from] FileError),
     /// logind keeps its own limit.
     #[error(
         "logind still delays a shutdown for {has:?} at most after {} asks for {wanted:?}; see \
@@ -314,8 +310,12 @@ impl Bus {
             return Ok(());
         }
         let path = drop_ins.join(DROP_IN);
-        write_drop_in(&path, wanted)
-            .map_err(|cause| LogindError::DropIn { path: path.clone(), cause })?;
+        let text = format!(
+            "# Written by longshore for KubeletConfiguration.shutdownGracePeriod.\n\
+             [Login]\nInhibitDelayMaxSec={}\n",
+            wanted.as_secs()
+        );
+        write_atomic(&path, 0o644, text.as_bytes())?;
         let kill = [SYSTEMD, SYSTEMD_PATH, SYSTEMD_MANAGER, "KillUnit"];
         self.call::<_, ()>(kill, &("systemd-logind.service", "all", SIGHUP)).await?;
         let mut has = Duration::ZERO;
@@ -328,20 +328,6 @@ impl Bus {
         }
         Err(LogindError::Delay { has, wanted, path })
     }
-}
-
-fn write_drop_in(path: &Path, delay: Duration) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    std::fs::create_dir_all(dir)?;
-    let mut file = tempfile::Builder::new().prefix(".99-kubelet").tempfile_in(dir)?;
-    writeln!(file, "# Written by longshore for KubeletConfiguration.shutdownGracePeriod.")?;
-    writeln!(file, "[Login]\nInhibitDelayMaxSec={}", delay.as_secs())?;
-    file.as_file().set_permissions(PermissionsExt::from_mode(0o644))?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
 }
 
 fn shutdown_rule() -> zbus::Result<MatchRule<'static>> {

@@ -7,39 +7,11 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, umount2};
 
-/// Mount points in the text of /proc/self/mountinfo, in the order they were made.
-fn mount_points(mountinfo: &str) -> Vec<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|escaped| PathBuf::from(unescape(escaped)))
-        .collect()
-}
-
-/// The kernel writes blanks and backslashes in paths as `\ooo`.
-fn unescape(text: &str) -> String {
-    let mut plain = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, tail)) = rest.split_first() {
-        let code = (*first == b'\\').then(|| tail.get(..3)).flatten();
-        let code = code.and_then(|d| std::str::from_utf8(d).ok());
-        match code.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(byte) => {
-                plain.push(byte);
-                rest = tail.get(3..).unwrap_or_default();
-            }
-            None => {
-                plain.push(*first);
-                rest = tail;
-            }
-        }
-    }
-    String::from_utf8_lossy(&plain).into_owned()
-}
+use crate::volume::mount_points;
 
 /// Unmounts everything below `dirs`, the latest mounts first; what is busy is detached.
 pub(super) fn unmount_below(dirs: &[PathBuf]) -> (String, Vec<String>) {
-    let mountinfo = match fs::read_to_string("/proc/self/mountinfo") {
+    let mountinfo = match fs::read("/proc/self/mountinfo") {
         Ok(text) => text,
         Err(e) => return (String::new(), vec![format!("cannot read /proc/self/mountinfo: {e}")]),
     };
@@ -102,13 +74,6 @@ fn remove_entries(dir: &Path, device: u64) -> Result<(), String> {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-
-    #[test]
-    fn mount_points_are_read_with_their_escapes() {
-        let text = "36 35 98:0 / /a\\040b\\134c rw - ext4 /dev/x rw\n37 36 0:1 / /d rw - t t rw\n";
-        assert_eq!(mount_points(text), [PathBuf::from("/a b\\c"), PathBuf::from("/d")]);
-        assert_eq!(unescape("x\\9"), "x\\9");
-    }
 
     #[test]
     fn folders_go_with_all_in_them_and_links_are_not_followed() {

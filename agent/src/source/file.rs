@@ -5,17 +5,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use futures::StreamExt;
-use inotify::{Inotify, WatchMask};
+use inotify::WatchMask;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
+use crate::folder_events::{self, Events};
+use crate::join::files::{FileError, write_atomic};
 use crate::source::url::{Said, UrlSide};
 use crate::source::{PodChange, PodSource};
 use crate::standalone::folder::{Folder, FolderChange, Problem, Ready, Scope};
@@ -106,7 +107,8 @@ impl FileSource {
         loop {
             // Watched before it is read, so that nothing falls between.
             if events.is_none() {
-                events = self.watch();
+                let content = WatchMask::CLOSE_WRITE | WatchMask::ATTRIB;
+                events = folder_events::watch(&self.directory, content).ok();
             }
             let mut changes = self.look(!synced);
             changes.extend(self.look_at_url());
@@ -155,23 +157,6 @@ impl FileSource {
                 }
             }
         }
-    }
-
-    fn watch(&mut self) -> Option<inotify::EventStream<[u8; 4096]>> {
-        let mask = WatchMask::CLOSE_WRITE
-            | WatchMask::MOVED_TO
-            | WatchMask::MOVED_FROM
-            | WatchMask::DELETE
-            | WatchMask::CREATE
-            | WatchMask::ATTRIB
-            | WatchMask::DELETE_SELF
-            | WatchMask::MOVE_SELF
-            | WatchMask::ONLYDIR;
-        let stream = Inotify::init().and_then(|inotify| {
-            inotify.watches().add(&self.directory, mask)?;
-            inotify.into_event_stream([0; 4096])
-        });
-        stream.ok()
     }
 
     /// Looks at the folder and reads what is not as it was. Small, local files: read in place.
@@ -305,18 +290,9 @@ impl FileSource {
     }
 }
 
-async fn next(events: &mut Option<inotify::EventStream<[u8; 4096]>>) -> Wake {
-    let Some(stream) = events else { return std::future::pending().await };
-    match stream.next().await {
-        Some(Ok(event)) => {
-            let lost = inotify::EventMask::DELETE_SELF
-                | inotify::EventMask::MOVE_SELF
-                | inotify::EventMask::UNMOUNT
-                | inotify::EventMask::IGNORED;
-            if event.mask.intersects(lost) { Wake::Lost } else { Wake::Event }
-        }
-        Some(Err(_)) | None => Wake::Lost,
-    }
+/// What an event of the folder says.
+async fn next(events: &mut Option<Events>) -> Wake {
+    if folder_events::next(events).await { Wake::Event } else { Wake::Lost }
 }
 
 /// The manifests of the folder; dot files and editors' backups are none.
@@ -344,18 +320,11 @@ fn list(directory: &Path) -> io::Result<BTreeMap<String, Identity>> {
 }
 
 /// Writes `text` whole; it may hold secrets.
-fn keep(path: &Path, text: &[u8]) -> io::Result<()> {
+fn keep(path: &Path, text: &[u8]) -> Result<(), FileError> {
     if fs::read(path).is_ok_and(|before| before == text) {
         return Ok(());
     }
-    let dir = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(dir)?;
-    // For root alone, as temporary files are.
-    let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    file.write_all(text)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+    write_atomic(path, 0o600, text)
 }
 
 fn read(path: &Path) -> io::Result<Vec<u8>> {

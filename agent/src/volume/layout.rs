@@ -35,16 +35,16 @@ pub(crate) fn empty_dir_path(pod_dir: &Path, name: &str) -> PathBuf {
 
 /// The agent's folder of pods.
 #[derive(Clone, Debug)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     root: PathBuf,
 }
 
 impl Layout {
-    pub(super) fn new(root: &Path) -> Self {
+    pub(crate) fn new(root: &Path) -> Self {
         Self { root: root.to_path_buf() }
     }
 
-    pub(super) fn pods(&self) -> PathBuf {
+    pub(crate) fn pods(&self) -> PathBuf {
         self.root.join("pods")
     }
 
@@ -53,7 +53,7 @@ impl Layout {
         self.pods().join(uid.as_str())
     }
 
-    pub(super) fn volumes(&self, uid: &PodUid) -> PathBuf {
+    pub(crate) fn volumes(&self, uid: &PodUid) -> PathBuf {
         self.pod(uid).join("volumes")
     }
 

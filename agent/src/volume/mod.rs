@@ -34,7 +34,7 @@ mod token;
 mod usage;
 
 pub use error::VolumeError;
-pub(crate) use layout::empty_dir_path;
+pub(crate) use layout::{Layout, empty_dir_path};
 pub(crate) use mounts::mount_points;
 pub use node::NodeVolumes;
 pub use owner::Group;

@@ -114,5 +114,8 @@ mod tests {
         let text = b"36 35 98:0 / / rw - ext4 /dev/root rw\n\
             37 36 0:5 / /a\\040b/c\\134d rw,noatime shared:1 - tmpfs none rw\n";
         assert_eq!(mount_points(text), [Path::new("/"), Path::new("/a b/c\\d")]);
+        let text = b"36 35 98:0 / /a\\040b\\134c rw - ext4 /dev/x rw\n37 36 0:1 / /d rw - t t rw\n";
+        assert_eq!(mount_points(text), [Path::new("/a b\\c"), Path::new("/d")]);
+        assert_eq!(unescape(b"x\\9"), b"x\\9");
     }
 }

@@ -1,11 +1,12 @@
 //! When the last graceful shutdown began and ended, on disk under kubelet's name and in its form, for
 //! the metrics of the boot after it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use crate::join::files::{FileError, write_atomic};
 
 /// The file, in the root dir.
 const NAME: &str = "graceful_node_shutdown_state";
@@ -60,18 +61,13 @@ impl Record {
         }
     }
 
-    fn write(&self, start: Timestamp, end: Option<Timestamp>) -> std::io::Result<()> {
-        let dir = self.0.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(dir)?;
+    fn write(&self, start: Timestamp, end: Option<Timestamp>) -> Result<(), FileError> {
         let times = Times {
             start_time: start.to_string(),
             end_time: end.map_or_else(|| NEVER.to_owned(), |end| end.to_string()),
         };
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(serde_json::to_string(&times)?.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.0)?;
-        Ok(())
+        // Strings alone can always be written.
+        write_atomic(&self.0, 0o600, &serde_json::to_vec(&times).unwrap_or_default())
     }
 }
 
