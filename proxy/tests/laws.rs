@@ -357,6 +357,66 @@ proptest! {
     }
 
     #[test]
+    fn a_table_from_nothing_grows_by_whole_services(
+        wishes in proptest::collection::vec(wish(), 1..8),
+        // After how many batches the process dies and another one begins.
+        dies in 0..12_usize,
+        // A foreign table is in the way.
+        replace in any::<bool>(),
+    ) {
+        for family in [Family::Ip, Family::Ip6] {
+            let mut model = Model::new("node");
+            wishes.iter().for_each(|wish| tell(&mut model, wish));
+            model.take_changes();
+            let start = |batch: usize| {
+                let mut ruleset = Ruleset::new(structure(family));
+                ruleset.batch = batch;
+                model.plans().for_each(|(name, plan)| ruleset.adopt(name, Some(plan)));
+                ruleset
+            };
+            let mut whole = Side { ruleset: start(usize::MAX), kernel: Fake::new() };
+            for planned in whole.ruleset.plan_repair(None, &Observed::new(), false) {
+                whole.apply(&planned.transaction);
+                whole.ruleset.commit_repair(planned);
+            }
+            whole.check();
+            let will = served(&whole.kernel, &whole.ruleset);
+            let mut kernel = Fake::new();
+            if replace {
+                let mut tx = nft::Transaction::new(whole.ruleset.table());
+                tx.add_table().add_chain("services", None);
+                prop_assert_eq!(kernel.apply(&tx), Ok(()));
+            }
+            let mut ruleset = start(1);
+            ruleset.begin_anew();
+            let (mut batches, mut steps) = (Vec::new(), 0);
+            ruleset.plan_anew(replace, |planned| {
+                batches.push(planned);
+                steps += 1;
+                steps < dies
+            });
+            prop_assert!(steps <= dies.max(1));
+            prop_assert!(!replace || steps == 1);
+            for planned in batches {
+                prop_assert_eq!(kernel.apply(&planned.transaction), Ok(()));
+                ruleset.commit_repair(planned.without_elements());
+                let now = served(&kernel, &ruleset);
+                prop_assert!(now.iter().all(|(key, found)| will.get(key) == Some(found)));
+            }
+            let table = ruleset.table();
+            let mut ruleset = start(1);
+            let state = kernel.read_table(&table);
+            for planned in ruleset.plan_repair(state.as_ref(), &observe(&kernel, &table), false) {
+                prop_assert_eq!(kernel.apply(&planned.transaction), Ok(()));
+                ruleset.commit_repair(planned);
+            }
+            let side = Side { ruleset, kernel };
+            side.check();
+            prop_assert_eq!(served(&side.kernel, &side.ruleset), will);
+        }
+    }
+
+    #[test]
     fn slots_hold_every_endpoint_once_and_move_few(
         old in proptest::collection::btree_set(1..20_u8, 0..12),
         new in proptest::collection::btree_set(1..20_u8, 0..12),

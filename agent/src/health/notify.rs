@@ -12,16 +12,15 @@ use super::check::Watched;
 /// How often readiness is looked at before it is told.
 const STEP: Duration = Duration::from_millis(100);
 
-/// How long after the node is ready the code of its start is taken for done with, at first and then
-/// once more, when the first pods have started, too.
-const SETTLED: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(25)];
-/// What was needed once since, as after somebody flushed the rules, goes as often as this.
-const LATER: Duration = Duration::from_secs(600);
+/// So long after the node is ready the code of its start is taken for done with, and again and again
+/// what was needed once since, as after somebody flushed the rules. What is in use comes back by some
+/// hundred faults that read nothing: a tenth of a millisecond.
+const SETTLED: Duration = Duration::from_secs(10);
 
 /// Lets go of code that has been used and is not any more.
 async fn settle() {
-    for wait in SETTLED.into_iter().chain(std::iter::repeat(LATER)) {
-        tokio::time::sleep(wait).await;
+    loop {
+        tokio::time::sleep(SETTLED).await;
         crate::sys::unmap_unused_text();
     }
 }

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 /// Address family of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
@@ -279,9 +281,12 @@ impl Set {
     }
 }
 
+/// Bytes of a key that are held in place: an IPv6 address, protocol, port and a number make 28.
+const KEY: usize = 32;
+
 /// A key or a value, field after field.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key(Vec<u8>);
+pub struct Key(SmallVec<[u8; KEY]>);
 
 impl Key {
     /// An empty key, to be built field by field.
@@ -290,8 +295,8 @@ impl Key {
     }
 
     /// Raw bytes, already padded.
-    pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Self {
-        Key(bytes.into())
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Key(SmallVec::from_slice(bytes))
     }
 
     /// The bytes.

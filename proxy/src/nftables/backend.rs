@@ -19,6 +19,8 @@ use crate::question::Describe;
 const ATTEMPTS: usize = 8;
 /// Services that are tried together when they are programmed one after the other.
 const CHUNK: usize = 256;
+/// Batches that are planned while one is in the kernel.
+const AHEAD: usize = 2;
 
 /// The backend.
 #[derive(Debug)]
@@ -175,9 +177,14 @@ fn repair_family(
         if last {
             plans.iter().for_each(|(name, _)| ruleset.forget(name));
         }
-        let planned = ruleset.plan_repair(state.as_ref(), &observed, scratch);
-        drop(observed);
-        match apply_all(client, ruleset, planned, outcome) {
+        let result = if state.is_none() {
+            make(client, ruleset, outcome)
+        } else {
+            let planned = ruleset.plan_repair(state.as_ref(), &observed, scratch);
+            drop(observed);
+            apply_all(client, ruleset, planned, outcome)
+        };
+        match result {
             Ok(()) => {
                 if let Some(state) = state {
                     // Old kernels learn late that a chain is not referred to any more; then it
@@ -220,6 +227,33 @@ fn repair_family(
         }
     }
     Ok(())
+}
+
+/// Makes a table that is not there: one batch is in the kernel while the next one is planned. Tells
+/// the one that did not work.
+fn make(
+    client: &mut Client,
+    ruleset: &mut Ruleset,
+    outcome: &mut Outcome,
+) -> Result<(), (Error, Box<Planned>)> {
+    ruleset.begin_anew();
+    let mut taken = Vec::new();
+    let result = std::thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::sync_channel(AHEAD);
+        let ruleset = &*ruleset;
+        // Planning ends when nobody listens any more.
+        scope.spawn(move || ruleset.plan_anew(false, |planned| tell.send(planned).is_ok()));
+        for planned in told {
+            if let Err(error) = client.apply(&planned.transaction) {
+                return Err((error, Box::new(planned)));
+            }
+            outcome.written += planned.elements();
+            taken.push(planned.without_elements());
+        }
+        Ok(())
+    });
+    taken.into_iter().for_each(|planned| ruleset.commit_repair(planned));
+    result
 }
 
 /// Applies the batches of a repair; tells the one that did not work.

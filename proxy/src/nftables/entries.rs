@@ -23,6 +23,15 @@ pub enum Target {
     Kind(Kind),
 }
 
+impl Target {
+    fn data(self, number: impl FnOnce(Kind) -> u32) -> Data {
+        match self {
+            Target::Data(data) => data,
+            Target::Kind(kind) => value(number(kind)),
+        }
+    }
+}
+
 /// An element of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
@@ -47,10 +56,7 @@ impl Entry {
 
     /// What it maps to in the kernel, where kinds have these numbers.
     pub fn data(&self, number: impl FnOnce(Kind) -> u32) -> Option<Data> {
-        self.target.as_ref().map(|target| match target {
-            Target::Data(data) => data.clone(),
-            Target::Kind(kind) => value(number(*kind)),
-        })
+        self.target.clone().map(|target| target.data(number))
     }
 
     /// Whether it maps to what the kernel has, where kinds have these numbers.
@@ -64,12 +70,13 @@ impl Entry {
 
     /// As an element, where kinds have these numbers.
     pub fn element(&self, number: impl FnOnce(Kind) -> u32) -> Element {
-        Element {
-            key: self.key.clone(),
-            key_end: self.key_end.clone(),
-            data: self.data(number),
-            timeout: None,
-        }
+        self.clone().into_element(number)
+    }
+
+    /// Likewise, without a copy.
+    pub fn into_element(self, number: impl FnOnce(Kind) -> u32) -> Element {
+        let data = self.target.map(|target| target.data(number));
+        Element { key: self.key, key_end: self.key_end, data, timeout: None }
     }
 }
 
@@ -127,10 +134,6 @@ impl Slots {
         }
         Slots(slots)
     }
-
-    fn used(&self) -> impl Iterator<Item = (u32, SocketAddr)> + '_ {
-        self.0.iter().enumerate().filter_map(|(i, slot)| Some((i as u32, (*slot)?)))
-    }
 }
 
 /// A port with its endpoints' slots.
@@ -163,17 +166,37 @@ impl SlottedPort {
         &self.service.ports[self.index as usize]
     }
 
+    /// Whether this is what the plan makes of the port: the very same plan.
+    pub fn is_of(&self, plan: &Arc<ServicePlan>) -> bool {
+        Arc::ptr_eq(&self.service, plan)
+    }
+
     /// With affinity, the port's number.
     pub fn id(&self) -> Option<u32> {
         self.id
     }
 
-    fn slots(&self, policy: Policy) -> Slots {
-        let (slots, endpoints) = match policy {
+    /// Which endpoint is in each slot, and the list that this is by.
+    fn slotted(&self, policy: Policy) -> (&[u32], &[SocketAddr]) {
+        match policy {
             Policy::Cluster => (&self.cluster, &self.plan().cluster),
             Policy::Local => (&self.local, &self.plan().local),
-        };
+        }
+    }
+
+    fn slots(&self, policy: Policy) -> Slots {
+        let (slots, endpoints) = self.slotted(policy);
         Slots(slots.iter().map(|index| endpoints.get(*index as usize).copied()).collect())
+    }
+
+    /// The number of slots, and the endpoints in them.
+    fn used(&self, policy: Policy) -> (usize, impl Iterator<Item = (u32, SocketAddr)> + '_) {
+        let (slots, endpoints) = self.slotted(policy);
+        let used = slots
+            .iter()
+            .enumerate()
+            .filter_map(|(slot, index)| Some((slot as u32, *endpoints.get(*index as usize)?)));
+        (slots.len(), used)
     }
 
     /// Identity within its Service.
@@ -309,19 +332,21 @@ impl Collected {
         key: &Key,
         masquerade: Masquerade,
     ) -> Kind {
-        let slots = port.slots(pool.policy);
+        let (slots, used) = port.used(pool.policy);
         let choice = match port.id.zip(port.plan().affinity) {
             None => {
-                for (slot, endpoint) in slots.used() {
+                let mut count = 0;
+                for (slot, endpoint) in used {
                     let key = key.clone().number(slot);
                     self.data(MapId::Endpoints(pool), key, target(endpoint));
+                    count += 1;
                 }
-                Choice::Random { count: slots.used().count() as u32 }
+                Choice::Random { count }
             }
             Some((id, timeout)) => {
                 self.data(MapId::Ids(pool.origin), key.clone(), value(id));
                 let mut count = 0;
-                for (slot, endpoint) in slots.used() {
+                for (slot, endpoint) in used {
                     let key = |n| Key::new().number(id).number(n);
                     self.data(MapId::Kept(pool.policy), key(slot), target(endpoint));
                     let kind = Kind::Chain(Behaviour::Slot { pool, timeout, slot });
@@ -329,7 +354,7 @@ impl Collected {
                     self.entries.push(Entry { map, key: key(count), key_end: None, target });
                     count += 1;
                 }
-                let slots = (slots.0.len() as u32).next_power_of_two();
+                let slots = (slots as u32).next_power_of_two();
                 Choice::Sticky { timeout, count, slots }
             }
         };

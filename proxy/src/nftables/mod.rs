@@ -13,6 +13,7 @@
 //! The version before led to chains at once, by verdict maps of other names. They are taken over from
 //! Service by Service ([`names::Dispatch`], `repair`).
 
+mod anew;
 pub mod backend;
 pub mod base;
 mod batches;

@@ -25,6 +25,15 @@ impl Ruleset {
         observed: &Observed,
         scratch: bool,
     ) -> Vec<Planned> {
+        let Some(state) = state.filter(|state| !scratch && self.fits(state)) else {
+            let mut all = Vec::new();
+            self.begin_anew();
+            self.plan_anew(state.is_some(), |planned| {
+                all.push(planned);
+                true
+            });
+            return all;
+        };
         let names: Vec<NamespacedName> = self.services.keys().cloned().collect();
         let mut used: BTreeSet<Behaviour> = BTreeSet::new();
         let mut kinds: BTreeSet<Kind> = Kind::FIXED.into();
@@ -45,42 +54,24 @@ impl Ruleset {
 
         let names: Arc<[NamespacedName]> = names.into();
         let mut planned = Planned { names: names.clone(), ..self.planned(Vec::new()) };
-        let usable = state.filter(|state| !scratch && self.fits(state));
-        if usable.is_none() && state.is_some() {
-            planned.transaction.push(Op::DeleteTable);
-        }
-        if usable.is_none() {
-            let comment = "Services of Longshore; changed while you watch".to_owned();
-            planned.transaction.push(Op::AddTable(Some(comment)));
-        }
         for map in MapId::all() {
             let set = map.set(self.family());
-            if usable.is_none_or(|state| !state.sets.contains_key(&set.name)) {
+            if !state.sets.contains_key(&set.name) {
                 planned.transaction.add_set(set);
             }
         }
-        let there: BTreeSet<Behaviour> = match usable {
-            None => BTreeSet::new(),
-            Some(state) => all_chains(&used)
-                .into_iter()
-                .filter(|chain| {
-                    let rules = self.behaviour_rules(*chain);
-                    state
-                        .chains
-                        .get(&chain.to_string())
-                        .is_some_and(|(_, found)| same_rules(found, &rules))
-                })
-                .collect(),
-        };
-        let nothing = Observed::new();
-        let observed = if usable.is_some() { observed } else { &nothing };
-        self.repair_fixed(&mut planned, usable);
+        let there: BTreeSet<Behaviour> = all_chains(&used)
+            .into_iter()
+            .filter(|chain| {
+                let found = state.chains.get(&chain.to_string());
+                found.is_some_and(|(_, found)| same_rules(found, &self.behaviour_rules(*chain)))
+            })
+            .collect();
+        self.repair_fixed(&mut planned, Some(state));
         // A behaviour whose chain is there with other rules is emptied and written again.
         for chain in all_chains(&used) {
             let name = chain.to_string();
-            if !there.contains(&chain)
-                && usable.is_some_and(|state| state.chains.contains_key(&name))
-            {
+            if !there.contains(&chain) && state.chains.contains_key(&name) {
                 planned.transaction.push(Op::FlushChain(name));
             }
         }
@@ -134,10 +125,6 @@ impl Ruleset {
             deleted.push((*map, Element::new(Key::new().number(*number)), NOBODY));
         }
         self.chains = there;
-        if usable.is_none() && state.is_some() {
-            push_elements(&mut planned, deleted, added);
-            return vec![planned];
-        }
         drop(seen);
         adopt_orphans(&mut deleted, &desired);
         drop(desired);
@@ -188,7 +175,7 @@ impl Ruleset {
         self.kinds.commit(planned.kinds);
     }
 
-    fn repair_fixed(&self, planned: &mut Planned, state: Option<&TableState>) {
+    pub(super) fn repair_fixed(&self, planned: &mut Planned, state: Option<&TableState>) {
         let fixed = self.structure.chains();
         let mut wrong = Vec::new();
         for (name, base, rules) in fixed {

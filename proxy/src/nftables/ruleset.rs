@@ -65,6 +65,12 @@ impl Planned {
         named.or_else(|| self.names.get(index as usize))
     }
 
+    /// What is to be noted of a repair's transaction that the kernel took.
+    pub fn without_elements(self) -> Self {
+        let transaction = Transaction::new(self.transaction.table);
+        Planned { transaction, owners: Vec::new(), names: Arc::new([]), ..self }
+    }
+
     /// Number of elements that are added or deleted.
     pub fn elements(&self) -> usize {
         self.owners.iter().map(Vec::len).sum()
@@ -268,6 +274,10 @@ impl Ruleset {
 
     /// Takes note of plans without a transaction: the next [`Ruleset::plan_repair`] programs them.
     pub fn adopt(&mut self, name: &NamespacedName, plan: Option<&Arc<ServicePlan>>) {
+        let known = self.services.get(name);
+        if plan.is_some_and(|plan| known.is_some_and(|ports| ports.iter().all(|p| p.is_of(plan)))) {
+            return;
+        }
         let ports = self.slotted(name, plan, &mut HashSet::new());
         let mut planned = self.planned(Vec::new());
         planned.services.push((name.clone(), ports));

@@ -2,7 +2,7 @@
 //! once: list (in pages), watch, and the streamed list that newer clients ask for. What a proxy makes
 //! of a change is then its own time, not a control plane's.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,8 +25,8 @@ pub const NODE: &str = "bench";
 /// A kind's objects, as JSON, and who watches them.
 #[derive(Default)]
 struct Kind {
-    /// With the version of the last change.
-    objects: Vec<(u64, Arc<str>)>,
+    /// By number, with the version of the last change.
+    objects: BTreeMap<u32, (u64, Arc<str>)>,
     watchers: Vec<mpsc::UnboundedSender<String>>,
 }
 
@@ -88,18 +88,22 @@ fn service(number: u32, version: u64) -> Value {
         "status": {"loadBalancer": {}}})
 }
 
-/// The last endpoint is another in each round.
-fn slice(number: u32, round: u32, version: u64) -> Value {
-    let name = format!("service-{number}");
+/// Addresses of a Service's endpoints: the last is another in each round.
+fn endpoints(number: u32, round: u32) -> Vec<Ipv4Addr> {
     let base = u32::from(Ipv4Addr::new(10, 128, 0, 1)) + number * 8;
-    let endpoint = |i: u32| {
-        let offset = if i + 1 == ENDPOINTS { i + round % 2 } else { i };
-        json!({"addresses": [Ipv4Addr::from(base + offset)], "nodeName": format!("node-{}", number % 100),
+    let offset = |i: u32| if i + 1 == ENDPOINTS { i + round % 2 } else { i };
+    (0..ENDPOINTS).map(|i| Ipv4Addr::from(base + offset(i))).collect()
+}
+
+fn slice(number: u32, addresses: &[Ipv4Addr], version: u64) -> Value {
+    let name = format!("service-{number}");
+    let endpoint = |(i, address): (usize, &Ipv4Addr)| {
+        json!({"addresses": [address], "nodeName": format!("node-{}", number % 100),
             "zone": "a", "conditions": {"ready": true, "serving": true, "terminating": false},
             "targetRef": {"kind": "Pod", "namespace": "default", "name": format!("{name}-7d4b9c6f5-{i}"),
-                "uid": format!("9d3c2f58-0000-4000-9000-{:012x}", number * 8 + offset)}})
+                "uid": format!("9d3c2f58-0000-4000-9000-{:012x}", u32::from(*address))}})
     };
-    let endpoints: Vec<Value> = (0..ENDPOINTS).map(endpoint).collect();
+    let endpoints: Vec<Value> = addresses.iter().enumerate().map(endpoint).collect();
     let labels = json!({"kubernetes.io/service-name": name, "app": name,
         "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"});
     json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
@@ -113,14 +117,11 @@ impl Kind {
         self.watchers.retain(|watcher| watcher.send(line.clone()).is_ok());
     }
 
-    fn put(&mut self, at: usize, version: u64, object: &Value) {
+    fn put(&mut self, number: u32, version: u64, object: &Value) {
         let text: Arc<str> = object.to_string().into();
-        let new = at >= self.objects.len();
+        let new = !self.objects.contains_key(&number);
         self.tell(if new { "ADDED" } else { "MODIFIED" }, &text);
-        match self.objects.get_mut(at) {
-            Some(old) => *old = (version, text),
-            None => self.objects.push((version, text)),
-        }
+        self.objects.insert(number, (version, text));
     }
 }
 
@@ -142,11 +143,16 @@ impl Feed {
 
     /// Adds a Service with its slice.
     pub fn add(&self, number: u32) {
+        self.add_with(number, &endpoints(number, 0));
+    }
+
+    /// Adds a Service with endpoints at these addresses.
+    pub fn add_with(&self, number: u32, addresses: &[Ipv4Addr]) {
         let mut all = self.lock();
         all.version += 1;
         let version = all.version;
-        all.services.put(number as usize, version, &service(number, version));
-        all.slices.put(number as usize, version, &slice(number, 0, version));
+        all.services.put(number, version, &service(number, version));
+        all.slices.put(number, version, &slice(number, addresses, version));
     }
 
     /// Replaces an endpoint of a Service.
@@ -157,7 +163,7 @@ impl Feed {
         let round = all.rounds.entry(number).or_default();
         *round += 1;
         let round = *round;
-        all.slices.put(number as usize, version, &slice(number, round, version));
+        all.slices.put(number, version, &slice(number, &endpoints(number, round), version));
     }
 
     /// Serves at a port of 127.0.0.1; tells the port.
@@ -178,7 +184,7 @@ impl Feed {
             .route(
                 "/api/v1/nodes/bench",
                 get(|State(feed): State<Feed>| async move {
-                    json_answer(feed.lock().node.objects[0].1.to_string())
+                    json_answer(feed.lock().node.objects[&0].1.to_string())
                 }),
             )
             .route(
@@ -212,7 +218,7 @@ impl Feed {
             let since: u64 =
                 if initial { 0 } else { options.resource_version.parse().unwrap_or(u64::MAX) };
             let kind_of = if initial { "ADDED" } else { "MODIFIED" };
-            for (_, object) in kind.objects.iter().filter(|(version, _)| *version > since) {
+            for (_, object) in kind.objects.values().filter(|(version, _)| *version > since) {
                 let line = format!("{{\"type\":\"{kind_of}\",\"object\":{object}}}\n");
                 let _ = watcher.send(line);
             }
@@ -234,7 +240,8 @@ impl Feed {
         let to = from.saturating_add(limit).min(kind.objects.len());
         let more = if to < kind.objects.len() { to.to_string() } else { String::new() };
         let metadata = json!({"resourceVersion": version.to_string(), "continue": more});
-        let items: Vec<&str> = kind.objects[from.min(to)..to].iter().map(|(_, o)| &**o).collect();
+        let items = kind.objects.values().skip(from).take(limit);
+        let items: Vec<&str> = items.map(|(_, object)| &**object).collect();
         let items = items.join(",");
         json_answer(format!(
             "{{\"apiVersion\":\"{api}\",\"kind\":\"{list}\",\"metadata\":{metadata},\"items\":[{items}]}}"

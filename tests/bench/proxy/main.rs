@@ -10,6 +10,7 @@
 
 mod feed;
 mod measure;
+mod pods;
 mod subject;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,7 @@ const ROWS: &[(&str, &str, [f64; 3])] = &[
     (measure::CONNECT, "us", [f64::NAN; 3]),
     (measure::DIRECT, "us", [f64::NAN; 3]),
     (measure::THROUGHPUT, "%", [98.0; 3]),
+    (measure::OWN_THROUGHPUT, "%", [f64::NAN; 3]),
     (measure::FAILED, "connections", [0.0; 3]),
     (measure::MADE, "connections", [f64::NAN; 3]),
 ];

@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::Figures;
 use crate::feed::{Feed, vip};
+use crate::pods;
 use crate::subject::Program;
 
 /// From process start until every VIP that is tried has worked, the last one among them.
@@ -40,7 +41,9 @@ pub const CONNECT: &str = "new connection through a VIP, p50";
 pub const DIRECT: &str = "new connection to an endpoint, p50";
 /// Of a connection through a VIP, over that of one to an endpoint which had the turns between: the
 /// median.
-pub const THROUGHPUT: &str = "throughput through a VIP, of direct";
+pub const THROUGHPUT: &str = "throughput pod to pod through a VIP, of direct";
+/// The same, from a process of the node itself to an address of the node.
+pub const OWN_THROUGHPUT: &str = "throughput of the node's own, of direct";
 
 /// A proxy that has not done it by then is given up.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -51,7 +54,8 @@ const CONNECTIONS: u32 = 5000;
 const TURNS: u32 = 200;
 const TURN: Duration = Duration::from_millis(30);
 
-fn sh(script: &str) -> Result<()> {
+/// Runs a script in the calling thread's namespaces.
+pub fn sh(script: &str) -> Result<()> {
     let status = Command::new("sh").args(["-ec", script]).status()?;
     ensure!(status.success(), "{script}");
     Ok(())
@@ -113,6 +117,12 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
 
     eprintln!("  connections and bytes");
     data_plane(services, &bulk, &mut figures)?;
+    let number = services + 5000;
+    pods::serve(SERVER)?;
+    feed.add_with(number, &[pods::SERVER]);
+    until_connected(vip(number))?;
+    let streams = pods::connect([vip(number), (pods::SERVER, SERVER).into()])?;
+    figures.insert(THROUGHPUT.into(), throughput("pod to pod", streams)?);
 
     eprintln!("  changes");
     let ours = matches!(program, Program::Longshore(_));
@@ -134,8 +144,13 @@ pub fn measure(program: &Program, services: u32, seconds: u64) -> Result<Figures
         for number in 0..5 {
             let begin = Instant::now();
             sh("nft flush ruleset")?;
+            let flushed = begin.elapsed();
             until_connected(vip(services / 5 * number))?;
             times.push(begin.elapsed());
+            eprintln!(
+                "  flushed in {flushed:.1?}, repaired {:.1?} later",
+                begin.elapsed() - flushed
+            );
             std::thread::sleep(Duration::from_secs(1));
         }
         figures.insert(FLUSHED.into(), percentile(&mut times, 50));
@@ -210,8 +225,15 @@ fn data_plane(services: u32, bulk: &AtomicBool, figures: &mut Figures) -> Result
     figures.insert(CONNECT.into(), percentile(&mut through, 50) * 1e3);
     figures.insert(DIRECT.into(), percentile(&mut direct, 50) * 1e3);
     bulk.store(true, Ordering::Relaxed);
-    let mut through = TcpStream::connect(vip(services / 2))?;
-    let mut direct = TcpStream::connect(endpoint)?;
+    let streams = [TcpStream::connect(vip(services / 2))?, TcpStream::connect(endpoint)?];
+    figures.insert(OWN_THROUGHPUT.into(), throughput("the node's own", streams)?);
+    bulk.store(false, Ordering::Relaxed);
+    Ok(())
+}
+
+/// What a connection through a VIP carries, in percent of one straight to its endpoint: the median of
+/// many short turns.
+fn throughput(who: &str, [mut through, mut direct]: [TcpStream; 2]) -> Result<f64> {
     let (mut ratios, mut rates) = (Vec::new(), Vec::new());
     for turn in 0..TURNS {
         // Who goes first goes second the next time.
@@ -225,14 +247,12 @@ fn data_plane(services: u32, bulk: &AtomicBool, figures: &mut Figures) -> Result
         ratios.push(one / other);
         rates.push(one);
     }
-    bulk.store(false, Ordering::Relaxed);
     let median = |values: &mut Vec<f64>| {
         values.sort_by(f64::total_cmp);
         values[values.len() / 2]
     };
-    eprintln!("  {:.1} GB/s through a VIP", median(&mut rates) / 1e9);
-    figures.insert(THROUGHPUT.into(), median(&mut ratios) * 100.0);
-    Ok(())
+    eprintln!("  {who}: {:.1} GB/s through a VIP", median(&mut rates) / 1e9);
+    Ok(median(&mut ratios) * 100.0)
 }
 
 /// Bytes a second of a connection, in a turn.
