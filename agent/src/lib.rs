@@ -8,6 +8,7 @@ pub mod cli;
 pub mod cluster;
 mod compose;
 pub mod config;
+pub mod credential;
 pub mod csi;
 pub mod doctor;
 pub mod eviction;

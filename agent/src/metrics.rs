@@ -4,6 +4,8 @@
 //! probes, and a scrape wants all of it. What can be looked up when a scrape comes is not counted
 //! here (`node_api::metrics`).
 
+mod images;
+
 use std::sync::LazyLock;
 use std::time::Duration;
 
@@ -15,6 +17,8 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+
+use images::ImageMetrics;
 
 /// The set of this process.
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
@@ -111,6 +115,8 @@ pub struct Metrics {
     pods_not_started: Counter,
     containers_started: Family<StartedContainer, Counter>,
     containers_not_started: Family<FailedContainer, Counter>,
+    /// Of images and who may pull them.
+    pub images: ImageMetrics,
 }
 
 /// Labels of work on a volume.
@@ -223,6 +229,7 @@ impl Metrics {
             shutdown_end: Gauge::default(),
             containers_started: Family::default(),
             containers_not_started: Family::default(),
+            images: ImageMetrics::new(),
         };
         new.registered()
     }
@@ -350,6 +357,7 @@ impl Metrics {
             "Last graceful shutdown end time since unix epoch in seconds",
             self.shutdown_end.clone(),
         );
+        self.images.register(all);
         self.probes_registry.register(
             "prober_probe",
             "Cumulative number of a liveness, readiness or startup probe for a container by result",

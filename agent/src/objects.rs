@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service,
+    ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use tokio::sync::broadcast;
@@ -64,6 +64,14 @@ pub trait Objects: Send + Sync + 'static {
 
     /// The Secret, `None` if it does not exist. Never logged.
     async fn secret(&self, key: &NamespacedName) -> Result<Option<Arc<Secret>>, ObjectError>;
+
+    /// The ServiceAccount as it is now, `None` if it does not exist.
+    async fn service_account(
+        &self,
+        _key: &NamespacedName,
+    ) -> Result<Option<Arc<ServiceAccount>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a service account" })
+    }
 
     /// A bound token for `service_account` (namespace, name).
     async fn service_account_token(

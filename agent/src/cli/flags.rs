@@ -98,6 +98,13 @@ pub struct NodeFlags {
     /// CRI socket for images, where it is not the runtime's
     #[arg(long, value_name = "unix://PATH")]
     pub image_service_endpoint: Option<String>,
+    /// CredentialProviderConfig: which programs know credentials for registries (a file, or a folder of
+    /// YAML and JSON files)
+    #[arg(long, value_name = "PATH")]
+    pub image_credential_provider_config: Option<PathBuf>,
+    /// Folder of the programs that --image-credential-provider-config names
+    #[arg(long, value_name = "DIR")]
+    pub image_credential_provider_bin_dir: Option<PathBuf>,
     /// Folder of manifests [default: /etc/kubernetes/manifests]
     #[arg(long, alias = "manifests", value_name = "DIR")]
     pub pod_manifest_path: Option<PathBuf>,
@@ -288,6 +295,8 @@ impl NodeFlags {
             container_logs_dir,
             container_runtime_endpoint,
             image_service_endpoint,
+            image_credential_provider_config,
+            image_credential_provider_bin_dir,
             pod_manifest_path,
             cluster_domain,
             resolv_conf,
@@ -343,9 +352,11 @@ mod tests {
             "--node-ip=10.0.0.1",
             "--cpu-manager-policy=static",
             "--max-pods=many",
+            "--image-credential-provider-config=/etc/providers.yaml",
         ];
         let (taken, warnings) = of_kubelet(&given.map(str::to_owned));
-        assert_eq!(taken, ["--node-labels=a=b,c=d", "--node-ip=10.0.0.1"]);
+        let providers = "--image-credential-provider-config=/etc/providers.yaml";
+        assert_eq!(taken, ["--node-labels=a=b,c=d", "--node-ip=10.0.0.1", providers]);
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(warnings[0].contains("--cpu-manager-policy"), "{warnings:?}");
         assert!(warnings[1].contains("--max-pods=many"), "{warnings:?}");

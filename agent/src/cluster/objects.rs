@@ -444,6 +444,13 @@ impl Objects for ClusterObjects {
         }
     }
 
+    async fn service_account(
+        &self,
+        key: &NamespacedName,
+    ) -> Result<Option<Arc<ServiceAccount>>, ObjectError> {
+        self.get_directly(key, "ServiceAccount").await
+    }
+
     async fn service_account_token(
         &self,
         account: &NamespacedName,

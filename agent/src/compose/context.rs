@@ -2,15 +2,19 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context;
 use cri_shim::api;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 
 use crate::cluster::ClusterConfig;
 use crate::config::{CgroupDriver, Host, NodeConfig, parse_bytes};
+use crate::credential::{self, Exec, Loaded, Programs, Providers};
 use crate::eviction::Signal;
+use crate::metrics::METRICS;
 use crate::node::{machine, object};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
 use crate::pod::cgroup::node::{Capacity, plan_node_limits};
@@ -205,6 +209,26 @@ pub(super) fn shim(config: &NodeConfig) -> cri_shim::Config {
             .collect(),
         ..defaults
     }
+}
+
+/// The programs that know credentials for registries, once the root directory is there and this
+/// agent's alone.
+///
+/// # Errors
+/// The root directory cannot be looked at.
+pub(super) fn providers(
+    config: &NodeConfig,
+    loaded: Option<Loaded>,
+) -> anyhow::Result<Arc<Providers>> {
+    let (Some(places), Some(loaded)) = (&config.credential_providers, loaded) else {
+        return Ok(Arc::default());
+    };
+    METRICS.images.providers_configured(&loaded.hash);
+    let root = &config.root_dir;
+    let mark = credential::mark(root).with_context(|| format!("look at {}", root.display()))?;
+    credential::end_leftovers(&mark);
+    let programs: Arc<dyn Exec> = Arc::new(Programs { mark });
+    Ok(Arc::new(Providers::new(loaded.providers, &places.programs, &programs)))
 }
 
 /// What the node's part in a cluster is told.

@@ -20,6 +20,7 @@ use crate::api::Api;
 use crate::cluster;
 use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
+use crate::credential::{self, Loaded};
 use crate::csi::{Csi, InUse};
 use crate::health::{self, Watched};
 use crate::node::conditions::Pressure;
@@ -92,12 +93,16 @@ struct Parts {
     shutting_down: watch::Sender<bool>,
     /// What the node API needs of an agent that runs here.
     serves: Option<Serves>,
+    /// The programs that know credentials for registries, as configured.
+    providers: Option<Loaded>,
 }
 
 /// Runs the node until a signal ends it or a part cannot go on.
 pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
+    let mut providers = None;
     if config.parts.agent {
         preflight::check(&config.resources)?;
+        providers = config.credential_providers.as_ref().map(credential::load).transpose()?;
     }
     let _lock = lock(&config)?;
     let traces = match &config.tracing {
@@ -110,6 +115,7 @@ pub(crate) async fn run(config: NodeConfig) -> anyhow::Result<()> {
         tasks: JoinSet::new(),
         shutdown: shutdown.clone(),
         serves: None,
+        providers,
         shutting_down: watch::Sender::new(false),
         config,
     };
@@ -230,6 +236,7 @@ impl Parts {
         for dir in [&node.root_dir, &node.pod_logs_dir, &node.container_logs_dir] {
             std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         }
+        let providers = context::providers(&self.config, self.providers.take())?;
         let csi = world.storage.map(|Storage { api, node: object, in_use }| {
             let csi = Csi::new(&node, world.objects.clone(), object, in_use);
             let running = csi.clone().run(api.main, self.shutdown.clone());
@@ -256,7 +263,8 @@ impl Parts {
         let mut sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
             .with_sources(world.sources)
             .with_network(world.network)
-            .with_pressure(world.pressure);
+            .with_pressure(world.pressure)
+            .with_providers(providers);
         if !self.config.shutdown_grace.is_empty() {
             let (told, shutdowns) = mpsc::channel(1);
             sync = sync.with_shutdowns(shutdowns, self.shutting_down.clone());

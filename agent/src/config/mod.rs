@@ -12,6 +12,7 @@ mod node;
 pub mod node_api;
 mod proxy;
 mod proxy_pages;
+mod pulls;
 mod quantity;
 mod resources;
 mod shutdown;

@@ -11,9 +11,10 @@ use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_
 use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, ProxyPages, ResourceConfig, RuntimeHandler,
-    configz, node_api, proxy, proxy_pages, resources, shutdown,
+    configz, node_api, proxy, proxy_pages, pulls, resources, shutdown,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
+use crate::credential::Places;
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
 use crate::node_context::ShutdownGrace;
 use crate::pod::sysctls;
@@ -83,6 +84,8 @@ pub struct NodeConfig {
     /// `None`: the built-in shim.
     pub container_runtime_endpoint: Option<String>,
     pub image_service_endpoint: Option<String>,
+    /// Where credential providers are configured, if any are.
+    pub credential_providers: Option<Places>,
     pub pod_manifest_path: Option<PathBuf>,
     /// Where else static pods come from.
     pub static_pod_url: Option<PodUrl>,
@@ -199,8 +202,10 @@ pub fn resolve(
     let shutdown_grace = shutdown::resolve(&kubelet)?;
     let resources = resources::resolve(&kubelet)?;
     let static_pod_url = static_pod_url(&kubelet)?;
+    let credential_providers = pulls::credential_providers(flags, &kubelet)?;
     let gates = kubelet.feature_gates.iter().flatten();
-    notes.extend(gates.filter(|(gate, _)| *gate != resources::MEMORY_QOS).map(|(gate, on)| {
+    let read = |gate: &str| gate == resources::MEMORY_QOS || pulls::GATES.contains(&gate);
+    notes.extend(gates.filter(|(gate, _)| !read(gate)).map(|(gate, on)| {
         let field = format!("KubeletConfiguration.featureGates.{gate}");
         Note::NotBuilt { field, value: on.to_string() }
     }));
@@ -377,6 +382,7 @@ pub fn resolve(
             .clone()
             .or(kubelet.image_service_endpoint)
             .filter(|endpoint| !endpoint.is_empty()),
+        credential_providers,
         pod_manifest_path: manifests,
         static_pod_url,
         cluster_dns: if flags.cluster_dns.is_empty() {

@@ -25,6 +25,8 @@ fn touch() {
         &ClientLabels { code: "200".into(), host: "h".into(), method: "GET".into() },
         second,
     );
+    METRICS.images.provider_ran("ecr", second, true);
+    METRICS.images.providers_configured("sha256:0");
     METRICS.worker_turned(second);
     METRICS.cgroup_operation("create", second);
     METRICS.relisted(second, Some(second));

@@ -1,7 +1,8 @@
 //! Images for containers: is it here, may it be pulled, with whose credentials.
 
+mod credentials;
+
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,14 +12,15 @@ use tokio::sync::{Mutex, Semaphore};
 
 use super::facts::ReadyImage;
 use super::image_name::{ImageName, parse_image};
-use super::keyring::Keyring;
+use super::keyring::Credential;
 use super::spec::spec_of;
-use crate::ids::NamespacedName;
+use crate::credential::Providers;
 use crate::metrics::METRICS;
 use crate::node_context::{NodeContext, PullLimits};
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType};
 use crate::runtime::{Runtime, RuntimeError};
+use credentials::Credentials;
 
 /// Why an image is not there, in kubelet's words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,11 +35,10 @@ pub struct ImageFailure {
 /// Brings images to the node.
 pub struct Images {
     runtime: Arc<dyn Runtime>,
-    objects: Arc<dyn Objects>,
     events: Arc<dyn EventSink>,
+    credentials: Credentials,
     slots: Option<Semaphore>,
     rate: Option<Mutex<Bucket>>,
-    node_config: PathBuf,
 }
 
 /// `registryPullQPS` with its burst.
@@ -80,13 +81,14 @@ impl Images {
         runtime: Arc<dyn Runtime>,
         objects: Arc<dyn Objects>,
         events: Arc<dyn EventSink>,
+        providers: Arc<Providers>,
     ) -> Self {
         let PullLimits { serialize, max_parallel, registry_qps, registry_burst } = node.pull;
         let slots = if serialize { Some(1) } else { max_parallel };
         let burst = f64::from(registry_burst.max(1));
         Self {
             runtime,
-            objects,
+            credentials: Credentials::new(&node.root_dir, objects, events.clone(), providers),
             events,
             slots: slots.map(|n| Semaphore::new(n.max(1))),
             rate: (registry_qps > 0).then(|| {
@@ -97,7 +99,6 @@ impl Images {
                     burst,
                 })
             }),
-            node_config: node.root_dir.join("config.json"),
         }
     }
 
@@ -166,7 +167,9 @@ impl Images {
         }
         let asked = Instant::now();
         event(EventType::Normal, "Pulling", format!("Pulling image \"{image}\""));
-        let (pulled, took) = self.pull(pod, &name, regarding).await;
+        // Before the pull has a slot: a provider that hangs must not hold up other pulls.
+        let credentials = self.credentials.of(pod, &name, regarding).await;
+        let (pulled, took) = self.pull(&name, credentials).await;
         let found = match pulled {
             Ok(found) => found,
             Err(error) => {
@@ -188,11 +191,11 @@ impl Images {
         Ok(found)
     }
 
+    /// Pulls with one credential after the other until one opens.
     async fn pull(
         &self,
-        pod: &Pod,
         name: &ImageName,
-        regarding: &ObjectReference,
+        credentials: Vec<Credential>,
     ) -> (Result<api::Image, RuntimeError>, std::time::Duration) {
         let _slot = match &self.slots {
             Some(slots) => slots.acquire().await.ok(),
@@ -203,22 +206,18 @@ impl Images {
         }
         let begun = Instant::now();
         let mut tries: Vec<Option<api::AuthConfig>> =
-            self.keyring(pod, regarding).await.lookup(name).into_iter().map(Some).collect();
+            credentials.into_iter().map(|credential| Some(credential.auth)).collect();
         if tries.is_empty() {
             tries.push(None);
         }
-        let mut result = Err(RuntimeError {
-            verb: "PullImage",
-            kind: crate::runtime::RuntimeErrorKind::Failed,
-            message: "no way to pull was tried".into(),
-        });
+        let mut errors: Vec<RuntimeError> = Vec::new();
         for auth in tries {
-            result = self.pull_with(name, auth).await;
-            if result.is_ok() {
-                break;
+            match self.pull_with(name, auth).await {
+                Ok(image) => return (Ok(image), begun.elapsed()),
+                Err(error) => errors.push(error),
             }
         }
-        (result, begun.elapsed())
+        (Err(aggregate(errors)), begun.elapsed())
     }
 
     async fn pull_with(
@@ -236,46 +235,22 @@ impl Images {
             message: format!("{} was pulled, and is not there", name.full),
         })
     }
+}
 
-    async fn keyring(&self, pod: &Pod, regarding: &ObjectReference) -> Keyring {
-        let mut keyring = Keyring::default();
-        let namespace = NamespacedName::of_pod(pod).namespace;
-        let mut missing = Vec::new();
-        for reference in spec_of(pod).image_pull_secrets.iter().flatten() {
-            let key = NamespacedName::new(&namespace, &reference.name);
-            match self.objects.secret(&key).await {
-                Ok(Some(secret)) => {
-                    if let Err(error) = keyring.add_secret(&secret) {
-                        tracing::warn!(pod = %NamespacedName::of_pod(pod), %error, "pull secret");
-                        missing.push(reference.name.clone());
-                    }
-                }
-                Ok(None) => missing.push(reference.name.clone()),
-                Err(error) => {
-                    tracing::warn!(secret = %key, %error, "pull secret");
-                    missing.push(reference.name.clone());
-                }
-            }
+/// Errors of several tries as one: `[a, b]`, each once, as kubelet's are told.
+fn aggregate(errors: Vec<RuntimeError>) -> RuntimeError {
+    let mut messages: Vec<&str> = Vec::new();
+    for error in &errors {
+        if !messages.contains(&error.message.as_str()) {
+            messages.push(&error.message);
         }
-        if !missing.is_empty() {
-            let message = format!(
-                "Unable to retrieve some image pull secrets ({}); attempting to pull the image may not succeed.",
-                missing.join(", ")
-            );
-            self.events.record(
-                ObjectReference { field_path: None, ..regarding.clone() },
-                EventType::Warning,
-                "FailedToRetrieveImagePullSecret",
-                message,
-            );
-        }
-        if let Ok(json) = tokio::fs::read(&self.node_config).await
-            && keyring.add_config(&json).is_none()
-        {
-            tracing::warn!(path = %self.node_config.display(), "not valid docker configuration");
-        }
-        keyring
     }
+    let message = match &messages[..] {
+        [one] => (*one).to_owned(),
+        all => format!("[{}]", all.join(", ")),
+    };
+    let kind = errors.last().map_or(crate::runtime::RuntimeErrorKind::Failed, |error| error.kind);
+    RuntimeError { verb: "PullImage", kind, message }
 }
 
 /// The sources of the image volumes that a container mounts.
@@ -295,5 +270,22 @@ fn ready(image: api::Image) -> ReadyImage {
         uid: image.uid.map(|uid| uid.value),
         username: image.username,
         volumes: BTreeMap::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_several_tries_are_told_once_each() {
+        let error = |message: &str| RuntimeError {
+            verb: "PullImage",
+            kind: crate::runtime::RuntimeErrorKind::Failed,
+            message: message.to_owned(),
+        };
+        assert_eq!(aggregate(vec![error("denied")]).message, "denied");
+        assert_eq!(aggregate(vec![error("a"), error("a")]).message, "a");
+        assert_eq!(aggregate(vec![error("a"), error("b"), error("a")]).message, "[a, b]");
     }
 }

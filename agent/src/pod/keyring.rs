@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Secret;
 use serde::Deserialize;
 
 use super::image_name::{DEFAULT_REGISTRY, ImageName};
+use crate::credential::{Account, Logins, Source, glob};
 
 #[derive(Deserialize, Default)]
 struct Entry {
@@ -31,10 +32,19 @@ struct DockerConfig {
     auths: BTreeMap<String, Entry>,
 }
 
+/// Credentials to try, and whose they are.
+#[derive(Clone)]
+pub struct Credential {
+    /// What the runtime is given.
+    pub auth: AuthConfig,
+    /// Who may use it.
+    pub source: Source,
+}
+
 /// Credentials by registry and path.
 #[derive(Default)]
 pub struct Keyring {
-    keys: Vec<(String, AuthConfig)>,
+    keys: Vec<(String, Credential)>,
 }
 
 impl fmt::Debug for Keyring {
@@ -51,33 +61,50 @@ pub struct BadSecret(pub String, pub &'static str);
 impl Keyring {
     /// Takes in the credentials of an `imagePullSecrets` entry.
     pub fn add_secret(&mut self, secret: &Secret) -> Result<(), BadSecret> {
-        let name = || secret.metadata.name.clone().unwrap_or_default();
+        let metadata = &secret.metadata;
+        let name = metadata.name.clone().unwrap_or_default();
+        let source = Source::Secret(Account {
+            uid: metadata.uid.clone().unwrap_or_default(),
+            namespace: metadata.namespace.clone().unwrap_or_default(),
+            name: name.clone(),
+        });
         let data =
             |key: &str| secret.data.as_ref().and_then(|d| d.get(key)).map(|b| b.0.as_slice());
-        let added = if let Some(json) = data(".dockerconfigjson") {
-            self.add_config(json)
+        let read = if let Some(json) = data(".dockerconfigjson") {
+            serde_json::from_slice::<DockerConfig>(json).map(|config| config.auths)
         } else if let Some(json) = data(".dockercfg") {
-            self.add_legacy(json)
+            serde_json::from_slice(json)
         } else {
-            return Err(BadSecret(name(), "has neither .dockerconfigjson nor .dockercfg"));
+            return Err(BadSecret(name, "has neither .dockerconfigjson nor .dockercfg"));
         };
-        added.ok_or_else(|| BadSecret(name(), "is not valid docker configuration"))
+        let auths = read.map_err(|_| BadSecret(name, "is not valid docker configuration"))?;
+        self.add(auths, &source);
+        Ok(())
     }
 
-    /// Takes in the text of a docker `config.json`. `None` where it is none.
+    /// Takes in the text of a docker `config.json` of the node's. `None` where it is none.
     pub fn add_config(&mut self, json: &[u8]) -> Option<()> {
         let config: DockerConfig = serde_json::from_slice(json).ok()?;
-        self.add(config.auths);
+        self.add(config.auths, &Source::Node);
         Some(())
     }
 
-    /// Takes in the older form without `auths`.
-    fn add_legacy(&mut self, json: &[u8]) -> Option<()> {
-        self.add(serde_json::from_slice(json).ok()?);
+    /// Takes in the older form, without `auths`.
+    pub fn add_legacy(&mut self, json: &[u8]) -> Option<()> {
+        self.add(serde_json::from_slice(json).ok()?, &Source::Node);
         Some(())
     }
 
-    fn add(&mut self, auths: BTreeMap<String, Entry>) {
+    /// Takes in what a credential provider answered.
+    pub fn add_logins(&mut self, logins: &Logins, source: &Source) {
+        let entries = logins.iter().map(|(server, login)| {
+            let (username, password) = (login.username.clone(), login.password.clone());
+            (server.clone(), Entry { username, password, ..Entry::default() })
+        });
+        self.add(entries.collect(), source);
+    }
+
+    fn add(&mut self, auths: BTreeMap<String, Entry>, source: &Source) {
         for (server, entry) in auths {
             let (mut username, mut password) = (entry.username, entry.password);
             if username.is_empty() && !entry.auth.is_empty() {
@@ -95,56 +122,42 @@ impl Keyring {
                 username,
                 password,
                 auth: String::new(),
-                server_address: key.split('/').next().unwrap_or_default().to_owned(),
+                // A pattern names no server.
+                server_address: Some(key.split('/').next().unwrap_or_default())
+                    .filter(|host| !host.contains(['*', '?', '[']))
+                    .unwrap_or_default()
+                    .to_owned(),
                 identity_token: entry.identity_token,
                 registry_token: entry.registry_token,
             };
-            self.keys.push((key, auth));
+            self.keys.push((key, Credential { auth, source: source.clone() }));
         }
     }
 
-    /// Credentials to try for `image`, the most specific first.
-    pub fn lookup(&self, image: &ImageName) -> Vec<AuthConfig> {
-        let mut found: Vec<&(String, AuthConfig)> =
-            self.keys.iter().filter(|(key, _)| covers(key, &image.repository)).collect();
-        found.sort_by_key(|(key, _)| std::cmp::Reverse(key.len()));
-        found.into_iter().map(|(_, auth)| auth.clone()).collect()
+    /// Credentials to try for `image`, the most specific first: keys in reverse order, as kubelet has
+    /// them, and those of one key as they came in.
+    pub fn lookup(&self, image: &ImageName) -> Vec<Credential> {
+        let mut found: Vec<&(String, Credential)> =
+            self.keys.iter().filter(|(key, _)| glob::covers(key, &image.repository)).collect();
+        found.sort_by(|(a, _), (b, _)| b.cmp(a));
+        found.into_iter().map(|(_, credential)| credential.clone()).collect()
     }
 }
 
 /// `https://index.docker.io/v1/` and its like as `host[:port][/path]`.
 fn normalized(server: &str) -> String {
     let rest = server.split_once("://").map_or(server, |(_, rest)| rest);
-    let rest = rest.trim_end_matches('/');
-    let rest = rest.strip_suffix("/v1").or_else(|| rest.strip_suffix("/v2")).unwrap_or(rest);
-    match rest {
-        "index.docker.io" | "registry-1.docker.io" => DEFAULT_REGISTRY.to_owned(),
-        other => other.to_owned(),
-    }
-}
-
-/// Whether credentials for `key` are for `repository`: the same host (`*` stands for one part of a
-/// name), and a path that begins with the key's.
-fn covers(key: &str, repository: &str) -> bool {
-    let (key_host, key_path) = key.split_once('/').unwrap_or((key, ""));
-    let (host, path) = repository.split_once('/').unwrap_or((repository, ""));
-    let parts = |text: &str| {
-        let (name, port) = text.rsplit_once(':').unwrap_or((text, ""));
-        (name.split('.').map(str::to_owned).collect::<Vec<_>>(), port.to_owned())
+    let (host, path) = rest.find('/').map_or((rest, ""), |slash| rest.split_at(slash));
+    let versioned = ["/v1", "/v2"].into_iter().find_map(|version| {
+        path.strip_prefix(version).filter(|rest| rest.is_empty() || rest.starts_with('/'))
+    });
+    let path = match versioned.unwrap_or(path) {
+        "/" => "",
+        path => path,
     };
-    let ((key_parts, key_port), (host_parts, port)) = (parts(key_host), parts(host));
-    let same_host = key_port == port
-        && key_parts.len() == host_parts.len()
-        && key_parts.iter().zip(&host_parts).all(|(k, h)| glob(k, h));
-    same_host && path.starts_with(key_path)
-}
-
-fn glob(pattern: &str, text: &str) -> bool {
-    match pattern.split_once('*') {
-        None => pattern == text,
-        Some((head, tail)) => {
-            text.len() >= head.len() + tail.len() && text.starts_with(head) && text.ends_with(tail)
-        }
+    match host {
+        "index.docker.io" | "registry-1.docker.io" => format!("{DEFAULT_REGISTRY}{path}"),
+        host => format!("{host}{path}"),
     }
 }
 
@@ -155,7 +168,7 @@ mod tests {
 
     fn users(keyring: &Keyring, image: &str) -> Vec<String> {
         let name = parse_image(image).unwrap();
-        keyring.lookup(&name).into_iter().map(|a| a.username).collect()
+        keyring.lookup(&name).into_iter().map(|c| c.auth.username).collect()
     }
 
     #[test]
@@ -167,6 +180,8 @@ mod tests {
                   "https://index.docker.io/v1/":{"auth":"aHViOnB3"},
                   "r.example:5000":{"username":"all","password":"p"},
                   "r.example:5000/team":{"username":"team","password":"p"},
+                  "s.example/team/":{"username":"folder","password":"p"},
+                  "https://v.example/v2/path":{"username":"versioned","password":"p"},
                   "*.cloud.example":{"username":"wild","password":"p"}}}"#,
             )
             .unwrap();
@@ -177,10 +192,14 @@ mod tests {
             ("r.example/other", vec![]),
             ("eu.cloud.example/x", vec!["wild"]),
             ("a.b.cloud.example/x", vec![]),
+            ("r.example:5000/teamwork", vec!["team", "all"]),
+            ("s.example/team/app", vec!["folder"]),
+            ("s.example/teamwork", vec![]),
+            ("v.example/path/app", vec!["versioned"]),
         ] {
             assert_eq!(users(&keyring, image), expected, "{image}");
         }
-        assert_eq!(format!("{keyring:?}"), "Keyring(4 entries)");
+        assert_eq!(format!("{keyring:?}"), "Keyring(6 entries)");
     }
 
     #[test]
@@ -194,5 +213,21 @@ mod tests {
         keyring.add_secret(&legacy).unwrap();
         assert_eq!(users(&keyring, "r.io/a"), ["u"]);
         assert!(keyring.add_secret(&Secret::default()).is_err());
+    }
+
+    #[test]
+    fn logins_of_programs_name_no_server_by_a_pattern() {
+        let login =
+            |user: &str| crate::credential::Login { username: user.into(), password: "p".into() };
+        let logins =
+            Logins::from([("*.r.io".into(), login("any")), ("eu.r.io".into(), login("eu"))]);
+        let mut keyring = Keyring::default();
+        keyring.add_logins(&logins, &Source::Node);
+        let found = keyring.lookup(&parse_image("eu.r.io/a").unwrap());
+        let shown: Vec<_> = found
+            .iter()
+            .map(|c| (c.auth.username.as_str(), c.auth.server_address.as_str()))
+            .collect();
+        assert_eq!(shown, [("eu", "eu.r.io"), ("any", "")]);
     }
 }

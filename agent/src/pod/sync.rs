@@ -31,6 +31,7 @@ use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
 use super::worker::{Begin, Eviction, Message, Worker};
+use crate::credential::Providers;
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
@@ -198,6 +199,7 @@ pub struct SyncLoop {
     pressure: watch::Receiver<Pressure>,
     shutdowns: Option<mpsc::Receiver<Told>>,
     shutting_down: watch::Sender<bool>,
+    providers: Arc<Providers>,
     table: PodTable,
     questions: (mpsc::Sender<Question>, mpsc::Receiver<Question>),
 }
@@ -236,6 +238,7 @@ impl SyncLoop {
             pressure: watch::channel(Pressure::default()).1,
             shutdowns: None,
             shutting_down: watch::Sender::new(false),
+            providers: Arc::default(),
             table: PodTable::default(),
             questions: mpsc::channel(8),
         }
@@ -271,6 +274,12 @@ impl SyncLoop {
         self
     }
 
+    /// Asks these for credentials of registries.
+    pub fn with_providers(mut self, providers: Arc<Providers>) -> Self {
+        self.providers = providers;
+        self
+    }
+
     /// Ends all pods when `shutdowns` tells of one, and refuses new ones while `shutting_down`, which
     /// it keeps.
     pub(crate) fn with_shutdowns(
@@ -302,7 +311,13 @@ impl SyncLoop {
         };
         let (runtime_name, snapshot) = reached;
         let deps = Arc::new(Deps {
-            images: Images::new(&node, runtime.clone(), objects.clone(), events.clone()),
+            images: Images::new(
+                &node,
+                runtime.clone(),
+                objects.clone(),
+                events.clone(),
+                self.providers,
+            ),
             network: self.network,
             userns: Arc::new(UserNamespaces::open(&node)),
             store: StatusStore::new(node.root_dir.join("longshore").join("pod-status")),

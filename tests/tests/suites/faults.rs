@@ -1,25 +1,13 @@
 //! Neighbours that fail: each failure is told where a user looks, and nobody else notices.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::path::Path;
 
 use base64::Engine as _;
-use serde_json::{Value, json};
-use tests::harness::{eventually, image};
+use serde_json::json;
 
-use super::support::{World, container, idle, is_ready, with};
-
-/// The waiting container's message once it holds `words`.
-async fn waits_with(world: &World, pod: &str, words: &str) -> Value {
-    world
-        .cluster
-        .pod_until(pod, words, |p| {
-            let waiting = &container(p, "c")["state"]["waiting"];
-            waiting["message"].as_str().is_some_and(|m| m.contains(words))
-        })
-        .await
-}
+use super::registry::{push, registry};
+use super::support::{World, idle, is_ready, waits_with, with};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cni_plugin_that_fails_is_quoted_and_got_over() {
@@ -49,57 +37,6 @@ async fn a_cni_plugin_that_fails_is_quoted_and_got_over() {
     world.end(&["before", "held", "host"]).await;
 }
 
-/// A registry in the node's network, on loopback; ends with the value.
-struct Registry(Child);
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn registry(world: &World, port: u16, auth: Option<(&str, &str)>) -> Registry {
-    let dir = world.node.dir().join(format!("registry-{port}"));
-    std::fs::create_dir_all(&dir).unwrap();
-    let mut config = format!(
-        "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {}/data}}}}\nhttp: {{addr: \
-         \"127.0.0.1:{port}\"}}\n",
-        dir.display()
-    );
-    if let Some((user, password)) = auth {
-        let file = dir.join("htpasswd").display().to_string();
-        world.node.run("htpasswd", &["-Bbc", &file, user, password]).unwrap();
-        config += &format!("auth: {{htpasswd: {{realm: tests, path: {file}}}}}\n");
-    }
-    let path = dir.join("config.yml");
-    std::fs::write(&path, config).unwrap();
-    let log = std::fs::File::create(dir.join("log")).unwrap();
-    // The registry is a child of the nsenter that is killed.
-    let mut command = world.node.command("setpriv");
-    command
-        .args(["--pdeathsig", "KILL", "--", "docker-registry", "serve"])
-        .arg(&path)
-        .stdout(Stdio::null())
-        .stderr(log);
-    Registry(command.spawn().unwrap())
-}
-
-/// Pushes an image of this name, with busybox in it once or twice, so that the layers of the
-/// example image and of two such images differ.
-async fn push(world: &World, name: &str, busybox: bool, credentials: Option<&str>) {
-    let archive = world.node.dir().join(format!("push-{busybox}.tar"));
-    let program = busybox.then(|| PathBuf::from("/bin/busybox"));
-    image::write_archive(&archive, &[image::IMAGE], program.as_deref(), &["/bin/sh"]).unwrap();
-    let (from, to) = (format!("docker-archive:{}", archive.display()), format!("docker://{name}"));
-    let mut words = vec!["copy", "--insecure-policy", "--dest-tls-verify=false"];
-    if let Some(credentials) = credentials {
-        words.extend(["--dest-creds", credentials]);
-    }
-    words.extend([from.as_str(), to.as_str()]);
-    eventually(&format!("{name} is pushed"), async || world.node.run("skopeo", &words)).await;
-}
-
 /// Flips a byte in the middle of the largest blob under `dir`.
 fn damage(dir: &Path) {
     let mut largest = (0, dir.to_owned());
@@ -123,12 +60,12 @@ fn damage(dir: &Path) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_registry_does_wrong_is_said_and_credentials_open_it() {
     let world = World::new("faults-registry").await;
-    let open = registry(&world, 5000, None);
-    push(&world, "127.0.0.1:5000/demo/bad:1", true, None).await;
+    let open = registry(&world.node, 5000, None);
+    push(&world.node, "127.0.0.1:5000/demo/bad:1", true, None).await;
     damage(&world.node.dir().join("registry-5000/data"));
-    push(&world, "127.0.0.1:5000/demo/good:1", false, None).await;
-    let closed = registry(&world, 5001, Some(("tester", "s3cret")));
-    push(&world, "127.0.0.1:5001/demo/private:1", false, Some("tester:s3cret")).await;
+    push(&world.node, "127.0.0.1:5000/demo/good:1", false, None).await;
+    let closed = registry(&world.node, 5001, Some(("tester", "s3cret")));
+    push(&world.node, "127.0.0.1:5001/demo/private:1", false, Some("tester:s3cret")).await;
 
     let spec = |image: &str| json!({"containers": [with(idle("c"), json!({"image": image, "imagePullPolicy": "Always"}))]});
     let c = &world.cluster;

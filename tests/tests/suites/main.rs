@@ -21,6 +21,8 @@ mod lab;
 mod pods;
 mod probes;
 mod proxy;
+mod pulls;
+mod registry;
 mod restart;
 mod standalone;
 mod support;

@@ -49,6 +49,11 @@ impl World {
         Self { _peers: None, node, cluster, lab }
     }
 
+    /// A node that has joined already.
+    pub fn of(lab: Lab, cluster: Cluster, node: Node) -> Self {
+        Self { _peers: None, node, cluster, lab }
+    }
+
     /// Creates a pod and waits until it is Ready.
     pub async fn ready_pod(&self, name: &str, spec: Value) -> Value {
         self.cluster.pod(&self.node, name, spec).await.unwrap();
@@ -139,4 +144,15 @@ pub fn restarts(pod: &Value, name: &str) -> u64 {
 /// Ready, or not.
 pub fn is_ready(pod: &Value) -> bool {
     condition(pod, "Ready") == Some("True")
+}
+
+/// The waiting container's message once it holds `words`.
+pub async fn waits_with(world: &World, pod: &str, words: &str) -> Value {
+    world
+        .cluster
+        .pod_until(pod, words, |p| {
+            let waiting = &container(p, "c")["state"]["waiting"];
+            waiting["message"].as_str().is_some_and(|m| m.contains(words))
+        })
+        .await
 }
