@@ -26,6 +26,7 @@ pub mod pod;
 pub mod probe;
 mod profile;
 pub mod proxy_api;
+pub mod pulled;
 pub mod report;
 pub mod reset;
 pub mod runtime;

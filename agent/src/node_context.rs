@@ -29,11 +29,20 @@ pub struct PullLimits {
     pub registry_qps: u32,
     /// Pulls that may start at once before `registry_qps` counts (`registryBurst`).
     pub registry_burst: u32,
+    /// Who may use images that are on the node; `None` is everybody, and nothing is recorded
+    /// (feature gate `KubeletEnsureSecretPulledImages`).
+    pub verification: Option<crate::pulled::decide::Policy>,
 }
 
 impl Default for PullLimits {
     fn default() -> Self {
-        Self { serialize: false, max_parallel: None, registry_qps: 0, registry_burst: 10 }
+        Self {
+            serialize: false,
+            max_parallel: None,
+            registry_qps: 0,
+            registry_burst: 10,
+            verification: Some(crate::pulled::decide::Policy::default()),
+        }
     }
 }
 

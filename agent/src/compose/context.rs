@@ -92,6 +92,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
             max_parallel: config.max_parallel_image_pulls.and_then(|n| usize::try_from(n).ok()),
             registry_qps: config.registry_qps,
             registry_burst: config.registry_burst,
+            verification: config.pull_verification.clone(),
         },
         gc: GcLimits {
             image_high_percent: config.image_gc_high_threshold_percent,

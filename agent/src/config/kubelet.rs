@@ -82,6 +82,8 @@ pub struct KubeletConfiguration {
     pub resolv_conf: Option<String>,
     pub serialize_image_pulls: Option<bool>,
     pub max_parallel_image_pulls: Option<u32>,
+    pub image_pull_credentials_verification_policy: Option<String>,
+    pub preloaded_images_verification_allowlist: Option<Vec<String>>,
     #[serde(rename = "kubeAPIQPS")]
     pub kube_api_qps: Option<u32>,
     #[serde(rename = "kubeAPIBurst")]
@@ -242,8 +244,8 @@ pub(super) const FIELDS: Fields = &[
     ("authorization", Used),
     ("registryPullQPS", Used),
     ("registryBurst", Used),
-    ("imagePullCredentialsVerificationPolicy", NotBuilt(&["\"NeverVerify\""])),
-    ("preloadedImagesVerificationAllowlist", NotBuilt(&[])),
+    ("imagePullCredentialsVerificationPolicy", Used),
+    ("preloadedImagesVerificationAllowlist", Used),
     ("eventRecordQPS", Used),
     ("eventBurst", Used),
     ("enableDebuggingHandlers", Used),

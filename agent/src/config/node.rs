@@ -18,6 +18,7 @@ use crate::credential::Places;
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
 use crate::node_context::ShutdownGrace;
 use crate::pod::sysctls;
+use crate::pulled::decide::Policy;
 use crate::source::url::PodUrl;
 
 /// Where kubeadm and `longshore join` put the node's credentials.
@@ -86,6 +87,8 @@ pub struct NodeConfig {
     pub image_service_endpoint: Option<String>,
     /// Where credential providers are configured, if any are.
     pub credential_providers: Option<Places>,
+    /// Who may use images that are on the node; `None` is everybody.
+    pub pull_verification: Option<Policy>,
     pub pod_manifest_path: Option<PathBuf>,
     /// Where else static pods come from.
     pub static_pod_url: Option<PodUrl>,
@@ -203,6 +206,7 @@ pub fn resolve(
     let resources = resources::resolve(&kubelet)?;
     let static_pod_url = static_pod_url(&kubelet)?;
     let credential_providers = pulls::credential_providers(flags, &kubelet)?;
+    let pull_verification = pulls::verification(&kubelet)?;
     let gates = kubelet.feature_gates.iter().flatten();
     let read = |gate: &str| gate == resources::MEMORY_QOS || pulls::GATES.contains(&gate);
     notes.extend(gates.filter(|(gate, _)| !read(gate)).map(|(gate, on)| {
@@ -383,6 +387,7 @@ pub fn resolve(
             .or(kubelet.image_service_endpoint)
             .filter(|endpoint| !endpoint.is_empty()),
         credential_providers,
+        pull_verification,
         pod_manifest_path: manifests,
         static_pod_url,
         cluster_dns: if flags.cluster_dns.is_empty() {

@@ -27,6 +27,8 @@ fn touch() {
     );
     METRICS.images.provider_ran("ecr", second, true);
     METRICS.images.providers_configured("sha256:0");
+    METRICS.images.must_pull_checked("error");
+    METRICS.images.image_requested("Always", None, Some(true));
     METRICS.worker_turned(second);
     METRICS.cgroup_operation("create", second);
     METRICS.relisted(second, Some(second));

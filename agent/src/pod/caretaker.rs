@@ -123,6 +123,8 @@ async fn collect_once(
 ) -> Result<(), String> {
     let gc = &deps.node.gc;
     let text = |e: crate::runtime::RuntimeError| e.to_string();
+    // Records have the machine's time.
+    let began = Timestamp::now();
     let images = deps.runtime.list_images().await.map_err(text)?;
     let containers = deps.runtime.list_containers(None).await.map_err(text)?;
     let used: HashSet<&str> = containers
@@ -155,6 +157,7 @@ async fn collect_once(
         });
     }
     seen.retain(|id, _| images.iter().any(|i| i.id == *id));
+    let mut left: HashSet<String> = images.iter().map(|image| image.id.clone()).collect();
     let info = deps.runtime.image_fs_info().await.map_err(text)?;
     let to_free = match &image_dir(&info) {
         _ if all => u64::MAX,
@@ -163,10 +166,14 @@ async fn collect_once(
     };
     for id in plan_removals(unused, to_free, now, gc.image_min_age, gc.image_max_age) {
         match deps.runtime.remove_image(&id).await {
-            Ok(()) => tracing::info!(image = id, "removed an unused image"),
+            Ok(()) => {
+                tracing::info!(image = id, "removed an unused image");
+                left.remove(&id);
+            }
             Err(error) => tracing::warn!(image = id, %error, "cannot remove an unused image"),
         }
     }
+    deps.images.forget_all_but(left, began).await;
     Ok(())
 }
 

@@ -98,6 +98,17 @@ pub fn parse_image(text: &str) -> Result<ImageName, InvalidImageName> {
     })
 }
 
+/// A reference as it is given, but for its tag and digest.
+///
+/// # Errors
+/// It is none.
+pub fn without_tag(text: &str) -> Result<&str, InvalidImageName> {
+    parse_image(text)?;
+    let rest = text.split_once('@').map_or(text, |(rest, _)| rest);
+    let last = rest.rfind('/').map_or(0, |slash| slash + 1);
+    Ok(rest[last..].find(':').map_or(rest, |colon| &rest[..last + colon]))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +128,22 @@ mod tests {
         }
         let digest = format!("r.io/a@sha256:{}", "0".repeat(64));
         assert_eq!(parse_image(&digest).unwrap().full, digest);
+    }
+
+    #[test]
+    fn tags_and_digests_come_off_and_nothing_else_changes() {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        for (text, name) in [
+            ("busybox", "busybox"),
+            ("busybox:1", "busybox"),
+            ("localhost:5000/a/b:x", "localhost:5000/a/b"),
+            ("localhost:5000/a", "localhost:5000/a"),
+            (&format!("r.io/a:1@{digest}"), "r.io/a"),
+            (&format!("r.io/a@{digest}"), "r.io/a"),
+        ] {
+            assert_eq!(without_tag(text).unwrap(), name, "{text}");
+        }
+        assert!(without_tag("a b").is_err());
     }
 
     #[test]

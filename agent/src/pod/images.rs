@@ -2,11 +2,12 @@
 
 mod credentials;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
 use cri_shim::api;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, ObjectReference, Pod};
 use tokio::sync::{Mutex, Semaphore};
 
@@ -14,10 +15,13 @@ use super::facts::ReadyImage;
 use super::image_name::{ImageName, parse_image};
 use super::keyring::Credential;
 use super::spec::spec_of;
-use crate::credential::Providers;
+use crate::credential::{Account, Providers, Source};
 use crate::metrics::METRICS;
 use crate::node_context::{NodeContext, PullLimits};
 use crate::objects::Objects;
+use crate::pulled::decide::{Check, Shown};
+use crate::pulled::record::{PullAccount, PullCredentials, PullSecret};
+use crate::pulled::{Intent, PullRecords};
 use crate::report::{EventSink, EventType};
 use crate::runtime::{Runtime, RuntimeError};
 use credentials::Credentials;
@@ -37,8 +41,18 @@ pub struct Images {
     runtime: Arc<dyn Runtime>,
     events: Arc<dyn EventSink>,
     credentials: Credentials,
+    /// Who pulled what, where that is minded.
+    records: Option<PullRecords>,
     slots: Option<Semaphore>,
     rate: Option<Mutex<Bucket>>,
+}
+
+/// What is asked for: an image as the pod names it, for whom.
+struct Asked<'a> {
+    pod: &'a Pod,
+    image: &'a str,
+    name: &'a ImageName,
+    regarding: &'a ObjectReference,
 }
 
 /// `registryPullQPS` with its burst.
@@ -83,13 +97,18 @@ impl Images {
         events: Arc<dyn EventSink>,
         providers: Arc<Providers>,
     ) -> Self {
-        let PullLimits { serialize, max_parallel, registry_qps, registry_burst } = node.pull;
+        let PullLimits { serialize, max_parallel, registry_qps, registry_burst, .. } = node.pull;
         let slots = if serialize { Some(1) } else { max_parallel };
         let burst = f64::from(registry_burst.max(1));
         Self {
             runtime,
             credentials: Credentials::new(&node.root_dir, objects, events.clone(), providers),
             events,
+            records: node
+                .pull
+                .verification
+                .clone()
+                .map(|policy| PullRecords::new(&node.root_dir, policy)),
             slots: slots.map(|n| Semaphore::new(n.max(1))),
             rate: (registry_qps > 0).then(|| {
                 Mutex::new(Bucket {
@@ -129,66 +148,173 @@ impl Images {
         (image, policy): (&str, Option<&str>),
         regarding: &ObjectReference,
     ) -> Result<api::Image, ImageFailure> {
-        let event = |kind, reason: &str, message: String| {
-            self.events.record(regarding.clone(), kind, reason, message);
-        };
-        let failed = |reason: &'static str, message: String| {
-            event(EventType::Warning, "Failed", format!("Error: {reason}"));
-            ImageFailure { reason, message }
-        };
         let name = parse_image(image).map_err(|error| {
-            event(EventType::Warning, "InspectFailed", error.to_string());
-            failed("InvalidImageName", error.to_string())
+            self.event(regarding, EventType::Warning, "InspectFailed", error.to_string());
+            self.failure(regarding, "InvalidImageName", error.to_string())
         })?;
         let policy = pull_policy(policy, &name);
+        let asked = Asked { pod, image, name: &name, regarding };
+        let (mut present, mut required) = (None, None);
+        let found = self.ensure_named(&asked, policy, (&mut present, &mut required)).await;
+        METRICS.images.image_requested(policy, present, required);
+        found
+    }
+
+    /// Also tells whether the image was here, and whether it had to be pulled, as far as it comes to be
+    /// known.
+    async fn ensure_named(
+        &self,
+        asked: &Asked<'_>,
+        policy: &str,
+        (present, required): (&mut Option<bool>, &mut Option<bool>),
+    ) -> Result<api::Image, ImageFailure> {
+        let Asked { image, name, regarding, .. } = *asked;
+        let mut credentials = None;
         if policy != "Always" {
-            let present = self.runtime.image_status(&name.full).await.map_err(|error| {
+            let here = self.runtime.image_status(&name.full).await.map_err(|error| {
                 let message = format!("Failed to inspect image \"{image}\": {error}");
-                event(EventType::Warning, "InspectFailed", message.clone());
-                failed("ImageInspectError", message)
+                self.event(regarding, EventType::Warning, "InspectFailed", message.clone());
+                self.failure(regarding, "ImageInspectError", message)
             })?;
-            match present {
-                Some(found) => {
-                    let message = format!(
-                        "Container image \"{image}\" already present on machine and can be accessed by the pod"
-                    );
-                    event(EventType::Normal, "Pulled", message);
-                    return Ok(found);
-                }
-                None if policy == "Never" => {
-                    let message = format!(
-                        "Container image \"{image}\" is not present with pull policy of Never"
-                    );
-                    event(EventType::Warning, "ErrImageNeverPull", message.clone());
-                    return Err(failed("ErrImageNeverPull", message));
-                }
-                None => {}
+            *present = Some(here.is_some());
+            if let Some(found) = here
+                && self.may_use(asked, &found, &mut credentials).await
+            {
+                *required = Some(false);
+                let message = format!(
+                    "Container image \"{image}\" already present on machine{}",
+                    if self.records.is_some() { " and can be accessed by the pod" } else { "" }
+                );
+                self.event(regarding, EventType::Normal, "Pulled", message);
+                return Ok(found);
+            }
+            if policy == "Never" {
+                // Whether it is here and another's is not told.
+                *required = Some(true).filter(|_| *present == Some(true));
+                let message =
+                    format!("Container image \"{image}\" is not present with pull policy of Never");
+                self.event(regarding, EventType::Warning, "ErrImageNeverPull", message.clone());
+                return Err(self.failure(regarding, "ErrImageNeverPull", message));
             }
         }
-        let asked = Instant::now();
-        event(EventType::Normal, "Pulling", format!("Pulling image \"{image}\""));
+        *required = Some(true);
         // Before the pull has a slot: a provider that hangs must not hold up other pulls.
-        let credentials = self.credentials.of(pod, &name, regarding).await;
-        let (pulled, took) = self.pull(&name, credentials).await;
-        let found = match pulled {
-            Ok(found) => found,
+        let credentials = match credentials {
+            Some(credentials) => credentials,
+            None => self.credentials.of(asked.pod, name, regarding).await,
+        };
+        self.pull_recorded(asked, credentials).await
+    }
+
+    /// Whether a pod may use an image that is here.
+    async fn may_use(
+        &self,
+        asked: &Asked<'_>,
+        found: &api::Image,
+        credentials: &mut Option<Vec<Credential>>,
+    ) -> bool {
+        let Some(records) = &self.records else { return true };
+        match records.check(asked.image, &found.id).await {
+            Check::Allowed(_) => true,
+            Check::MustPull(_) => false,
+            Check::Compare(of) => {
+                let own = self.credentials.of(asked.pod, asked.name, asked.regarding).await;
+                let shown = shown(&own);
+                *credentials = Some(own);
+                records.compare((asked.image, &found.id), &of, &shown).await
+            }
+        }
+    }
+
+    /// Pulls, with a record of it.
+    async fn pull_recorded(
+        &self,
+        asked: &Asked<'_>,
+        credentials: Vec<Credential>,
+    ) -> Result<api::Image, ImageFailure> {
+        let Asked { image, name, regarding, .. } = *asked;
+        let mut under_way = None;
+        if let Some(records) = &self.records {
+            under_way = Some((records, self.intend(records, asked).await?));
+        }
+        let begun = Instant::now();
+        self.event(regarding, EventType::Normal, "Pulling", format!("Pulling image \"{image}\""));
+        let (pulled, took) = self.pull(name, credentials).await;
+        let (found, with) = match pulled {
+            Ok(pulled) => pulled,
             Err(error) => {
+                if let Some((records, intent)) = under_way {
+                    records.failed(intent).await;
+                }
                 let message = error.message;
                 let shown = format!("Failed to pull image \"{image}\": {message}");
-                event(EventType::Warning, "Failed", shown);
-                return Err(failed("ErrImagePull", message));
+                self.event(regarding, EventType::Warning, "Failed", shown);
+                return Err(self.failure(regarding, "ErrImagePull", message));
             }
         };
+        if let Some((records, intent)) = under_way {
+            records.pulled(intent, &found.id, opened(with.as_ref())).await;
+        }
         METRICS.image_pulled(found.size, took);
         let seconds = |d: std::time::Duration| format!("{:.3}s", d.as_secs_f64());
         let message = format!(
             "Successfully pulled image \"{image}\" in {} ({} including waiting). Image size: {} bytes.",
             seconds(took),
-            seconds(asked.elapsed()),
+            seconds(begun.elapsed()),
             found.size
         );
-        event(EventType::Normal, "Pulled", message);
+        self.event(regarding, EventType::Normal, "Pulled", message);
         Ok(found)
+    }
+
+    async fn intend(
+        &self,
+        records: &PullRecords,
+        asked: &Asked<'_>,
+    ) -> Result<Intent, ImageFailure> {
+        let Asked { image, regarding, .. } = *asked;
+        records.intend(image).await.map_err(|error| {
+            let message = format!(
+                "Failed to record image pull intent for container image \"{image}\": {error}"
+            );
+            self.event(regarding, EventType::Warning, "Failed", message.clone());
+            self.failure(regarding, "ErrImagePull", message)
+        })
+    }
+
+    fn event(&self, regarding: &ObjectReference, kind: EventType, reason: &str, message: String) {
+        self.events.record(regarding.clone(), kind, reason, message);
+    }
+
+    fn failure(
+        &self,
+        regarding: &ObjectReference,
+        reason: &'static str,
+        message: String,
+    ) -> ImageFailure {
+        self.event(regarding, EventType::Warning, "Failed", format!("Error: {reason}"));
+        ImageFailure { reason, message }
+    }
+
+    /// Makes records of pulls that were under way when the agent ended.
+    pub(crate) async fn recover(&self) {
+        let Some(records) = &self.records else { return };
+        if !records.must_recover().await {
+            return;
+        }
+        match self.runtime.list_images().await {
+            Ok(images) => records.recover(images).await,
+            Err(error) => {
+                tracing::warn!(%error, "pulls that were under way at the last start are not recorded");
+            }
+        }
+    }
+
+    /// Forgets who pulled images that are gone: `ids` are those of the node at `until`.
+    pub(crate) async fn forget_all_but(&self, ids: HashSet<String>, until: Timestamp) {
+        if let Some(records) = &self.records {
+            records.prune(ids, until).await;
+        }
     }
 
     /// Pulls with one credential after the other until one opens.
@@ -196,7 +322,7 @@ impl Images {
         &self,
         name: &ImageName,
         credentials: Vec<Credential>,
-    ) -> (Result<api::Image, RuntimeError>, std::time::Duration) {
+    ) -> (Result<(api::Image, Option<Credential>), RuntimeError>, std::time::Duration) {
         let _slot = match &self.slots {
             Some(slots) => slots.acquire().await.ok(),
             None => None,
@@ -205,15 +331,15 @@ impl Images {
             rate.lock().await.take().await;
         }
         let begun = Instant::now();
-        let mut tries: Vec<Option<api::AuthConfig>> =
-            credentials.into_iter().map(|credential| Some(credential.auth)).collect();
+        let mut tries: Vec<Option<Credential>> = credentials.into_iter().map(Some).collect();
         if tries.is_empty() {
             tries.push(None);
         }
         let mut errors: Vec<RuntimeError> = Vec::new();
-        for auth in tries {
+        for credential in tries {
+            let auth = credential.as_ref().map(|credential| credential.auth.clone());
             match self.pull_with(name, auth).await {
-                Ok(image) => return (Ok(image), begun.elapsed()),
+                Ok(image) => return (Ok((image, credential)), begun.elapsed()),
                 Err(error) => errors.push(error),
             }
         }
@@ -235,6 +361,47 @@ impl Images {
             message: format!("{} was pulled, and is not there", name.full),
         })
     }
+}
+
+/// What a pod shows by its credentials for an image.
+fn shown(credentials: &[Credential]) -> Shown {
+    let mut shown = Shown::default();
+    for Credential { source, hash, .. } in credentials {
+        match source {
+            Source::Node => {}
+            Source::Secret(of) => shown.secrets.push(pull_secret(of, hash)),
+            Source::ServiceAccount(of) => {
+                shown.account.get_or_insert_with(|| pull_account(of));
+            }
+        }
+    }
+    shown
+}
+
+/// Who may use an image that this opened.
+fn opened(credential: Option<&Credential>) -> PullCredentials {
+    let mut who = PullCredentials::default();
+    match credential.map(|credential| (&credential.source, &credential.hash)) {
+        None | Some((Source::Node, _)) => who.node_pods_accessible = true,
+        Some((Source::Secret(of), hash)) => who.kubernetes_secrets.push(pull_secret(of, hash)),
+        Some((Source::ServiceAccount(of), _)) => {
+            who.kubernetes_service_accounts.push(pull_account(of));
+        }
+    }
+    who
+}
+
+fn pull_secret(of: &Account, hash: &str) -> PullSecret {
+    PullSecret {
+        uid: of.uid.clone(),
+        namespace: of.namespace.clone(),
+        name: of.name.clone(),
+        credential_hash: hash.to_owned(),
+    }
+}
+
+fn pull_account(of: &Account) -> PullAccount {
+    PullAccount { uid: of.uid.clone(), namespace: of.namespace.clone(), name: of.name.clone() }
 }
 
 /// Errors of several tries as one: `[a, b]`, each once, as kubelet's are told.

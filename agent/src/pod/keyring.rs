@@ -11,6 +11,7 @@ use serde::Deserialize;
 
 use super::image_name::{DEFAULT_REGISTRY, ImageName};
 use crate::credential::{Account, Logins, Source, glob};
+use crate::pulled::record::login_hash;
 
 #[derive(Deserialize, Default)]
 struct Entry {
@@ -18,6 +19,8 @@ struct Entry {
     username: String,
     #[serde(default)]
     password: String,
+    #[serde(default)]
+    email: String,
     #[serde(default)]
     auth: String,
     #[serde(default, rename = "identitytoken")]
@@ -39,6 +42,8 @@ pub struct Credential {
     pub auth: AuthConfig,
     /// Who may use it.
     pub source: Source,
+    /// The digest by which it is told from others.
+    pub hash: String,
 }
 
 /// Credentials by registry and path.
@@ -118,6 +123,7 @@ impl Keyring {
                 }
             }
             let key = normalized(&server);
+            let hash = login_hash(&username, &password, &entry.email);
             let auth = AuthConfig {
                 username,
                 password,
@@ -130,7 +136,7 @@ impl Keyring {
                 identity_token: entry.identity_token,
                 registry_token: entry.registry_token,
             };
-            self.keys.push((key, Credential { auth, source: source.clone() }));
+            self.keys.push((key, Credential { auth, source: source.clone(), hash }));
         }
     }
 

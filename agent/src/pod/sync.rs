@@ -333,6 +333,7 @@ impl SyncLoop {
             statuses,
             events,
         });
+        deps.images.recover().await;
         let (news_in, news) = mpsc::channel(1024);
         let watching = tokio::spawn(watch_events(deps.runtime.clone(), news_in));
         let (evict, evictions) = mpsc::unbounded_channel();

@@ -1,4 +1,5 @@
-//! Whose credentials open which registry: programs that know them.
+//! Whose credentials open which registry: programs that know them, Secrets, and who may use what they
+//! brought to the node.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use serde_json::{Value, json};
 use tests::harness::{Cluster, Lab, Node, NodeOptions, eventually};
 
 use super::registry::{push, registry};
-use super::support::{World, idle, is_ready, waits_with, with};
+use super::support::{World, container, idle, is_ready, waits_with, with};
 
 /// Writes down what it is asked, and answers by the image's name.
 const PROGRAM: &str = r#"#!/bin/sh
@@ -145,4 +146,90 @@ async fn providers_that_are_not_there_are_told_at_the_start() {
     let log = node.log_tail(20);
     assert!(log.contains("\"test-provider\": /var/lib/providers/bin/test-provider"), "{log}");
     assert!(log.contains("--image-credential-provider-bin-dir"), "{log}");
+}
+
+/// A Secret that logs in as `user`.
+async fn login(world: &World, name: &str, password: &str) {
+    use base64::Engine as _;
+    let auth = base64::engine::general_purpose::STANDARD.encode(format!("tester:{password}"));
+    let config = json!({"auths": {"127.0.0.1:5001": {"auth": auth}}}).to_string();
+    let secret = json!({"metadata": {"name": name}, "type": "kubernetes.io/dockerconfigjson",
+        "stringData": {".dockerconfigjson": config}});
+    world.cluster.admin.create(&world.cluster.path("secrets"), secret).await.unwrap();
+}
+
+fn with_secret(mut spec: Value, name: &str) -> Value {
+    spec["imagePullSecrets"] = json!([{"name": name}]);
+    spec
+}
+
+/// The files in one of the folders of records.
+fn records(node: &Node, folder: &str) -> Vec<Value> {
+    let dir = node.path("/var/lib/kubelet/image_manager").join(folder);
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("sha256-"))
+        .map(|entry| serde_json::from_slice(&std::fs::read(entry.path()).unwrap()).unwrap())
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_on_the_node_is_for_those_who_may_pull_it() {
+    let mut world = World::new("pulls-verified").await;
+    let closed = registry(&world.node, 5001, Some(("tester", "s3cret")));
+    push(&world.node, "127.0.0.1:5001/demo/private:1", false, Some("tester:s3cret")).await;
+    login(&world, "login", "s3cret").await;
+    login(&world, "copy", "s3cret").await;
+    login(&world, "wrong", "guessed").await;
+    let image = "127.0.0.1:5001/demo/private:1";
+    let present = spec(image, "IfNotPresent");
+    world.ready_pod("puller", with_secret(present.clone(), "login")).await;
+    assert!(records(&world.node, "pulling").is_empty());
+    let pulled = records(&world.node, "pulled");
+    let of = |record: &Value| record["credentialMapping"]["127.0.0.1:5001/demo/private"].clone();
+    let record = pulled.iter().find(|record| !of(record).is_null()).unwrap();
+    assert_eq!(record["apiVersion"], "kubelet.config.k8s.io/v1beta1");
+    let secret = of(record)["kubernetesSecrets"][0].clone();
+    assert_eq!(secret["name"], "login");
+    assert_eq!(secret["credentialHash"].as_str().unwrap().len(), 64);
+    assert!(!record.to_string().contains("s3cret"));
+
+    // Others are told what they would be if it were not here.
+    let c = &world.cluster;
+    c.pod(&world.node, "nobody", present.clone()).await.unwrap();
+    c.pod(&world.node, "guesser", with_secret(present.clone(), "wrong")).await.unwrap();
+    c.pod(&world.node, "never", spec(image, "Never")).await.unwrap();
+    for pod in ["nobody", "guesser"] {
+        waits_with(&world, pod, "private:1").await;
+    }
+    let told = world.event("never", "ErrImageNeverPull").await;
+    assert!(told.ends_with("is not present with pull policy of Never"), "{told}");
+    // What was imported is everybody's.
+    let example = tests::harness::image::IMAGE;
+    world.ready_pod("example", spec(example, "Never")).await;
+
+    // Who has the login needs no registry, also by another Secret and after the agent was killed.
+    drop(closed);
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    world.ready_pod("same", with_secret(present.clone(), "login")).await;
+    world.ready_pod("copied", with_secret(present.clone(), "copy")).await;
+    world.ready_pod("never-own", with_secret(spec(image, "Never"), "login")).await;
+    for pod in ["nobody", "guesser"] {
+        let pod = world.cluster.read_pod(pod).await.unwrap();
+        assert!(container(&pod, "c")["state"]["running"].is_null(), "{:#}", pod["status"]);
+    }
+    let pods = ["puller", "nobody", "guesser", "never", "example", "same", "copied", "never-own"];
+
+    // A policy that trusts all lets them in.
+    world
+        .node
+        .configure(|config| config["imagePullCredentialsVerificationPolicy"] = "NeverVerify".into())
+        .unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    for pod in ["nobody", "guesser", "never"] {
+        world.cluster.pod_ready(pod).await;
+    }
+    world.end(&pods).await;
 }
