@@ -2,12 +2,19 @@
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let schemas = ["proto/grpc_health.proto", "proto/plugin_registration.proto", "proto/csi.proto"];
+    let schemas = [
+        "proto/grpc_health.proto",
+        "proto/plugin_registration.proto",
+        "proto/csi.proto",
+        "proto/device_plugin.proto",
+    ];
     let descriptors = protox::compile(schemas, ["proto"])?;
     // The server half serves tests.
     tonic_prost_build::configure()
         .build_client(true)
         .build_server(true)
+        // What is written down of these is compared.
+        .btree_map(".v1beta1")
         .compile_fds(descriptors)?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! probes, and a scrape wants all of it. What can be looked up when a scrape comes is not counted
 //! here (`node_api::metrics`).
 
+mod devices;
 mod images;
 
 use std::sync::LazyLock;
@@ -107,6 +108,8 @@ pub struct Metrics {
     user_namespaced_errors: Counter,
     pulls: Histograms<PullLabels>,
     volumes: Histograms<StorageOperation>,
+    /// Of device plugins, and of who asks for pods' resources.
+    devices: devices::DeviceMetrics,
     evictions: Family<Eviction, Gauge>,
     rejections: Family<Rejection, Counter>,
     shutdown_start: Gauge,
@@ -221,6 +224,7 @@ impl Metrics {
             user_namespaced_errors: Counter::default(),
             pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
             volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
+            devices: devices::DeviceMetrics::default(),
             evictions: Family::default(),
             rejections: Family::default(),
             pods_started: Counter::default(),
@@ -237,6 +241,7 @@ impl Metrics {
     fn registered(mut self) -> Self {
         let mut registry = Registry::default();
         let all = &mut registry;
+        self.devices.register(all);
         // Counters end in `_total`, which the encoder adds; help ends in a full stop, likewise.
         all.register(
             "kubelet_runtime_operations",
@@ -416,7 +421,7 @@ impl Metrics {
 
     /// A pod was not let in. Reasons that upstream does not list are counted as `Other`.
     pub fn pod_rejected(&self, reason: &str) {
-        const LISTED: [&str; 11] = [
+        const LISTED: [&str; 12] = [
             "AppArmor",
             "PodOSSelectorNodeLabelDoesNotMatch",
             "PodOSNotSupported",
@@ -428,6 +433,7 @@ impl Metrics {
             "OutOfephemeral-storage",
             "OutOfpods",
             "NodeShutdown",
+            "UnexpectedAdmissionError",
         ];
         let reason = LISTED.into_iter().find(|listed| *listed == reason).unwrap_or("Other");
         self.rejections.get_or_create(&Rejection { reason }).inc();

@@ -33,7 +33,7 @@ use self::store::Store;
 use crate::api::{Api, ApiError};
 use crate::csi::InUse;
 use crate::node::conditions::Pressure;
-use crate::node::{NodeLoop, Seen, Told, lease, rotate, serving};
+use crate::node::{DevicesSeen, NodeLoop, Seen, Told, lease, rotate, serving};
 use crate::objects::Objects;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -205,6 +205,7 @@ pub async fn start(
     config: ClusterConfig,
     runtime: Arc<dyn Runtime>,
     shutting_down: watch::Receiver<bool>,
+    devices: DevicesSeen,
 ) -> Result<ClusterParts, ClusterError> {
     bootstrap::ensure_kubeconfig(&config).await?;
     let api = Api::from_kubeconfig(&config.kubeconfig)?;
@@ -328,7 +329,7 @@ pub async fn start(
             runtime,
             events.clone(),
             errors.clone(),
-            Seen { node: node.clone(), in_use: in_use.names(), shutting_down },
+            Seen { node: node.clone(), in_use: in_use.names(), devices, shutting_down },
             Told { network: network_tx, pressure: pressure_tx },
         );
         tasks.spawn(node_loop.run());

@@ -22,12 +22,15 @@ use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
 use crate::credential::{self, Loaded};
 use crate::csi::{Csi, InUse};
+use crate::device::{Devices, Unbound};
 use crate::health::{self, Watched};
+use crate::node::DevicesSeen;
 use crate::node::conditions::Pressure;
 use crate::node::logind;
 use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
+use crate::plugins::{PluginHandler, Registry};
 use crate::pod::{SyncLoop, node_shutdown};
 use crate::proxy_api;
 use crate::report::{EventSink, StatusSink};
@@ -205,11 +208,19 @@ impl Parts {
                 context::driver_of(&*runtime, self.config.cgroup_driver).await;
         }
         let node = Arc::new(context::node_context(&self.config, self.config.standalone));
+        let devices = match self.config.parts.agent {
+            true => Some(Devices::open(&node.root_dir, Box::new(Unbound))?),
+            false => None,
+        };
         self.watched.node_ips = node.node_ips.clone();
         let mut world = if self.config.standalone {
             self.standalone(&node)?
         } else {
-            self.cluster(runtime.clone()).await?
+            let seen = devices.as_ref().map_or_else(DevicesSeen::none, |devices| DevicesSeen {
+                capacities: devices.capacities(),
+                first: devices.is_first(),
+            });
+            self.cluster(runtime.clone(), seen).await?
         };
         if self.config.parts.proxy {
             let pages = std::mem::take(&mut self.config.proxy_pages);
@@ -226,25 +237,36 @@ impl Parts {
         } else {
             self.spawn("the drain of Services", drain(world.proxy, self.shutdown.clone()));
         }
-        if !self.config.parts.agent {
+        let Some(devices) = devices else {
             // Only the proxy: pods are somebody else's.
             let (_, none) = mpsc::channel(1);
             let pods = std::mem::replace(&mut world.pods, none);
             self.spawn("the drain of pods", drain(pods, self.shutdown.clone()));
             return Ok(());
-        }
+        };
         for dir in [&node.root_dir, &node.pod_logs_dir, &node.container_logs_dir] {
             std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         }
         let providers = context::providers(&self.config, self.providers.take())?;
+        let mut handlers: Vec<Arc<dyn PluginHandler>> = Vec::new();
         let csi = world.storage.map(|Storage { api, node: object, in_use }| {
             let csi = Csi::new(&node, world.objects.clone(), object, in_use);
+            handlers.push(csi.handler());
             let running = csi.clone().run(api.main, self.shutdown.clone());
             self.spawn("CSI drivers", async move {
                 running.await;
                 Ok(())
             });
             csi
+        });
+        handlers.push(devices.handler());
+        let registrations = devices.listen()?;
+        let running = devices.clone().run(registrations, self.shutdown.clone());
+        self.spawn("device plugins", running);
+        let plugins = Registry::new(&node.root_dir, handlers).run(self.shutdown.clone());
+        self.spawn("the registry of plugins", async move {
+            plugins.await;
+            Ok(())
         });
         let volumes = NodeVolumes::new(node.clone(), world.objects.clone(), csi);
         let refresh = volume::run_refresh(volumes.clone(), self.shutdown.clone());
@@ -261,6 +283,7 @@ impl Parts {
         }
         let (context, cri) = (node.clone(), runtime.clone());
         let mut sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
+            .with_devices(devices)
             .with_sources(world.sources)
             .with_network(world.network)
             .with_pressure(world.pressure)
@@ -406,9 +429,14 @@ impl Parts {
     }
 
     /// Everything from an API server, and static pods from a folder if there is one.
-    async fn cluster(&mut self, runtime: Arc<dyn Runtime>) -> anyhow::Result<World> {
+    async fn cluster(
+        &mut self,
+        runtime: Arc<dyn Runtime>,
+        devices: DevicesSeen,
+    ) -> anyhow::Result<World> {
         let config = context::cluster(&self.config);
-        let mut parts = cluster::start(config, runtime, self.shutting_down.subscribe()).await?;
+        let mut parts =
+            cluster::start(config, runtime, self.shutting_down.subscribe(), devices).await?;
         self.watched.errors = Some(parts.errors);
         self.watched.node = Some(parts.node.clone());
         let mut shutdown = self.shutdown.clone();

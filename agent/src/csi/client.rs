@@ -6,10 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::Code;
 
 use super::CsiError;
 use super::request::Capabilities;
@@ -19,25 +16,10 @@ use super::wire::csi::{
     NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse, NodePublishVolumeRequest,
     NodeStageVolumeRequest, NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest,
 };
+use crate::plugins::connect;
 
 /// How long a driver may take for one call, as under kubelet.
 const CALL: Duration = Duration::from_secs(120);
-const CONNECT: Duration = Duration::from_secs(10);
-
-/// A channel to whoever listens at `socket`.
-pub(super) async fn connect(socket: &Path) -> Result<Channel, Status> {
-    let path = socket.to_path_buf();
-    let connector = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(&path).await.map(TokioIo::new) }
-    });
-    // The address names nobody: the connector above decides where bytes go.
-    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
-    endpoint.connect_with_connector(connector).await.map_err(|error| {
-        let cause = crate::api::chain(&error);
-        Status::unavailable(format!("connect to {}: {cause}", socket.display()))
-    })
-}
 
 /// A driver, by its socket.
 #[derive(Clone, Debug)]

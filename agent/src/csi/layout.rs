@@ -22,11 +22,6 @@ impl Layout {
         Self { root: root.to_path_buf(), of_pods: volume::Layout::new(root) }
     }
 
-    /// Where plugins put the sockets by which they make themselves known.
-    pub(super) fn registry(&self) -> PathBuf {
-        self.root.join("plugins_registry")
-    }
-
     /// Where drivers have their folders.
     pub(super) fn plugins(&self) -> PathBuf {
         self.root.join("plugins")

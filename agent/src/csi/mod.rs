@@ -1,6 +1,6 @@
 //! CSI: volumes that a driver on this node provides.
 //!
-//! Drivers make themselves known by sockets (`registry`); the API hears of them (`node_info`). A
+//! Drivers make themselves known by sockets (`registration`); the API hears of them (`node_info`). A
 //! pod's volume is attached by somebody else (`attach`), staged once for the node and published for
 //! each pod (`mount`), and taken back in the opposite order (`unmount`). What was done stands in
 //! small files beside the volumes (`record`), and nowhere else: whoever comes next goes on from
@@ -17,9 +17,9 @@ use tokio::sync::{OwnedMutexGuard, watch};
 use self::drivers::Drivers;
 use self::layout::Layout;
 use self::node_info::{Published, Publisher};
-use self::registry::Registry;
 use crate::node_context::NodeContext;
 use crate::objects::{ObjectRef, Objects};
+use crate::plugins::PluginHandler;
 
 mod attach;
 mod client;
@@ -31,7 +31,7 @@ mod layout;
 mod mount;
 mod node_info;
 mod record;
-mod registry;
+mod registration;
 mod request;
 mod unmount;
 mod usage;
@@ -53,6 +53,8 @@ pub struct Csi {
     in_use: Arc<InUse>,
     objects: Arc<dyn Objects>,
     node: watch::Receiver<Option<Arc<Node>>>,
+    /// What the API knows of the drivers.
+    published: watch::Sender<Published>,
     /// Who works on a volume, by its unique name: one at a time.
     busy: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
 }
@@ -74,20 +76,24 @@ impl Csi {
             in_use,
             objects,
             node,
+            published: watch::Sender::new(Published::default()),
             busy: Mutex::default(),
         })
     }
 
-    /// Registers drivers and tells the API of them, until `shutdown` turns true.
+    /// Who takes drivers that make themselves known.
+    pub fn handler(self: &Arc<Self>) -> Arc<dyn PluginHandler> {
+        let published = self.published.subscribe();
+        Arc::new(registration::Drivers { csi: self.clone(), published })
+    }
+
+    /// Tells the API of the drivers, until `shutdown` turns true.
     pub async fn run(self: Arc<Self>, client: Client, mut shutdown: watch::Receiver<bool>) {
-        let published = watch::Sender::new(Published::default());
-        let registry = Registry::new(self.clone(), published.subscribe());
-        let infos = self.drivers.infos();
+        let (infos, published) = (self.drivers.infos(), self.published.clone());
         let publisher =
             Publisher::new(client, &self.node_name, self.node.clone(), infos, published);
         let mut end = shutdown.clone();
         tokio::select! {
-            () = registry.run(shutdown.clone()) => {}
             // It ends only with what it watches.
             () = publisher.run() => crate::shutdown::requested(&mut shutdown).await,
             () = crate::shutdown::requested(&mut end) => {}

@@ -1,11 +1,7 @@
-//! The generated messages of CSI and of plugin registration.
+//! The generated messages of CSI.
 
 #![allow(clippy::all, clippy::pedantic, missing_docs, reason = "generated code")]
 
 pub(super) mod csi {
     tonic::include_proto!("csi.v1");
-}
-
-pub(super) mod registration {
-    tonic::include_proto!("pluginregistration");
 }

@@ -27,6 +27,7 @@ use self::object::RuntimeFacts;
 use crate::api::backoff::Backoff;
 use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 use crate::cluster::ClusterConfig;
+use crate::device::Capacities;
 use crate::eviction::{self, Tracker};
 use crate::report::{EventSink, EventType};
 use crate::runtime::{Runtime, image_dir};
@@ -52,12 +53,30 @@ enum State {
     Registered { node: Arc<Node>, since: Instant },
 }
 
+/// The devices that the node's object tells of.
+pub struct DevicesSeen {
+    /// How many there are, by resource.
+    pub capacities: watch::Receiver<Capacities>,
+    /// Whether this is the first run on the machine: what the object says of extended resources is not
+    /// this machine's.
+    pub first: bool,
+}
+
+impl DevicesSeen {
+    /// Of a node that has none and never will.
+    pub fn none() -> Self {
+        Self { capacities: watch::channel(Capacities::default()).1, first: false }
+    }
+}
+
 /// What the node's object depends on beside the machine and the runtime.
 pub struct Seen {
     /// The object as the API has it.
     pub node: watch::Receiver<Option<Arc<Node>>>,
     /// Unique names of attachable volumes that pods use.
     pub in_use: watch::Receiver<BTreeSet<String>>,
+    /// Devices.
+    pub devices: DevicesSeen,
     /// Whether the machine shuts down.
     pub shutting_down: watch::Receiver<bool>,
 }
@@ -79,6 +98,7 @@ pub struct NodeLoop {
     errors: Errors,
     watch: watch::Receiver<Option<Arc<Node>>>,
     in_use: watch::Receiver<BTreeSet<String>>,
+    devices: DevicesSeen,
     machine: Machine,
     facts: RuntimeFacts,
     images_at: Option<Instant>,
@@ -115,6 +135,7 @@ impl NodeLoop {
             errors,
             watch: seen.node,
             in_use: seen.in_use,
+            devices: seen.devices,
             machine: Machine::read(),
             facts: RuntimeFacts::default(),
             images_at: None,
@@ -165,6 +186,8 @@ impl NodeLoop {
                     () = tokio::time::sleep_until(self.network_by), if !settled => {}
                     // Pods wait for it, and so does whoever may detach a volume.
                     Ok(()) = self.in_use.changed() => break,
+                    // The scheduler waits for devices.
+                    Ok(()) = self.devices.capacities.changed() => break,
                     // Whoever could say so may be gone; then it does not.
                     Ok(()) = self.shutting_down.changed() => break,
                     changed = self.watch.changed() => {
@@ -329,8 +352,13 @@ impl NodeLoop {
         };
         let conditions_before = before.conditions.unwrap_or_default();
         let addresses_before = before.addresses.unwrap_or_default();
-        let (capacity, allocatable) =
+        let (mut capacity, mut allocatable) =
             object::resources(&self.config, &self.machine, measured.nodefs);
+        object::add_devices(
+            &self.devices.capacities.borrow_and_update(),
+            &mut capacity,
+            &mut allocatable,
+        );
         let routes = machine::default_addresses();
         NodeStatus {
             addresses: Some(object::plan_addresses(&self.config, &routes, &addresses_before)),
@@ -360,6 +388,9 @@ impl NodeLoop {
                 &machine::default_addresses(),
                 before.addresses.as_deref().unwrap_or_default(),
             ));
+            if self.devices.first {
+                object::reset_extended(before, &mut status);
+            }
             // A restart is no transition: what was so before stays so since then.
             conditions::keep_transitions(
                 status.conditions.as_deref_mut().unwrap_or_default(),

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 
 use super::machine::{FileSystem, Machine};
 use crate::cluster::ClusterConfig;
+use crate::device::{Capacities, is_extended};
 use crate::eviction::Signal;
 use crate::pod::quantity;
 
@@ -174,7 +175,8 @@ fn milli(number: u64) -> Quantity {
     }
 }
 
-type Resources = BTreeMap<String, Quantity>;
+/// Amounts by name.
+pub type Resources = BTreeMap<String, Quantity>;
 
 /// Capacity and allocatable: capacity less what is reserved and less the hard eviction thresholds.
 pub fn resources(
@@ -222,6 +224,26 @@ pub fn resources(
         put(&name, bytes(*total), bytes(*total));
     }
     (capacity, allocatable)
+}
+
+/// Adds what plugins offer.
+pub fn add_devices(devices: &Capacities, capacity: &mut Resources, allocatable: &mut Resources) {
+    for (name, count) in devices {
+        capacity.insert(name.clone(), Quantity(count.capacity.to_string()));
+        allocatable.insert(name.clone(), Quantity(count.allocatable.to_string()));
+    }
+}
+
+/// Has nothing of the extended resources that the object tells of: they are those of another machine
+/// of this name, or of one that lost its disk, until a plugin tells of them again.
+pub fn reset_extended(before: &NodeStatus, status: &mut NodeStatus) {
+    let names = before.capacity.iter().flatten().map(|(name, _)| name);
+    for name in names.filter(|name| is_extended(name)) {
+        for list in [&mut status.capacity, &mut status.allocatable] {
+            let list = list.get_or_insert_default();
+            list.entry(name.clone()).or_insert_with(|| Quantity("0".into()));
+        }
+    }
 }
 
 /// The addresses that an external cloud provider is told of.
@@ -422,6 +444,32 @@ mod tests {
             architecture: "amd64",
             ..Machine::default()
         }
+    }
+
+    #[test]
+    fn devices_are_told_and_another_machines_are_not() {
+        let mut status = NodeStatus::default();
+        let count = |text: &str| Quantity(text.to_owned());
+        let before = NodeStatus {
+            capacity: Some(
+                [("cpu", "2"), ("a.example/b", "4"), ("c.example/d", "5"), ("hugepages-2Mi", "0")]
+                    .map(|(name, n)| (name.to_owned(), count(n)))
+                    .into(),
+            ),
+            ..NodeStatus::default()
+        };
+        let (mut capacity, mut allocatable) = (Resources::new(), Resources::new());
+        let told = crate::device::Capacity { capacity: 3, allocatable: 2 };
+        let devices = [("a.example/b".to_owned(), told)].into();
+        add_devices(&devices, &mut capacity, &mut allocatable);
+        (status.capacity, status.allocatable) = (Some(capacity), Some(allocatable));
+        reset_extended(&before, &mut status);
+        let list = |list: Option<Resources>| {
+            let all = list.unwrap_or_default().into_iter();
+            all.map(|(name, n)| format!("{name}={}", n.0)).collect::<Vec<_>>()
+        };
+        assert_eq!(list(status.capacity), ["a.example/b=3", "c.example/d=0"]);
+        assert_eq!(list(status.allocatable), ["a.example/b=2", "c.example/d=0"]);
     }
 
     #[test]

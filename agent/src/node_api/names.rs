@@ -36,6 +36,8 @@ fn touch() {
     METRICS.evicted("emptydirfs.limit");
     METRICS.pod_rejected("Evicted");
     METRICS.container_started("container", Some("RunContainerError"));
+    METRICS.device_plugin_registered("a.example/b");
+    METRICS.devices_allocated("a.example/b", second);
     METRICS.probed(&ProbeLabels {
         probe_type: "Liveness".into(),
         result: "successful".into(),

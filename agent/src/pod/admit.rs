@@ -7,14 +7,16 @@ use k8s_openapi::api::core::v1::{
     Container, Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec, Taint, Toleration,
 };
 
-use super::config::resources::{PodSums, pod_requests};
+use super::config::resources::{PodSums, extended_requests, pod_requests};
 use super::config::security::check_apparmor;
 use super::qos::qos_class;
+use super::quantity::amount;
 use super::spec::{
     RESTART_ALL, has_critical_priority, host_network, init_containers, is_static, spec_of,
 };
 use super::status::Verdict;
 use super::sysctls;
+use crate::device::is_extended;
 use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 
@@ -43,6 +45,8 @@ impl HostPort {
 pub struct Share {
     /// Requests.
     pub sums: PodSums,
+    /// Requests of extended resources.
+    pub extended: BTreeMap<String, i64>,
     /// Ports of the node.
     pub ports: Vec<HostPort>,
 }
@@ -63,7 +67,7 @@ pub fn share_of(pod: &Pod) -> Share {
             })
         })
         .collect();
-    Share { sums: pod_requests(pod), ports }
+    Share { sums: pod_requests(pod), extended: extended_requests(pod), ports }
 }
 
 /// What all admitted pods take together; kept up to date one pod at a time.
@@ -73,6 +77,7 @@ pub struct Taken {
     cpu: i64,
     memory: i64,
     ephemeral: i64,
+    extended: BTreeMap<String, i64>,
     ports: BTreeMap<(i32, String), Vec<HostPort>>,
 }
 
@@ -83,6 +88,10 @@ impl Taken {
         self.cpu = self.cpu.saturating_add(share.sums.cpu);
         self.memory = self.memory.saturating_add(share.sums.memory);
         self.ephemeral = self.ephemeral.saturating_add(share.sums.ephemeral);
+        for (name, count) in &share.extended {
+            let sum = self.extended.entry(name.clone()).or_default();
+            *sum = sum.saturating_add(*count);
+        }
         for port in &share.ports {
             let key = (port.port, port.protocol.clone());
             self.ports.entry(key).or_default().push(port.clone());
@@ -95,6 +104,7 @@ impl Taken {
         self.cpu = self.cpu.saturating_sub(share.sums.cpu);
         self.memory = self.memory.saturating_sub(share.sums.memory);
         self.ephemeral = self.ephemeral.saturating_sub(share.sums.ephemeral);
+        self.subtract_extended(&share.extended);
         for port in &share.ports {
             let key = (port.port, port.protocol.clone());
             if let Some(list) = self.ports.get_mut(&key) {
@@ -108,6 +118,18 @@ impl Taken {
         }
     }
 
+    /// Counts extended resources out, before the rest of their pod.
+    pub fn subtract_extended(&mut self, extended: &BTreeMap<String, i64>) {
+        for (name, count) in extended {
+            if let Some(sum) = self.extended.get_mut(name) {
+                *sum = sum.saturating_sub(*count);
+                if *sum == 0 {
+                    self.extended.remove(name);
+                }
+            }
+        }
+    }
+
     fn port_taken(&self, port: &HostPort) -> bool {
         let list = self.ports.get(&(port.port, port.protocol.clone()));
         list.is_some_and(|l| l.iter().any(|p| p.conflicts(port)))
@@ -116,6 +138,26 @@ impl Taken {
 
 fn refuse(reason: &str, message: String) -> Verdict {
     Verdict { message, ..Verdict::new(reason) }
+}
+
+/// Refuses what asks for more of an extended resource than there is. Devices are known by
+/// `allocatable`; what the Node's status has beside them somebody else put there. What neither knows is
+/// the cluster's, and its scheduler's to count.
+pub fn admit_extended(
+    share: &Share,
+    taken: &Taken,
+    allocatable: impl Fn(&str) -> Option<i64>,
+    node_object: Option<&Node>,
+) -> Result<(), Verdict> {
+    let told = node_object.and_then(|n| n.status.as_ref()).and_then(|s| s.allocatable.as_ref());
+    for (name, asked) in &share.extended {
+        let Some(capacity) = allocatable(name).or_else(|| amount(told, name)) else { continue };
+        let used = taken.extended.get(name).copied().unwrap_or(0);
+        if asked.saturating_add(used) > capacity {
+            return Err(short(name, *asked, used, capacity));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses what must not run here; `node_object` is the API's view of this node, where there is one.
@@ -326,6 +368,10 @@ fn unsupported(pod: &Pod) -> Option<String> {
     if spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
         return Some("spec.resourceClaims".into());
     }
+    // The scheduler had its extended resources claimed: no plugin gives it these.
+    if pod.status.as_ref().is_some_and(|s| s.extended_resource_claim_status.is_some()) {
+        return Some("status.extendedResourceClaimStatus (devices of a DRA driver)".into());
+    }
     if spec.host_users == Some(false) {
         // The API server refuses these; a manifest has nobody else to.
         let shared = [
@@ -356,7 +402,8 @@ fn unsupported_in(container: &Container) -> Option<String> {
     let limits = resources.and_then(|r| r.limits.as_ref());
     for name in limits.into_iter().flatten().map(|(name, _)| name) {
         let known = matches!(&**name, "cpu" | "memory" | "ephemeral-storage")
-            || name.starts_with("hugepages-");
+            || name.starts_with("hugepages-")
+            || is_extended(name);
         if !known {
             return Some(format!("resources.limits[{name}]"));
         }
@@ -463,11 +510,7 @@ mod tests {
                 r#","affinity":{"nodeAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":{"nodeSelectorTerms":[{"matchExpressions":[{"key":"n","operator":"Gt","values":["4"]}]}]}}}"#,
                 None,
             ),
-            (
-                r#"[{"name":"a","resources":{"limits":{"nvidia.com/gpu":"1"}}}]"#,
-                "",
-                Some("UnsupportedField"),
-            ),
+            (r#"[{"name":"a","resources":{"limits":{"gpu":"1"}}}]"#, "", Some("UnsupportedField")),
             (
                 r#"[{"name":"a","securityContext":{"appArmorProfile":{"type":"RuntimeDefault"}}}]"#,
                 "",

@@ -338,6 +338,14 @@ fn failure(object: impl Into<String>, failure: &Failure, next: &str, now: Timest
 }
 
 fn running(input: &ExplainInput<'_>, reasons: &mut Vec<Reason>) {
+    if input.facts.devices == Step::Busy {
+        reasons.push(Reason::new(
+            "devices",
+            "are being allocated by their device plugin",
+            "it has two minutes; see the log of the plugin's pod if it does not answer",
+        ));
+        return;
+    }
     sandbox(input, reasons);
     match &input.facts.volumes {
         Step::Failed(failed) => reasons.push(failure(
@@ -431,6 +439,9 @@ fn terminating(input: &ExplainInput<'_>, kill_at: Option<Timestamp>) -> Reason {
     if input.facts.sandbox == Step::Busy {
         waits.push("a sandbox that was being made".into());
     }
+    if input.facts.devices == Step::Busy {
+        waits.push("devices that were being allocated".into());
+    }
     if input.facts.volumes == Step::Busy {
         waits.push("volumes that were being put in place".into());
     }
@@ -493,6 +504,9 @@ fn finished(input: &ExplainInput<'_>, phase: &str) -> Option<Reason> {
 fn planned(input: &ExplainInput<'_>) -> Vec<String> {
     let facts = input.facts;
     let mut all = Vec::new();
+    if facts.devices == Step::Busy {
+        all.push("in progress: allocate devices".to_owned());
+    }
     if facts.volumes == Step::Busy {
         all.push("in progress: put volumes in place".to_owned());
     }

@@ -107,6 +107,8 @@ pub struct ReadyImage {
 /// What a worker knows beside the runtime's answer.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
+    /// Devices of the pod, which come before all else.
+    pub devices: Step,
     /// Volumes of the pod.
     pub volumes: Step,
     /// The sandbox being made; `Done` is never set, the runtime's answer says it.

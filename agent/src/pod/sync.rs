@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use cri_shim::api;
 use k8s_openapi::api::core::v1::Pod;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::admit::{Share, Taken, admit, admit_under, share_of};
+use super::admit::{Share, Taken, admit, admit_extended, admit_under, share_of};
 use super::allocation::Allocation;
 use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
 use super::clock::{Clock, SystemClock};
@@ -30,8 +30,9 @@ use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
-use super::worker::{Begin, Eviction, Message, Worker};
+use super::worker::{Begin, Eviction, Message, Over, Worker};
 use crate::credential::Providers;
+use crate::device::{NoDevices, PodDevices};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
@@ -193,6 +194,7 @@ pub struct SyncLoop {
     statuses: Arc<dyn StatusSink>,
     events: Arc<dyn EventSink>,
     cgroups: Arc<dyn PodCgroups>,
+    devices: Arc<dyn PodDevices>,
     clock: Arc<dyn Clock>,
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
@@ -232,6 +234,7 @@ impl SyncLoop {
             statuses,
             events,
             cgroups,
+            devices: Arc::new(NoDevices::default()),
             clock: Arc::new(SystemClock),
             sources,
             network: watch::channel(true).1,
@@ -247,6 +250,12 @@ impl SyncLoop {
     /// Uses other cgroups than the kernel's.
     pub fn with_cgroups(mut self, cgroups: Arc<dyn PodCgroups>) -> Self {
         self.cgroups = cgroups;
+        self
+    }
+
+    /// Gives pods these devices.
+    pub fn with_devices(mut self, devices: Arc<dyn PodDevices>) -> Self {
+        self.devices = devices;
         self
     }
 
@@ -305,6 +314,7 @@ impl SyncLoop {
     ) {
         let Self { node, runtime, volumes, objects, statuses, events, .. } = self;
         let (table, (_, mut questions)) = (self.table, self.questions);
+        let device_news = self.devices.news();
         let reached = tokio::select! {
             reached = reach(&runtime, &table, &mut questions) => reached,
             () = stopped(&mut shutdown) => return,
@@ -324,6 +334,7 @@ impl SyncLoop {
             began: self.clock.now(),
             clock: self.clock,
             cgroups: self.cgroups,
+            devices: self.devices,
             table,
             node,
             runtime,
@@ -362,6 +373,7 @@ impl SyncLoop {
             held: HashMap::new(),
             again: HashMap::new(),
             evictions,
+            device_news,
             over,
             relist_every: RELIST_WITHOUT_EVENTS,
             relisted: None,
@@ -482,7 +494,9 @@ struct Loop {
     again: HashMap<PodUid, (PodSource, Arc<Pod>)>,
     /// Pods that use more of the node than they may.
     evictions: mpsc::UnboundedReceiver<(PodUid, Eviction)>,
-    over: mpsc::UnboundedSender<PodUid>,
+    /// Pods whose devices' health changed.
+    device_news: broadcast::Receiver<PodUid>,
+    over: mpsc::UnboundedSender<Over>,
     relist_every: Duration,
     relisted: Option<Instant>,
 }
@@ -492,7 +506,7 @@ impl Loop {
         mut self,
         changes: &mut mpsc::Receiver<PodChange>,
         mut news: mpsc::Receiver<News>,
-        mut overs: mpsc::UnboundedReceiver<PodUid>,
+        mut overs: mpsc::UnboundedReceiver<Over>,
         questions: &mut mpsc::Receiver<Question>,
         shutdown: &mut watch::Receiver<bool>,
     ) {
@@ -525,7 +539,11 @@ impl Loop {
                         relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
                     }
                 }
-                Some(uid) = overs.recv() => self.give_back(&uid),
+                Some(over) = overs.recv() => match over {
+                    Over::Devices(uid) => self.give_devices_back(&uid),
+                    Over::All(uid) => self.give_back(&uid),
+                },
+                news = self.device_news.recv() => self.tell_of_devices(news),
                 Some((uid, eviction)) = self.evictions.recv() => {
                     if let Some(worker) = self.workers.get(&uid) {
                         let _ = worker.inbox.send(Message::Evict(eviction));
@@ -586,6 +604,7 @@ impl Loop {
                 if self.unsynced.remove(&source) && self.unsynced.is_empty() {
                     self.relist().await;
                     let kept: HashSet<PodUid> = self.workers.keys().cloned().collect();
+                    self.deps.devices.retain(&kept);
                     orphans::clean(self.deps.clone(), kept);
                     // Only now is known what all pods take together.
                     self.retry_resizes();
@@ -663,7 +682,11 @@ impl Loop {
         let leaving = *self.shutting_down.borrow();
         let fits = if leaving { Err(node_shutdown::refusal()) } else { Ok(()) }
             .and_then(|()| admit_under(pod, pressure))
-            .and_then(|()| admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()));
+            .and_then(|()| admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()))
+            .and_then(|()| {
+                let allocatable = |name: &str| self.deps.devices.allocatable(uid, name);
+                admit_extended(&share, &self.taken, allocatable, object.as_deref())
+            });
         match fits {
             Ok(()) => {
                 self.taken.add(&share);
@@ -686,6 +709,27 @@ impl Loop {
         if let Some(share) = self.shares.remove(uid) {
             self.taken.subtract(&share);
             self.retry_resizes();
+        }
+    }
+
+    /// Whoever waits for the pod's devices need not wait for the rest of it.
+    fn give_devices_back(&mut self, uid: &PodUid) {
+        if let Some(share) = self.shares.get_mut(uid) {
+            self.taken.subtract_extended(&std::mem::take(&mut share.extended));
+        }
+    }
+
+    fn tell_of_devices(&self, news: Result<PodUid, broadcast::error::RecvError>) {
+        let tell = |worker: &Handle| {
+            let _ = worker.inbox.send(Message::Devices);
+        };
+        match news {
+            Ok(uid) => {
+                self.workers.get(&uid).into_iter().for_each(tell);
+            }
+            // Whose news were lost is not known.
+            Err(broadcast::error::RecvError::Lagged(_)) => self.workers.values().for_each(tell),
+            Err(broadcast::error::RecvError::Closed) => {}
         }
     }
 

@@ -11,6 +11,7 @@ pub mod cluster;
 pub mod command;
 pub mod containerd;
 pub mod csi;
+pub mod devices;
 pub mod eventually;
 pub mod image;
 pub mod lab;

@@ -14,6 +14,7 @@
 mod certificates;
 mod cluster;
 mod csi;
+mod devices;
 mod disk;
 mod faults;
 mod join;

@@ -10,6 +10,7 @@ use super::expand::expand;
 use super::resources::container_resources;
 use super::sandbox::pod_labels;
 use super::security::container_security;
+use crate::device::RunOptions;
 use crate::node_context::NodeContext;
 use crate::pod::facts::ReadyImage;
 use crate::pod::observed::names;
@@ -39,6 +40,8 @@ pub struct ContainerInput<'a> {
     pub message_file: Option<&'a str>,
     /// Container whose processes an ephemeral container sees.
     pub target: Option<&'a str>,
+    /// What its devices bring, but for environment and mounts.
+    pub devices: &'a RunOptions,
     /// Whose ids it uses: its sandbox's word.
     pub userns: &'a api::UserNamespace,
     /// The node.
@@ -94,6 +97,8 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<api::ContainerConfi
             )?),
         }),
         stop_signal: stop_signal(container)?,
+        devices: input.devices.devices.clone(),
+        cdi_devices: input.devices.cdi_devices.clone(),
         mounts: input.mounts,
         labels,
         ..Default::default()
@@ -102,7 +107,7 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<api::ContainerConfi
 
 fn annotations(input: &ContainerInput<'_>) -> HashMap<String, String> {
     let c = input.container;
-    let mut all = HashMap::new();
+    let mut all: HashMap<String, String> = input.devices.annotations.clone().into_iter().collect();
     let mut set = |name: &str, value: String| all.insert(name.to_owned(), value);
     set(names::RESTART_COUNT, input.attempt.to_string());
     set(

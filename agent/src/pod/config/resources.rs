@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cri_shim::api::{HugepageLimit, LinuxContainerResources};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 
+use crate::device::is_extended;
 use crate::node_context::{MemoryQos, NodeContext};
 use crate::pod::qos::qos_class;
 use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
@@ -275,6 +276,22 @@ pub fn pod_requests(pod: &Pod) -> PodSums {
         }
     }
     sums
+}
+
+/// What the pod requests of resources that Kubernetes itself knows nothing of.
+pub fn extended_requests(pod: &Pod) -> BTreeMap<String, i64> {
+    let spec = spec_of(pod);
+    let list = |c: &Container| c.resources.as_ref().and_then(|r| r.requests.clone());
+    let all = spec.containers.iter().chain(init_containers(spec)).filter_map(list);
+    let names: BTreeSet<String> = all.flat_map(BTreeMap::into_keys).collect();
+    let of = |name: String| {
+        let own = |c: &Container| {
+            amount(c.resources.as_ref().and_then(|r| r.requests.as_ref()), &name).unwrap_or(0)
+        };
+        let sum = fold(pod, own, amount(spec.overhead.as_ref(), &name).unwrap_or(0));
+        (name, sum)
+    };
+    names.into_iter().filter(|name| is_extended(name)).map(of).filter(|(_, sum)| *sum > 0).collect()
 }
 
 /// `resource` in `list`: milli-CPUs, bytes, or a count.

@@ -16,6 +16,7 @@ use super::spec::{
     ContainerKind, ephemeral_as_container, host_network, init_containers, init_kind, is_sidecar,
     is_static, restarts_after, spec_of,
 };
+use crate::device::Statuses;
 use crate::node_context::NodeContext;
 
 mod conditions;
@@ -71,6 +72,8 @@ pub struct StatusInput<'a> {
     pub ending: Ending,
     /// Why the pod was failed as a whole.
     pub verdict: Option<&'a Verdict>,
+    /// The health of its devices.
+    pub devices: &'a Statuses,
     /// The node.
     pub node: &'a NodeContext,
     /// Name of the runtime, as in `containerID`.
@@ -111,6 +114,12 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
             view.status(c, ContainerKind::Main, old(|s| s.container_statuses.as_ref(), &c.name))
         })
         .collect();
+    for status in &mut main_statuses {
+        // What a pod had that is over stays told.
+        let told = old(|s| s.container_statuses.as_ref(), &status.name);
+        let told = told.and_then(|old| old.allocated_resources_status.clone());
+        status.allocated_resources_status = input.devices.get(&status.name).cloned().or(told);
+    }
     main_statuses.sort_by(|a, b| a.name.cmp(&b.name));
     let ephemeral_statuses: Vec<ContainerStatus> = spec
         .ephemeral_containers
@@ -137,6 +146,8 @@ pub fn pod_status(input: StatusInput<'_>) -> PodStatus {
         // The scheduler's and other parties' fields pass through.
         nominated_node_name: previous.and_then(|p| p.nominated_node_name.clone()),
         resource_claim_statuses: previous.and_then(|p| p.resource_claim_statuses.clone()),
+        extended_resource_claim_status: previous
+            .and_then(|p| p.extended_resource_claim_status.clone()),
         ..Default::default()
     };
     addresses(&mut status, input);

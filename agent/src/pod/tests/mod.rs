@@ -26,6 +26,7 @@ use crate::source::{PodChange, PodSource};
 use crate::volume::{VolumeError, Volumes};
 
 mod converge;
+mod devices;
 mod explaining;
 mod lifecycle;
 mod probing;
@@ -43,6 +44,7 @@ struct Recorded {
     shown: Vec<Arc<Pod>>,
     config_maps: BTreeMap<String, Arc<ConfigMap>>,
     mount_fails: bool,
+    devices: devices::Given,
 }
 
 struct World {
@@ -306,6 +308,7 @@ async fn begin(
         world.clone(),
         world.clone(),
     )
+    .with_devices(world.clone())
     .with_network(network)
     .with_pressure(pressure)
     .with_shutdowns(shutdowns, shutting_down)

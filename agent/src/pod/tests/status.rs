@@ -1,5 +1,6 @@
 //! Tables of statuses, at the lowest floor.
 
+use crate::device::Statuses;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::PodStatus;
 
@@ -27,6 +28,7 @@ fn status(
         previous,
         ending,
         verdict: None,
+        devices: &Statuses::default(),
         node: &NodeContext::new("n", vec!["192.168.0.1".parse().unwrap()]),
         runtime_name: "r",
         start_time: at(0),

@@ -4,6 +4,7 @@ use cri_shim::api;
 
 use super::sandbox::Made;
 use super::{Worker, resize};
+use crate::device::DeviceError;
 use crate::pod::facts::{ReadyImage, Step};
 use crate::pod::images::ImageFailure;
 use crate::pod::observed::{Container, ContainerId, Sandbox, SandboxId};
@@ -25,6 +26,8 @@ pub(super) struct StartFailure {
 /// Work that has ended.
 #[derive(Debug)]
 pub(super) enum Done {
+    /// The pod's containers have their devices, or not.
+    Devices(Result<(), DeviceError>),
     /// Volumes are in place, or not; with the number of earlier failures.
     Volumes(u32, Result<(), VolumeError>),
     /// A sandbox was made, or not; with the number of earlier failures.
@@ -50,6 +53,7 @@ pub(super) enum Done {
 impl Worker {
     pub(super) fn done(&mut self, done: Done) {
         match done {
+            Done::Devices(result) => self.devices_done(result),
             Done::Volumes(count, result) => self.volumes_done(count, result),
             Done::Sandbox(count, result) => self.sandbox_done(count, result),
             Done::Image(name, count, result) => self.image_done(name, count, result),

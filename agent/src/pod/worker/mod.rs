@@ -31,6 +31,7 @@ use crate::report::EventType;
 use crate::source::PodSource;
 use crate::traces::{self, FutureExt};
 
+mod devices;
 mod done;
 mod explain;
 mod kill;
@@ -60,6 +61,15 @@ pub(crate) struct Eviction {
     pub(crate) event: bool,
 }
 
+/// What a pod uses no more of the node.
+#[derive(Debug)]
+pub(crate) enum Over {
+    /// Its devices: none of its containers runs.
+    Devices(PodUid),
+    /// Anything.
+    All(PodUid),
+}
+
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Message {
@@ -75,6 +85,8 @@ pub(crate) enum Message {
     Evict(Eviction),
     /// A probe's verdict.
     Probe(ContainerId, ProbeKind, bool),
+    /// Its devices' health changed.
+    Devices,
     /// Somebody asks why the pod is as it is.
     Explain(oneshot::Sender<Explanation>),
 }
@@ -114,8 +126,8 @@ pub(crate) struct Begin {
     pub(crate) verdict: Option<Verdict>,
     /// It asks for more than it has.
     pub(crate) pending: Option<Pending>,
-    /// Told once the pod uses nothing of the node any more.
-    pub(crate) over: mpsc::UnboundedSender<PodUid>,
+    /// Told what the pod uses no more of the node.
+    pub(crate) over: mpsc::UnboundedSender<Over>,
 }
 
 /// What a worker has not looked at since it changed.
@@ -162,8 +174,10 @@ pub(crate) struct Worker {
     teardown: Step,
     /// What the sandbox of this number was made from.
     sandbox_config: Option<(u32, Arc<cri_shim::api::PodSandboxConfig>)>,
-    /// Told once the pod uses nothing of the node any more.
-    over: Option<mpsc::UnboundedSender<PodUid>>,
+    /// Told what the pod uses no more of the node.
+    over: Option<mpsc::UnboundedSender<Over>>,
+    /// Devices that are being allocated.
+    allocating: Option<AbortHandle>,
     probes: HashMap<(ContainerId, ProbeKind), probes::Running>,
     objects: Option<broadcast::Receiver<ObjectRef>>,
     /// What the pod's cgroup and running instances have.
@@ -216,6 +230,7 @@ impl Worker {
             teardown: Step::Wanted,
             sandbox_config: None,
             over: Some(begin.over),
+            allocating: None,
             probes: HashMap::new(),
             objects: None,
             resources,
@@ -293,8 +308,13 @@ impl Worker {
     fn joined(&mut self, done: Result<Done, tokio::task::JoinError>) {
         match done {
             Ok(done) => self.done(done),
-            // A pull that was called off.
-            Err(error) if error.is_cancelled() => {}
+            // What was called off: a pull, a sandbox, or devices.
+            Err(error) if error.is_cancelled() => {
+                if self.allocating.as_ref().is_some_and(|task| task.id() == error.id()) {
+                    self.allocating = None;
+                    self.facts.devices = Step::Wanted;
+                }
+            }
             Err(error) => {
                 tracing::error!(pod = %NamespacedName::of_pod(&self.pod), %error, "pod task failed");
                 self.stale.all = true;
@@ -311,6 +331,8 @@ impl Worker {
             }
             Message::LookAtAll => self.stale.all = true,
             Message::Evict(eviction) => self.evict(eviction),
+            // The next turn tells of it.
+            Message::Devices => {}
             Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
             Message::Explain(reply) => {
                 // Whoever asked may not wait any more.
@@ -428,6 +450,10 @@ impl Worker {
             self.begin_end(now);
             return None;
         }
+        if !self.has_devices() {
+            self.publish(now, Ending::Not);
+            return deadline;
+        }
         let max_backoff = self.deps.node.max_restart_backoff.as_secs();
         let plan = plan(&self.pod, &self.observed, &self.facts, now, max_backoff);
         self.backing_off = plan.backing_off;
@@ -519,6 +545,9 @@ impl Worker {
         for (_, pull) in self.pulls.drain() {
             pull.abort();
         }
+        if let Some(allocating) = &self.allocating {
+            allocating.abort();
+        }
         self.stop_probes(|kind| kind != ProbeKind::Readiness);
         self.backing_off.clear();
     }
@@ -544,12 +573,14 @@ impl Worker {
             || !self.facts.starting.is_empty()
             || self.facts.sandbox == Step::Busy
             || self.facts.volumes == Step::Busy
+            || self.facts.devices == Step::Busy
             || self.observed.any_alive();
         if busy {
             self.publish(now, Ending::Terminating);
             return patience.filter(|_| self.facts.sandbox == Step::Busy);
         }
         self.stop_probes(|_| true);
+        self.devices_over();
         self.publish(now, Ending::Terminated);
         self.state = State::TearingDown { everything: self.deleted() };
         self.teardown = Step::Wanted;
@@ -558,7 +589,9 @@ impl Worker {
 
     /// Computes the status and tells it where it is news.
     fn publish(&mut self, now: Timestamp, ending: Ending) -> PodStatus {
+        let devices = self.device_statuses();
         let status = pod_status(StatusInput {
+            devices: &devices,
             pod: &self.pod,
             observed: &self.observed,
             facts: &self.facts,

@@ -178,7 +178,17 @@ impl Job {
                 .map_err(|e| failure("CreateContainerError", e))?;
             self.remove_logs_of(leftover).await;
         }
-        let env = self.environment().await?;
+        let devices = self
+            .deps
+            .devices
+            .run_options(&self.pod, &self.container)
+            .await
+            .map_err(config_failure)?;
+        let mut env = self.environment().await?;
+        // What the pod says goes over what its devices bring.
+        let of_devices =
+            devices.envs.iter().filter(|(name, _)| !env.iter().any(|(n, _)| n == name));
+        env.splice(0..0, of_devices.cloned().collect::<Vec<_>>());
         let mut mounts = self
             .deps
             .volumes
@@ -210,6 +220,7 @@ impl Job {
             .and_then(|options| options.userns_options.clone())
             .unwrap_or_default();
         map_mounts(&mut mounts, &userns);
+        mounts.splice(0..0, devices.mounts.iter().cloned());
         let config = container_config(ContainerInput {
             pod: &self.pod,
             container: &self.container,
@@ -221,6 +232,7 @@ impl Job {
             message_file: message_file.as_deref(),
             target: self.target.as_deref(),
             userns: &userns,
+            devices: &devices,
             node: &self.deps.node,
             unified: self.deps.cgroups.unified(),
         })

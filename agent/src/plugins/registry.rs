@@ -1,10 +1,7 @@
-//! How drivers make themselves known: each puts a socket into `plugins_registry`, and is asked over
-//! it who it is.
+//! The sockets in `plugins_registry`: whose plugin each is, and that it is registered.
 //!
 //! The folder is watched, and read as a whole at each change, so that what happened while nobody
-//! looked counts as well: after a restart every driver is registered again by its socket. A driver is
-//! told that it is registered once the API knows of it, or once it is clear that the API does not
-//! answer: what a node has mounted must go on while the control plane is away.
+//! looked counts as well: after a restart every plugin is registered again by its socket.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,12 +17,9 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::client::{Client, connect};
-use super::drivers::{NodeInfo, usable_version};
-use super::node_info::Published;
-use super::wire::registration::registration_client::RegistrationClient;
-use super::wire::registration::{InfoRequest, PluginInfo, RegistrationStatus};
-use super::{Csi, CsiError};
+use super::wire::registration_client::RegistrationClient;
+use super::wire::{InfoRequest, PluginInfo, RegistrationStatus};
+use super::{PluginHandler, Refusal, connect};
 use crate::folder_events::{self, Events};
 use crate::shutdown;
 
@@ -35,8 +29,6 @@ const RESCAN: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_millis(20);
 /// How long a plugin may take to say who it is, and to take the answer.
 const ASK: Duration = Duration::from_secs(5);
-/// How long the API may take before a driver is told that it is registered all the same.
-const PUBLISH: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LONGEST_RETRY: Duration = Duration::from_secs(120);
 /// Plugins that are taken notice of.
@@ -47,11 +39,14 @@ const MAX_DEPTH: usize = 4;
 /// Which socket it is: one that was made anew at the same path is another.
 type Identity = (u64, u64, i64, i64);
 
+/// A plugin that is registered: its type and its name.
+type Named = (&'static str, String);
+
 #[derive(Debug)]
 struct Plugin {
     identity: Identity,
-    /// The driver that its path registered.
-    name: Option<String>,
+    /// What its path registered.
+    named: Option<Named>,
     /// Failures in a row.
     failures: u32,
     state: State,
@@ -69,20 +64,20 @@ enum State {
 enum RegistryError {
     #[error("{verb} at socket {}: {}", socket.display(), status.message())]
     Unanswered { verb: &'static str, socket: PathBuf, status: Status },
+    #[error("RegisterPlugin error -- no handler registered for plugin type: {kind} at socket {}", socket.display())]
+    NoHandler { kind: String, socket: PathBuf },
     #[error("RegisterPlugin error -- {0}")]
-    Refused(String),
-    #[error("RegisterPlugin error -- plugin registration failed with err: {0}")]
-    Driver(#[from] CsiError),
+    Refused(#[from] Refusal),
 }
 
 /// A registration that has ended, and what it registered.
-type Ended = (PathBuf, Identity, Result<String, RegistryError>);
+type Ended = (PathBuf, Identity, Result<Named, RegistryError>);
 
 /// Keeps what is registered as the sockets say.
-pub(super) struct Registry {
-    csi: Arc<Csi>,
+pub struct Registry {
+    folders: [PathBuf; 2],
+    handlers: Arc<[Arc<dyn PluginHandler>]>,
     plugins: BTreeMap<PathBuf, Plugin>,
-    published: watch::Receiver<Published>,
     work: JoinSet<Ended>,
 }
 
@@ -116,14 +111,31 @@ fn plan(
 }
 
 impl Registry {
-    pub(super) fn new(csi: Arc<Csi>, published: watch::Receiver<Published>) -> Self {
-        Self { csi, plugins: BTreeMap::new(), published, work: JoinSet::new() }
+    /// Over the folders of the agent's root.
+    pub fn new(root: &Path, handlers: Vec<Arc<dyn PluginHandler>>) -> Self {
+        Self {
+            // Where plugins make themselves known, and where they have their own folders.
+            folders: [root.join("plugins_registry"), root.join("plugins")],
+            handlers: handlers.into(),
+            plugins: BTreeMap::new(),
+            work: JoinSet::new(),
+        }
+    }
+
+    fn handler(&self, kind: &str) -> Option<&Arc<dyn PluginHandler>> {
+        self.handlers.iter().find(|handler| handler.kind() == kind)
+    }
+
+    fn unregistered(&self, (kind, name): &Named, socket: &Path) {
+        if let Some(handler) = self.handler(kind) {
+            handler.unregistered(name, socket);
+        }
     }
 
     /// Runs until `shutdown` turns true.
-    pub(super) async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
-        let folder = self.csi.layout.registry();
-        for folder in [&folder, &self.csi.layout.plugins()] {
+    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
+        let folder = self.folders[0].clone();
+        for folder in &self.folders {
             if let Err(error) = fs::create_dir_all(folder) {
                 tracing::error!(folder = %folder.display(), %error, "no plugin can register");
             }
@@ -177,15 +189,15 @@ impl Registry {
             if let State::Registering(work) = plugin.state {
                 work.abort();
             }
-            if let Some(name) = plugin.name {
-                self.csi.unregistered(&name, &path);
+            if let Some(named) = plugin.named {
+                self.unregistered(&named, &path);
             }
         }
         for (path, identity) in register {
-            let (mut name, mut failures) = (None, 0);
+            let (mut named, mut failures) = (None, 0);
             if let Some(before) = self.plugins.remove(&path) {
-                // A new socket in the old one's place is no removal: the API need not hear of it.
-                name = before.name;
+                // A new socket in the old one's place is no removal: nobody need hear of it.
+                named = before.named;
                 if before.identity == identity {
                     failures = before.failures;
                 }
@@ -193,14 +205,13 @@ impl Registry {
                     work.abort();
                 }
             }
-            let (csi, published) = (self.csi.clone(), self.published.clone());
-            let socket = path.clone();
+            let (handlers, socket) = (self.handlers.clone(), path.clone());
             let work = self.work.spawn(async move {
-                let result = register_plugin(&csi, &socket, published).await;
+                let result = register_plugin(&handlers, &socket).await;
                 (socket, identity, result)
             });
             let state = State::Registering(work);
-            self.plugins.insert(path, Plugin { identity, name, failures, state });
+            self.plugins.insert(path, Plugin { identity, named, failures, state });
         }
     }
 
@@ -209,13 +220,15 @@ impl Registry {
             return;
         };
         match result {
-            Ok(name) => {
+            Ok(named) => {
                 plugin.state = State::Registered;
                 plugin.failures = 0;
-                let before = plugin.name.replace(name.clone());
-                self.csi.registered(&name);
-                if let Some(before) = before.filter(|before| *before != name) {
-                    self.csi.unregistered(&before, &path);
+                let before = plugin.named.replace(named.clone());
+                if let Some(handler) = self.handler(named.0) {
+                    handler.registered(&named.1);
+                }
+                if let Some(before) = before.filter(|before| *before != named) {
+                    self.unregistered(&before, &path);
                 }
             }
             Err(error) => {
@@ -230,12 +243,11 @@ impl Registry {
     }
 }
 
-/// Registers whoever listens at `socket`, and tells it so; its name.
+/// Registers whoever listens at `socket`, and tells it so; who it is.
 async fn register_plugin(
-    csi: &Arc<Csi>,
+    handlers: &[Arc<dyn PluginHandler>],
     socket: &Path,
-    published: watch::Receiver<Published>,
-) -> Result<String, RegistryError> {
+) -> Result<Named, RegistryError> {
     let unanswered =
         |verb| move |status| RegistryError::Unanswered { verb, socket: socket.to_owned(), status };
     let asking = async {
@@ -245,75 +257,33 @@ async fn register_plugin(
     };
     let (mut plugin, info) = in_time(asking).await.map_err(unanswered("GetInfo"))?;
     let name = info.name.clone();
-    let result = take(csi, socket, info, published).await;
+    let result = take(handlers, socket, info).await;
     let status = match &result {
-        Ok(()) => RegistrationStatus { plugin_registered: true, error: String::new() },
+        Ok(_) => RegistrationStatus { plugin_registered: true, error: String::new() },
         Err(error) => RegistrationStatus { plugin_registered: false, error: error.to_string() },
     };
     let telling = async { plugin.notify_registration_status(status).await };
     let told = in_time(telling).await.map_err(unanswered("NotifyRegistrationStatus"));
-    result?;
+    let handler = result?;
     if let Err(error) = told {
-        csi.drivers.remove(&name, socket);
+        handler.untold(&name, socket);
         return Err(error);
     }
-    Ok(name)
+    Ok((handler.kind(), name))
 }
 
-/// Takes a plugin into use, if it is one for this node to use.
-async fn take(
-    csi: &Arc<Csi>,
+/// Has a plugin taken into use by whom it is for.
+async fn take<'a>(
+    handlers: &'a [Arc<dyn PluginHandler>],
     socket: &Path,
     info: PluginInfo,
-    mut published: watch::Receiver<Published>,
-) -> Result<(), RegistryError> {
-    let PluginInfo { r#type, name, endpoint, supported_versions } = info;
-    if r#type != "CSIPlugin" {
-        return Err(RegistryError::Refused(format!(
-            "no handler registered for plugin type: {type} at socket {}",
-            socket.display()
-        )));
-    }
-    let refused = |reason: String| {
-        RegistryError::Refused(format!("plugin validation failed with err: {reason}"))
+) -> Result<&'a Arc<dyn PluginHandler>, RegistryError> {
+    let handler = handlers.iter().find(|handler| handler.kind() == info.r#type);
+    let Some(handler) = handler else {
+        return Err(RegistryError::NoHandler { kind: info.r#type, socket: socket.to_owned() });
     };
-    if name.is_empty() || name.len() > 253 || name.contains(['/', '\0']) || name.starts_with('.') {
-        return Err(refused(format!("{name:?} is no name of a CSI driver")));
-    }
-    let version = usable_version(&supported_versions).ok_or_else(|| {
-        refused(format!(
-            "CSI driver {name:?}: none of the versions specified {supported_versions:?} are \
-             supported; this node understands 1.x"
-        ))
-    })?;
-    if let Some(conflict) = csi.drivers.conflict(&name, socket, version) {
-        return Err(refused(conflict));
-    }
-    let endpoint = if endpoint.is_empty() { socket } else { Path::new(&endpoint) };
-    let told = NodeInfo::from(Client::new(endpoint).info().await?);
-    if told.node_id.is_empty() {
-        let reason = format!("CSI driver {name:?} tells no name of the node (node_id)");
-        return Err(CsiError::Invalid(reason).into());
-    }
-    csi.drivers.put(&name, socket, endpoint, version);
-    csi.drivers.tell(&name, Some(told.clone()));
-    let known = published.wait_for(|published| {
-        published.infos.get(&name) == Some(&Some(told.clone()))
-            || published.refused.contains_key(&name)
-    });
-    match tokio::time::timeout(PUBLISH, known).await {
-        Ok(Ok(published)) => match published.refused.get(&name) {
-            Some(reason) => {
-                let reason = reason.clone();
-                drop(published);
-                csi.drivers.remove(&name, socket);
-                Err(CsiError::Invalid(reason).into())
-            }
-            None => Ok(()),
-        },
-        // The control plane is away; it is told when it is back.
-        Ok(Err(_)) | Err(_) => Ok(()),
-    }
+    handler.take(socket, info).await?;
+    Ok(handler)
 }
 
 async fn in_time<T>(work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
@@ -362,7 +332,7 @@ mod tests {
     fn a_look_registers_what_is_new_and_forgets_what_is_gone() {
         let now = Instant::now();
         let soon = now + Duration::from_secs(1);
-        let plugin = |identity, state| Plugin { identity, name: None, failures: 0, state };
+        let plugin = |identity, state| Plugin { identity, named: None, failures: 0, state };
         let one: Identity = (1, 1, 0, 0);
         let two: Identity = (1, 1, 0, 1);
         let known = BTreeMap::from([

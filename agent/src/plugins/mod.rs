@@ -1,0 +1,72 @@
+//! Plugins of the node: how they make themselves known, whatever they are for.
+//!
+//! Each puts a socket into `<root-dir>/plugins_registry` and is asked over it who it is
+//! (`pluginregistration/v1`). What it is for says who takes it: CSI drivers, device plugins.
+
+use std::path::Path;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+pub(crate) mod authority;
+mod registry;
+
+pub use registry::Registry;
+pub use wire::PluginInfo;
+
+/// The generated messages of plugin registration.
+#[allow(clippy::all, clippy::pedantic, missing_docs, reason = "generated code")]
+pub(crate) mod wire {
+    tonic::include_proto!("pluginregistration");
+}
+
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Why a plugin is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// What it says of itself cannot be.
+    #[error("plugin validation failed with err: {0}")]
+    Invalid(String),
+    /// It could not be taken into use (yet).
+    #[error("plugin registration failed with err: {0}")]
+    Failed(String),
+}
+
+/// Who takes the plugins of one type.
+#[async_trait]
+pub trait PluginHandler: Send + Sync {
+    /// The type, as plugins name it.
+    fn kind(&self) -> &'static str;
+
+    /// Takes the plugin into use that made itself known by `socket`.
+    async fn take(&self, socket: &Path, plugin: PluginInfo) -> Result<(), Refusal>;
+
+    /// The plugin has been told that it is taken.
+    fn registered(&self, name: &str);
+
+    /// The plugin could not be told that it is taken: it is not.
+    fn untold(&self, name: &str, socket: &Path);
+
+    /// The socket by which it was registered is gone.
+    fn unregistered(&self, name: &str, socket: &Path);
+}
+
+/// A channel to whoever listens at `socket`.
+pub(crate) async fn connect(socket: &Path) -> Result<Channel, Status> {
+    let path = socket.to_path_buf();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(&path).await.map(TokioIo::new) }
+    });
+    // The address names nobody: the connector above decides where bytes go.
+    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
+    endpoint.connect_with_connector(connector).await.map_err(|error| {
+        let cause = crate::api::chain(&error);
+        Status::unavailable(format!("connect to {}: {cause}", socket.display()))
+    })
+}

@@ -1,0 +1,154 @@
+//! The tests' device plugin on a node.
+
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::node::{Node, built};
+use super::{command, eventually};
+
+/// A plugin that runs on a node.
+pub struct DevicePlugin {
+    resource: String,
+    /// Its folder, as the node sees it and as the test does.
+    inside: PathBuf,
+    folder: PathBuf,
+    options: Value,
+    child: Option<Child>,
+}
+
+impl DevicePlugin {
+    /// Starts the plugin of `resource` with these devices, and waits until the node has taken it.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub async fn start(node: &Node, resource: &str, devices: &str, options: Value) -> Result<Self> {
+        let mut plugin = Self::prepare(node, resource, devices, options)?;
+        plugin.spawn(node)?;
+        plugin.registered(1).await;
+        Ok(plugin)
+    }
+
+    /// One that is not started yet.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn prepare(node: &Node, resource: &str, devices: &str, options: Value) -> Result<Self> {
+        let inside = PathBuf::from("/var/lib/device-test").join(resource.replace('/', "_"));
+        let folder = node.path(&inside.display().to_string());
+        std::fs::create_dir_all(&folder)?;
+        let plugin = Self { resource: resource.to_owned(), folder, inside, options, child: None };
+        plugin.devices(devices)?;
+        Ok(plugin)
+    }
+
+    /// Starts it (again).
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(&mut self, node: &Node) -> Result<()> {
+        let child = node
+            .command(built("device-plugin")?)
+            .arg(&self.resource)
+            .arg(&self.inside)
+            .arg(self.options.to_string())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("start the device plugin")?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Has these devices from now on: `ID[!][@NUMA,NUMA]`, an exclamation mark is unhealthy.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn devices(&self, devices: &str) -> Result<()> {
+        let line = |text: &str| {
+            let (id, nodes) = text.split_once('@').unwrap_or((text, ""));
+            let health = if id.ends_with('!') { "Unhealthy" } else { "Healthy" };
+            format!("{} {health} {nodes}\n", id.trim_end_matches('!'))
+        };
+        let text: String = devices.split_whitespace().map(line).collect();
+        // Seen whole or not at all.
+        std::fs::write(self.folder.join("devices.new"), text)?;
+        std::fs::rename(self.folder.join("devices.new"), self.folder.join("devices"))?;
+        Ok(())
+    }
+
+    /// Makes `verb` fail with a gRPC code and words, or work again.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn fail(&self, verb: &str, with: Option<&str>) -> Result<()> {
+        self.tell(&format!("fail-{verb}"), with)
+    }
+
+    /// Makes `verb` hang, or go on.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn hang(&self, verb: &str, hang: bool) -> Result<()> {
+        self.tell(&format!("hang-{verb}"), hang.then_some(""))
+    }
+
+    fn tell(&self, file: &str, text: Option<&str>) -> Result<()> {
+        let path = self.folder.join(file);
+        match text {
+            Some(text) => Ok(std::fs::write(path, text)?),
+            None => Ok(std::fs::remove_file(path)?),
+        }
+    }
+
+    /// What it was asked so far: all calls of `verb`.
+    pub fn calls(&self, verb: &str) -> Vec<Value> {
+        let text = std::fs::read_to_string(self.folder.join("calls.jsonl")).unwrap_or_default();
+        let all = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        all.filter(|call| call["verb"] == verb).collect()
+    }
+
+    /// The devices of each call of `verb`, joined by commas.
+    pub fn asked(&self, verb: &str) -> Vec<String> {
+        let ids = |call: Value| {
+            let ids = call["devices"].as_array().cloned().unwrap_or_default();
+            ids.iter().map(|id| id.as_str().unwrap_or_default()).collect::<Vec<_>>().join(",")
+        };
+        self.calls(verb).into_iter().map(ids).collect()
+    }
+
+    /// Waits until `verb` was called so often.
+    pub async fn called(&self, verb: &str, times: usize) {
+        eventually(&format!("{times} calls of {verb}"), async || {
+            let calls = self.calls(verb);
+            if calls.len() >= times { Ok(()) } else { bail!("{calls:?}") }
+        })
+        .await;
+    }
+
+    /// Waits until the node has taken it so often.
+    pub async fn registered(&self, times: usize) {
+        let verb = if self.options["registry"].is_null() { "registered" } else { "notify" };
+        self.called(verb, times).await;
+        self.called("list", times).await;
+    }
+
+    /// Kills it; its socket stays, as after a crash.
+    pub fn stop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        // nsenter forks to enter the PID namespace.
+        for pid in command::descendants(child.id()) {
+            let pid = nix::unistd::Pid::from_raw(pid as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+impl Drop for DevicePlugin {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
