@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/plugin_registration.proto",
         "proto/csi.proto",
         "proto/device_plugin.proto",
+        "proto/pod_resources.proto",
     ];
     let descriptors = protox::compile(schemas, ["proto"])?;
     // The server half serves tests.

@@ -3,8 +3,9 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let folder = "../agent/proto";
     println!("cargo::rerun-if-changed={folder}");
-    let schemas = ["plugin_registration.proto", "csi.proto", "device_plugin.proto"]
-        .map(|name| format!("{folder}/{name}"));
+    let schemas =
+        ["plugin_registration.proto", "csi.proto", "device_plugin.proto", "pod_resources.proto"]
+            .map(|name| format!("{folder}/{name}"));
     let descriptors = protox::compile(schemas, [folder])?;
     tonic_prost_build::configure()
         .build_client(true)

@@ -25,6 +25,7 @@ pub mod node_context;
 pub mod objects;
 pub mod plugins;
 pub mod pod;
+pub mod pod_resources;
 pub mod probe;
 mod profile;
 pub mod proxy_api;

@@ -19,6 +19,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+pub use devices::PodResourcesCall;
 use images::ImageMetrics;
 
 /// The set of this process.

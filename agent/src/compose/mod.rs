@@ -32,6 +32,7 @@ use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::plugins::{PluginHandler, Registry};
 use crate::pod::{SyncLoop, node_shutdown};
+use crate::pod_resources;
 use crate::proxy_api;
 use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
@@ -263,6 +264,8 @@ impl Parts {
         let registrations = devices.listen()?;
         let running = devices.clone().run(registrations, self.shutdown.clone());
         self.spawn("device plugins", running);
+        let asked = pod_resources::listen(&node.root_dir)?;
+        let known = devices.clone();
         let plugins = Registry::new(&node.root_dir, handlers).run(self.shutdown.clone());
         self.spawn("the registry of plugins", async move {
             plugins.await;
@@ -302,6 +305,14 @@ impl Parts {
             });
         }
         let handle = sync.handle();
+        let answering = pod_resources::serve(
+            asked,
+            handle.table().clone(),
+            known,
+            Arc::new(pod_resources::Shared),
+            self.shutdown.clone(),
+        );
+        self.spawn("the PodResources API", answering);
         self.watched.usage = Some(LiveUsage::new(context, handle.table().clone(), cri));
         self.watched.sync = Some(handle);
         let (pods, shutdown) = (world.pods, self.shutdown.clone());

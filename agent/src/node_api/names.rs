@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::stats::example;
 use super::tests::{admin, rig};
-use crate::metrics::{ClientLabels, METRICS, ProbeLabels};
+use crate::metrics::{ClientLabels, METRICS, PodResourcesCall, ProbeLabels};
 
 /// Names in a text, without those that are the node's own.
 fn names(text: &str) -> BTreeSet<String> {
@@ -38,6 +38,9 @@ fn touch() {
     METRICS.container_started("container", Some("RunContainerError"));
     METRICS.device_plugin_registered("a.example/b");
     METRICS.devices_allocated("a.example/b", second);
+    for call in [PodResourcesCall::List, PodResourcesCall::Allocatable, PodResourcesCall::Get] {
+        METRICS.pod_resources_asked(call, true);
+    }
     METRICS.probed(&ProbeLabels {
         probe_type: "Liveness".into(),
         result: "successful".into(),

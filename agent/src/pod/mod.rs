@@ -40,5 +40,6 @@ mod userns;
 mod worker;
 
 pub use sync::{ExplainError, PodQuery, SyncHandle, SyncLoop};
+pub use table::{PodTable, PodView};
 #[cfg(test)]
 mod tests;

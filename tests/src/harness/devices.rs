@@ -152,3 +152,35 @@ impl Drop for DevicePlugin {
         self.stop();
     }
 }
+
+/// Asks the PodResources API of a node.
+pub mod pod_resources {
+    use hyper_util::rt::TokioIo;
+    use tokio::net::UnixStream;
+    use tonic::transport::{Channel, Endpoint};
+
+    pub use wire::pod_resources_lister_client::PodResourcesListerClient as Client;
+    pub use wire::{
+        AllocatableResourcesRequest, ContainerDevices, GetPodResourcesRequest,
+        ListPodResourcesRequest, PodResources,
+    };
+
+    #[allow(clippy::all, clippy::pedantic, missing_docs, dead_code, reason = "generated code")]
+    mod wire {
+        tonic::include_proto!("v1");
+    }
+
+    /// A client.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub async fn connect(node: &super::Node) -> anyhow::Result<Client<Channel>> {
+        let path = node.path("/var/lib/kubelet/pod-resources/kubelet.sock");
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(&path).await.map(TokioIo::new) }
+        });
+        let endpoint = Endpoint::from_static("http://localhost");
+        Ok(Client::new(endpoint.connect_with_connector(connector).await?))
+    }
+}

@@ -2,7 +2,7 @@
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tests::harness::devices::DevicePlugin;
+use tests::harness::devices::{DevicePlugin, pod_resources};
 use tests::harness::eventually;
 
 use crate::support::{World, container, idle, restarts, sh, with};
@@ -288,4 +288,65 @@ async fn plugins_register_by_the_registry_as_well_and_are_refused_with_a_reason(
     assert!(why.contains("v1alpha") && why.contains("v1beta1"), "{why}");
     old.stop();
     end(world, plugin, &["user"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn monitors_are_told_which_devices_pods_have() {
+    use pod_resources::{
+        AllocatableResourcesRequest, ContainerDevices, GetPodResourcesRequest,
+        ListPodResourcesRequest, PodResources,
+    };
+    let world = World::new("devices-monitor").await;
+    let plugin = DevicePlugin::start(&world.node, DEV, "a@0,1 b c!", json!({})).await.unwrap();
+    counted(&world, 3, 2).await;
+    let sidecar = with(telling("side", 1), json!({"restartPolicy": "Always"}));
+    let init = sh("init", "true");
+    let spec =
+        json!({"initContainers": [init, sidecar], "containers": [telling("c", 1), idle("d")]});
+    world.ready_pod("user", spec).await;
+    let spec = json!({"restartPolicy": "Never", "containers": [sh("c", "true")]});
+    world.cluster.pod(&world.node, "over", spec).await.unwrap();
+    until_ended(&world, "over").await;
+
+    let mut client = pod_resources::connect(&world.node).await.unwrap();
+    let devices = |all: &[ContainerDevices]| {
+        let one = |d: &ContainerDevices| {
+            assert_eq!(d.resource_name, DEV);
+            let nodes = d.topology.iter().flat_map(|t| &t.nodes);
+            format!(
+                "{}@{}",
+                d.device_ids.join(","),
+                nodes.map(|n| n.id.to_string()).collect::<String>()
+            )
+        };
+        all.iter().map(one).collect::<Vec<_>>().join(" ")
+    };
+    let told = |pod: &PodResources| {
+        let all = pod.containers.iter();
+        let all = all.map(|c| format!("{}: {}", c.name, devices(&c.devices))).collect::<Vec<_>>();
+        format!("{} {}", pod.name, all.join("; "))
+    };
+    let expected = "user side: a@0 a@1; c: b@; d: ";
+    let list = client.list(ListPodResourcesRequest {}).await.unwrap().into_inner();
+    let own: Vec<String> = list
+        .pod_resources
+        .iter()
+        .filter(|p| p.namespace == world.cluster.namespace())
+        .map(told)
+        .collect();
+    assert_eq!(own, [expected], "what is over is not told of");
+    let get = |name: &str| GetPodResourcesRequest {
+        pod_name: name.into(),
+        pod_namespace: world.cluster.namespace().into(),
+    };
+    let one = client.get(get("user")).await.unwrap().into_inner().pod_resources.unwrap();
+    assert_eq!(told(&one), expected);
+    let error = client.get(get("nobody")).await.unwrap_err();
+    let namespace = world.cluster.namespace();
+    assert_eq!(error.message(), format!("pod nobody in namespace {namespace} not found"));
+    let all = client.get_allocatable_resources(AllocatableResourcesRequest {}).await.unwrap();
+    let all = all.into_inner();
+    assert_eq!((devices(&all.devices), all.cpu_ids.len()), ("a@0 a@1 b@".to_owned(), 0));
+    assert_eq!(plugin.asked("allocate"), ["a", "b"]);
+    end(world, plugin, &["user", "over"]).await;
 }
