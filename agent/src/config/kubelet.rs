@@ -279,7 +279,7 @@ pub(super) const FIELDS: Fields = &[
     ("topologyManagerPolicyOptions", NotBuilt(&[])),
     ("qosReserved", NotBuilt(&[])),
     ("runtimeRequestTimeout", Used),
-    ("hairpinMode", NotBuilt(&["\"promiscuous-bridge\"", "\"hairpin-veth\""])),
+    ("hairpinMode", Inert), // the network plugin's; kubelet has no use for it either
     ("maxPods", Used),
     ("podCIDR", Used),
     ("podPidsLimit", Used),

@@ -104,7 +104,14 @@ impl Taken {
         self.cpu = self.cpu.saturating_sub(share.sums.cpu);
         self.memory = self.memory.saturating_sub(share.sums.memory);
         self.ephemeral = self.ephemeral.saturating_sub(share.sums.ephemeral);
-        self.subtract_extended(&share.extended);
+        for (name, count) in &share.extended {
+            if let Some(sum) = self.extended.get_mut(name) {
+                *sum = sum.saturating_sub(*count);
+                if *sum == 0 {
+                    self.extended.remove(name);
+                }
+            }
+        }
         for port in &share.ports {
             let key = (port.port, port.protocol.clone());
             if let Some(list) = self.ports.get_mut(&key) {
@@ -113,18 +120,6 @@ impl Taken {
                 }
                 if list.is_empty() {
                     self.ports.remove(&key);
-                }
-            }
-        }
-    }
-
-    /// Counts extended resources out, before the rest of their pod.
-    pub fn subtract_extended(&mut self, extended: &BTreeMap<String, i64>) {
-        for (name, count) in extended {
-            if let Some(sum) = self.extended.get_mut(name) {
-                *sum = sum.saturating_sub(*count);
-                if *sum == 0 {
-                    self.extended.remove(name);
                 }
             }
         }

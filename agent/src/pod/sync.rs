@@ -30,7 +30,7 @@ use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
-use super::worker::{Begin, Eviction, Message, Over, Worker};
+use super::worker::{Begin, Eviction, Message, Worker};
 use crate::credential::Providers;
 use crate::device::{NoDevices, PodDevices};
 use crate::ids::{NamespacedName, PodUid};
@@ -496,7 +496,7 @@ struct Loop {
     evictions: mpsc::UnboundedReceiver<(PodUid, Eviction)>,
     /// Pods whose devices' health changed.
     device_news: broadcast::Receiver<PodUid>,
-    over: mpsc::UnboundedSender<Over>,
+    over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
     relisted: Option<Instant>,
 }
@@ -506,7 +506,7 @@ impl Loop {
         mut self,
         changes: &mut mpsc::Receiver<PodChange>,
         mut news: mpsc::Receiver<News>,
-        mut overs: mpsc::UnboundedReceiver<Over>,
+        mut overs: mpsc::UnboundedReceiver<PodUid>,
         questions: &mut mpsc::Receiver<Question>,
         shutdown: &mut watch::Receiver<bool>,
     ) {
@@ -539,10 +539,7 @@ impl Loop {
                         relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
                     }
                 }
-                Some(over) = overs.recv() => match over {
-                    Over::Devices(uid) => self.give_devices_back(&uid),
-                    Over::All(uid) => self.give_back(&uid),
-                },
+                Some(uid) = overs.recv() => self.give_back(&uid),
                 news = self.device_news.recv() => self.tell_of_devices(news),
                 Some((uid, eviction)) = self.evictions.recv() => {
                     if let Some(worker) = self.workers.get(&uid) {
@@ -709,13 +706,6 @@ impl Loop {
         if let Some(share) = self.shares.remove(uid) {
             self.taken.subtract(&share);
             self.retry_resizes();
-        }
-    }
-
-    /// Whoever waits for the pod's devices need not wait for the rest of it.
-    fn give_devices_back(&mut self, uid: &PodUid) {
-        if let Some(share) = self.shares.get_mut(uid) {
-            self.taken.subtract_extended(&std::mem::take(&mut share.extended));
         }
     }
 

@@ -16,7 +16,7 @@ pub(super) enum Backing {
     /// A volume of a CSI driver.
     Csi(Box<CsiVolume>),
     /// A folder of this node, by the PersistentVolume's name.
-    Local { name: String, path: String, read_only: bool },
+    Local { name: String, path: String, options: Vec<String>, read_only: bool },
     /// A path of the host.
     HostPath(HostPathVolumeSource, bool),
 }
@@ -108,7 +108,8 @@ pub(super) fn backing(
         return Ok(Backing::Csi(Box::new(volume)));
     }
     if let Some(local) = spec.local {
-        return Ok(Backing::Local { name: name.to_owned(), path: local.path, read_only });
+        let options = spec.mount_options.unwrap_or_default();
+        return Ok(Backing::Local { name: name.to_owned(), path: local.path, options, read_only });
     }
     if let Some(source) = spec.host_path {
         return Ok(Backing::HostPath(source, read_only));
@@ -234,8 +235,14 @@ mod tests {
             panic!()
         };
         assert!(csi.read_only);
-        let local = Backing::Local { name: "pv".into(), path: "/x".into(), read_only: true };
-        assert_eq!(of(with(json!({"local": {"path": "/x"}}))), Ok(local));
+        let local = Backing::Local {
+            name: "pv".into(),
+            path: "/x".into(),
+            options: vec!["noexec".into()],
+            read_only: true,
+        };
+        let spec = with(json!({"local": {"path": "/x"}, "mountOptions": ["noexec"]}));
+        assert_eq!(of(spec), Ok(local));
         let Ok(Backing::HostPath(source, true)) = of(with(json!({"hostPath": {"path": "/x"}})))
         else {
             panic!()

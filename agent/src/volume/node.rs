@@ -716,14 +716,14 @@ fn apply_all(
             Wanted::HostPath(source) | Wanted::Claimed(Backing::HostPath(source, _)) => {
                 host_path::apply(name, source)?;
             }
-            Wanted::Claimed(Backing::Local { name: pv, path, read_only }) => {
+            Wanted::Claimed(Backing::Local { name: pv, path, options, read_only }) => {
                 if !is_file_name(pv) {
                     let reason = format!("PersistentVolume {pv:?} cannot name a directory");
                     return Err(VolumeError::Invalid { volume: name.clone(), reason });
                 }
                 let target = layout.volume(uid, Plugin::Local, pv);
                 parent_directory(&target)?;
-                local::apply(pv, path, &target, *read_only, of_existing)?;
+                local::apply(pv, path, &target, (options, *read_only), of_existing)?;
             }
             Wanted::Files { plugin, payload, .. } => {
                 let path = layout.volume(uid, *plugin, name);

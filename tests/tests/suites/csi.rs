@@ -553,14 +553,16 @@ async fn volumes_belong_to_the_pods_group_and_local_ones_need_no_driver() {
     fs::write(local.join("deep/file"), "local").unwrap();
     fs::create_dir_all(driver.volume("vol")).unwrap();
     fs::write(driver.volume("vol").join("file"), "csi").unwrap();
-    v.claim_of("local", json!({"local": {"path": "/var/lib/local"}})).await.unwrap();
+    let local_volume = json!({"local": {"path": "/var/lib/local"}, "mountOptions": ["noexec"]});
+    v.claim_of("local", local_volume).await.unwrap();
     v.claim_of("host", json!({"hostPath": {"path": "/var/lib/local/deep", "type": "Directory"}}))
         .await
         .unwrap();
     let claim = |name: &str, read_only: bool| json!({"name": name, "persistentVolumeClaim": {"claimName": name, "readOnly": read_only}});
     let mount = |name: &str| json!({"name": name, "mountPath": format!("/{name}")});
     let script = "stat -c %g /vol/file /local/deep/file; cat /vol/file /local/deep/file /host/file; \
-        id -G | grep -c 4242; touch /host/x 2>/dev/null || echo read-only; touch /local/y";
+        id -G | grep -c 4242; touch /host/x 2>/dev/null || echo read-only; touch /local/y; \
+        grep -c ' /local [^ ]* [^ ]*noexec' /proc/mounts";
     let container = with(
         sh("c", &format!("({script}) > /dev/termination-log")),
         json!({"volumeMounts": [mount("vol"), mount("local"), mount("host")]}),
@@ -572,7 +574,7 @@ async fn volumes_belong_to_the_pods_group_and_local_ones_need_no_driver() {
             "volumes": [claim("vol", false), claim("local", false), claim("host", true)]}),
         )
         .await;
-    assert_eq!(message, "4242\n4242\ncsilocallocal1\nread-only\n");
+    assert_eq!(message, "4242\n4242\ncsilocallocal1\nread-only\n1\n");
     assert_eq!(fs::metadata(local.join("y")).unwrap().gid(), 4242, "setgid");
     world.cluster.delete_pod("group").await.unwrap();
     assert_eq!(fs::read_to_string(local.join("deep/file")).unwrap(), "local");

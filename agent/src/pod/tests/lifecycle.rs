@@ -630,3 +630,21 @@ async fn volumes_are_told_of_a_changed_pod() {
     let shown = |r: &Rig| r.world.recorded.lock().unwrap().shown.clone();
     assert_eq!(shown(&rig).first(), Some(&noted("one")));
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_a_pod_had_is_anothers_as_soon_as_it_has_ended() {
+    let rig = Rig::new().await;
+    let big = r#"{"restartPolicy":"Never","containers":[{"name":"c","image":"img:1",
+        "imagePullPolicy":"Never","resources":{"requests":{"cpu":"3"}}}]}"#;
+    rig.set(&named("a", big)).await;
+    rig.until_ready("a").await;
+    // The network plugin takes its time; the scheduler does not wait for it.
+    rig.runtime.delay("StopPodSandbox", Duration::from_secs(3600));
+    rig.runtime.exit("c", 0);
+    rig.until_phase("a", "Succeeded").await;
+    rig.set(&named("b", big)).await;
+    rig.until_ready("b").await;
+    rig.set(&named("c", big)).await;
+    rig.until_phase("c", "Failed").await;
+    assert_eq!(rig.status("c").unwrap().reason.as_deref(), Some("OutOfcpu"));
+}

@@ -1,7 +1,7 @@
 //! The pod's devices: allocated before anything else is done for it, told with its status, given back
 //! when nothing of it runs.
 
-use super::{Done, Over, Worker};
+use super::{Done, Worker};
 use crate::device::{DeviceError, Statuses, wanted};
 use crate::metrics::METRICS;
 use crate::pod::facts::Step;
@@ -49,11 +49,12 @@ impl Worker {
         }
     }
 
-    /// Nothing runs, and nothing will.
-    pub(super) fn devices_over(&mut self) {
+    /// Nothing runs, and nothing will: the status says so next, and then the scheduler counts on what
+    /// the pod had, however long its volumes and its network take to go.
+    pub(super) fn give_back(&mut self) {
         self.deps.devices.release(&self.uid);
-        if let Some(over) = &self.over {
-            let _ = over.send(Over::Devices(self.uid.clone()));
+        if let Some(over) = self.over.take() {
+            let _ = over.send(self.uid.clone());
         }
     }
 

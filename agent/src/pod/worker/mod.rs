@@ -61,15 +61,6 @@ pub(crate) struct Eviction {
     pub(crate) event: bool,
 }
 
-/// What a pod uses no more of the node.
-#[derive(Debug)]
-pub(crate) enum Over {
-    /// Its devices: none of its containers runs.
-    Devices(PodUid),
-    /// Anything.
-    All(PodUid),
-}
-
 /// What a worker is told.
 #[derive(Debug)]
 pub(crate) enum Message {
@@ -126,8 +117,8 @@ pub(crate) struct Begin {
     pub(crate) verdict: Option<Verdict>,
     /// It asks for more than it has.
     pub(crate) pending: Option<Pending>,
-    /// Told what the pod uses no more of the node.
-    pub(crate) over: mpsc::UnboundedSender<Over>,
+    /// Told when the pod uses nothing of the node any more.
+    pub(crate) over: mpsc::UnboundedSender<PodUid>,
 }
 
 /// What a worker has not looked at since it changed.
@@ -174,8 +165,8 @@ pub(crate) struct Worker {
     teardown: Step,
     /// What the sandbox of this number was made from.
     sandbox_config: Option<(u32, Arc<cri_shim::api::PodSandboxConfig>)>,
-    /// Told what the pod uses no more of the node.
-    over: Option<mpsc::UnboundedSender<Over>>,
+    /// Told when the pod uses nothing of the node any more.
+    over: Option<mpsc::UnboundedSender<PodUid>>,
     /// Devices that are being allocated.
     allocating: Option<AbortHandle>,
     probes: HashMap<(ContainerId, ProbeKind), probes::Running>,
@@ -580,7 +571,7 @@ impl Worker {
             return patience.filter(|_| self.facts.sandbox == Step::Busy);
         }
         self.stop_probes(|_| true);
-        self.devices_over();
+        self.give_back();
         self.publish(now, Ending::Terminated);
         self.state = State::TearingDown { everything: self.deleted() };
         self.teardown = Step::Wanted;

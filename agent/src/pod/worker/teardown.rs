@@ -5,7 +5,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 
-use super::{Done, Over, State, Step, Worker};
+use super::{Done, State, Step, Worker};
 use crate::ids::PodUid;
 use crate::pod::backoff::Restart;
 use crate::pod::deps::Deps;
@@ -31,9 +31,7 @@ impl Worker {
 
     pub(super) fn torn_down_well(&mut self, everything: bool) {
         self.teardown = Step::Done;
-        if let Some(over) = self.over.take() {
-            let _ = over.send(Over::All(self.uid.clone()));
-        }
+        self.give_back();
         if !everything {
             self.state = State::Finished;
             for sandbox in &mut self.observed.sandboxes {
