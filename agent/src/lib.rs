@@ -37,6 +37,7 @@ mod shutdown;
 pub mod source;
 pub mod standalone;
 mod sys;
+mod token_bucket;
 mod traces;
 pub mod user_ids;
 pub mod volume;

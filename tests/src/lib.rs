@@ -8,4 +8,5 @@
 )]
 
 pub mod control_plane;
+pub mod driver;
 pub mod harness;

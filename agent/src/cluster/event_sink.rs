@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::api::backoff::Backoff;
 use crate::api::{self, REQUEST_TIMEOUT};
 use crate::report::{EventSink, EventType};
+use crate::token_bucket::TokenBucket;
 
 /// Events waiting to be sent; more are dropped.
 const QUEUE: usize = 1024;
@@ -52,8 +53,9 @@ impl ClusterEvents {
             client,
             host: host.to_owned(),
             memory: Memory::default(),
-            pace: (per_second > 0)
-                .then(|| Bucket::new(f64::from(burst.max(1)), Duration::from_secs(1) / per_second)),
+            pace: (per_second > 0).then(|| {
+                TokenBucket::new(f64::from(burst.max(1)), Duration::from_secs(1) / per_second)
+            }),
         };
         tokio::spawn(sender.run(rx));
         Self { queue }
@@ -67,43 +69,6 @@ impl EventSink for ClusterEvents {
         if self.queue.try_send(recorded).is_err() {
             tracing::debug!(reason, "too many Events wait for the API server; one is dropped");
         }
-    }
-}
-
-/// Tokens that fill up with time.
-#[derive(Debug)]
-struct Bucket {
-    tokens: f64,
-    size: f64,
-    each: Duration,
-    at: Option<Instant>,
-}
-
-impl Bucket {
-    fn new(size: f64, each: Duration) -> Self {
-        Self { tokens: size, size, each, at: None }
-    }
-
-    fn fill(&mut self, now: Instant) {
-        let passed = self.at.map_or(Duration::ZERO, |at| now.duration_since(at));
-        self.tokens = (self.tokens + passed.as_secs_f64() / self.each.as_secs_f64()).min(self.size);
-        self.at = Some(now);
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        self.fill(now);
-        if self.tokens < 1.0 {
-            return false;
-        }
-        self.tokens -= 1.0;
-        true
-    }
-
-    fn wait(&mut self, now: Instant) -> Duration {
-        self.fill(now);
-        let lack = (1.0 - self.tokens).max(0.0);
-        self.tokens -= 1.0;
-        self.each.mul_f64(lack)
     }
 }
 
@@ -126,7 +91,7 @@ struct Sent {
 struct Memory {
     sent: HashMap<Same, Sent>,
     order: VecDeque<Same>,
-    spam: HashMap<(String, String), Bucket>,
+    spam: HashMap<(String, String), TokenBucket>,
 }
 
 impl Memory {
@@ -137,12 +102,9 @@ impl Memory {
             object.uid.clone().or_else(|| object.name.clone()).unwrap_or_default(),
         );
         if self.spam.len() > REMEMBERED {
-            self.spam.retain(|_, bucket| {
-                bucket.fill(now);
-                bucket.tokens < bucket.size
-            });
+            self.spam.retain(|_, bucket| !bucket.is_full(now));
         }
-        self.spam.entry(key).or_insert_with(|| Bucket::new(BURST, REFILL)).take(now)
+        self.spam.entry(key).or_insert_with(|| TokenBucket::new(BURST, REFILL)).take(now)
     }
 
     fn remember(&mut self, same: Same, sent: Sent) {
@@ -161,7 +123,7 @@ struct Sender {
     client: Client,
     host: String,
     memory: Memory,
-    pace: Option<Bucket>,
+    pace: Option<TokenBucket>,
 }
 
 impl Sender {

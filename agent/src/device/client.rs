@@ -15,7 +15,7 @@ use super::wire::{
     ContainerPreferredAllocationRequest, Empty, ListAndWatchResponse, PreStartContainerRequest,
     PreferredAllocationRequest,
 };
-use crate::plugins::connect;
+use crate::plugins::{connect, in_time};
 
 /// To answer at all, to say what it can, and what it prefers.
 const ASK: Duration = Duration::from_secs(10);
@@ -28,16 +28,6 @@ const PRE_START: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub(super) struct Client(DevicePluginClient<Channel>);
 
-async fn in_time<T>(
-    limit: Duration,
-    work: impl Future<Output = Result<Response<T>, Status>>,
-) -> Result<T, Status> {
-    match tokio::time::timeout(limit, work).await {
-        Ok(result) => result.map(Response::into_inner),
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs()))),
-    }
-}
-
 fn ids(devices: &BTreeSet<String>) -> Vec<String> {
     devices.iter().cloned().collect()
 }
@@ -45,9 +35,9 @@ fn ids(devices: &BTreeSet<String>) -> Vec<String> {
 impl Client {
     /// Whoever listens at `socket`, and what it wants to be asked.
     pub(super) async fn connect(socket: &Path) -> Result<(Self, Options), Status> {
-        let channel = in_time(ASK, async { connect(socket).await.map(Response::new) }).await?;
+        let channel = in_time(ASK, connect(socket)).await?;
         let mut client = DevicePluginClient::new(channel);
-        let told = in_time(ASK, client.get_device_plugin_options(Empty {})).await?;
+        let told = in_time(ASK, client.get_device_plugin_options(Empty {})).await?.into_inner();
         let options = Options {
             pre_start: told.pre_start_required,
             preferred: told.get_preferred_allocation_available,
@@ -74,7 +64,8 @@ impl Client {
                 allocation_size: i32::try_from(size).unwrap_or(i32::MAX),
             }],
         };
-        let told = in_time(ASK, self.0.clone().get_preferred_allocation(request)).await?;
+        let told =
+            in_time(ASK, self.0.clone().get_preferred_allocation(request)).await?.into_inner();
         let first = told.container_responses.into_iter().next();
         Ok(first.map(|answer| answer.device_i_ds.into_iter().collect()).unwrap_or_default())
     }
@@ -87,7 +78,7 @@ impl Client {
         let request = AllocateRequest {
             container_requests: vec![ContainerAllocateRequest { devices_ids: ids(devices) }],
         };
-        let told = in_time(ALLOCATE, self.0.clone().allocate(request)).await?;
+        let told = in_time(ALLOCATE, self.0.clone().allocate(request)).await?.into_inner();
         Ok(told.container_responses.into_iter().next())
     }
 

@@ -56,6 +56,17 @@ pub trait PluginHandler: Send + Sync {
     fn unregistered(&self, name: &str, socket: &Path);
 }
 
+/// What `work` comes to, or that it took longer than `limit`.
+pub(crate) async fn in_time<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs()))),
+    }
+}
+
 /// A channel to whoever listens at `socket`.
 pub(crate) async fn connect(socket: &Path) -> Result<Channel, Status> {
     let path = socket.to_path_buf();

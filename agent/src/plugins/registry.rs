@@ -19,7 +19,7 @@ use tonic::Status;
 
 use super::wire::registration_client::RegistrationClient;
 use super::wire::{InfoRequest, PluginInfo, RegistrationStatus};
-use super::{PluginHandler, Refusal, connect};
+use super::{PluginHandler, Refusal, connect, in_time};
 use crate::folder_events::{self, Events};
 use crate::shutdown;
 
@@ -255,7 +255,7 @@ async fn register_plugin(
         let info = plugin.get_info(InfoRequest {}).await?.into_inner();
         Ok((plugin, info))
     };
-    let (mut plugin, info) = in_time(asking).await.map_err(unanswered("GetInfo"))?;
+    let (mut plugin, info) = in_time(ASK, asking).await.map_err(unanswered("GetInfo"))?;
     let name = info.name.clone();
     let result = take(handlers, socket, info).await;
     let status = match &result {
@@ -263,7 +263,7 @@ async fn register_plugin(
         Err(error) => RegistrationStatus { plugin_registered: false, error: error.to_string() },
     };
     let telling = async { plugin.notify_registration_status(status).await };
-    let told = in_time(telling).await.map_err(unanswered("NotifyRegistrationStatus"));
+    let told = in_time(ASK, telling).await.map_err(unanswered("NotifyRegistrationStatus"));
     let handler = result?;
     if let Err(error) = told {
         handler.untold(&name, socket);
@@ -284,13 +284,6 @@ async fn take<'a>(
     };
     handler.take(socket, info).await?;
     Ok(handler)
-}
-
-async fn in_time<T>(work: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
-    match tokio::time::timeout(ASK, work).await {
-        Ok(result) => result,
-        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", ASK.as_secs()))),
-    }
 }
 
 /// Sockets in `folder` and below, which are watched from now on.

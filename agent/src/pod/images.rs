@@ -4,7 +4,7 @@ mod credentials;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cri_shim::api;
 use jiff::Timestamp;
@@ -24,6 +24,7 @@ use crate::pulled::record::{PullAccount, PullCredentials, PullSecret};
 use crate::pulled::{Intent, PullRecords};
 use crate::report::{EventSink, EventType};
 use crate::runtime::{Runtime, RuntimeError};
+use crate::token_bucket::TokenBucket;
 use credentials::Credentials;
 
 /// Why an image is not there, in kubelet's words.
@@ -44,7 +45,8 @@ pub struct Images {
     /// Who pulled what, where that is minded.
     records: Option<PullRecords>,
     slots: Option<Semaphore>,
-    rate: Option<Mutex<Bucket>>,
+    /// `registryPullQPS` with its burst.
+    rate: Option<Mutex<TokenBucket>>,
 }
 
 /// What is asked for: an image as the pod names it, for whom.
@@ -53,30 +55,6 @@ struct Asked<'a> {
     image: &'a str,
     name: &'a ImageName,
     regarding: &'a ObjectReference,
-}
-
-/// `registryPullQPS` with its burst.
-struct Bucket {
-    tokens: f64,
-    filled: tokio::time::Instant,
-    per_second: f64,
-    burst: f64,
-}
-
-impl Bucket {
-    async fn take(&mut self) {
-        let now = tokio::time::Instant::now();
-        let since = now.duration_since(self.filled).as_secs_f64();
-        self.tokens = (self.tokens + since * self.per_second).min(self.burst);
-        self.filled = now;
-        if self.tokens < 1.0 {
-            let wait = (1.0 - self.tokens) / self.per_second;
-            tokio::time::sleep(std::time::Duration::from_secs_f64(wait)).await;
-            self.filled = tokio::time::Instant::now();
-            self.tokens = 1.0;
-        }
-        self.tokens -= 1.0;
-    }
 }
 
 /// What the pod says of pulling, or what follows from the tag.
@@ -111,12 +89,8 @@ impl Images {
                 .map(|policy| PullRecords::new(&node.root_dir, policy)),
             slots: slots.map(|n| Semaphore::new(n.max(1))),
             rate: (registry_qps > 0).then(|| {
-                Mutex::new(Bucket {
-                    tokens: burst,
-                    filled: tokio::time::Instant::now(),
-                    per_second: f64::from(registry_qps),
-                    burst,
-                })
+                let each = Duration::from_secs_f64(1.0 / f64::from(registry_qps));
+                Mutex::new(TokenBucket::new(burst, each))
             }),
         }
     }
@@ -328,7 +302,11 @@ impl Images {
             None => None,
         };
         if let Some(rate) = &self.rate {
-            rate.lock().await.take().await;
+            let mut rate = rate.lock().await;
+            // Taken after the wait: a pull that is given up meanwhile takes none.
+            let lack = rate.lack(tokio::time::Instant::now());
+            tokio::time::sleep(lack).await;
+            rate.wait(tokio::time::Instant::now());
         }
         let begun = Instant::now();
         let mut tries: Vec<Option<Credential>> = credentials.into_iter().map(Some).collect();

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use tokio::net::UnixListener;
@@ -23,8 +24,7 @@ use crate::plugins::authority;
 use crate::pod::spec::{init_containers, is_sidecar, spec_of};
 use crate::pod::status::is_terminal;
 use crate::pod::{PodTable, PodView};
-
-mod bucket;
+use crate::token_bucket::TokenBucket;
 
 /// The generated messages of the API.
 #[allow(clippy::all, clippy::pedantic, missing_docs, reason = "generated code")]
@@ -32,8 +32,11 @@ mod wire {
     tonic::include_proto!("v1");
 }
 
-use bucket::Bucket;
 use wire::pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer};
+
+/// So many calls at once, and one more each time this passes, as under kubelet.
+const BURST: f64 = 10.0;
+const EACH: Duration = Duration::from_millis(10);
 
 /// Memory of one kind that a container has to itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,7 +130,7 @@ pub async fn serve(
     exclusive: Arc<dyn Exclusive>,
     mut shutdown: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let bucket = Mutex::new(Bucket::new(Instant::now()));
+    let bucket = Mutex::new(TokenBucket::new(BURST, EACH));
     let lister = Lister { pods, devices, exclusive, bucket };
     let end = async move { crate::shutdown::requested(&mut shutdown).await };
     Server::builder()
@@ -141,7 +144,7 @@ struct Lister {
     pods: PodTable,
     devices: Arc<Devices>,
     exclusive: Arc<dyn Exclusive>,
-    bucket: Mutex<Bucket>,
+    bucket: Mutex<TokenBucket>,
 }
 
 fn topology(nodes: impl IntoIterator<Item = i64>) -> Option<wire::TopologyInfo> {

@@ -11,32 +11,25 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 
 #[allow(clippy::all, clippy::pedantic, missing_docs, dead_code, reason = "generated code")]
 mod csi {
     tonic::include_proto!("csi.v1");
 }
-#[allow(clippy::all, clippy::pedantic, missing_docs, dead_code, reason = "generated code")]
-mod registration {
-    tonic::include_proto!("pluginregistration");
-}
 
 use csi::identity_server::{Identity, IdentityServer};
 use csi::node_server::{Node, NodeServer};
 use csi::volume_capability::AccessType;
-use registration::registration_server::{Registration, RegistrationServer};
+use tests::driver::registration::PluginInfo;
+use tests::driver::{Registrar, Script, listen};
 
 /// How it shall be.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -52,32 +45,15 @@ struct Options {
 
 struct Driver {
     name: String,
-    folder: PathBuf,
+    script: Script,
     options: Options,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 
 impl Driver {
-    /// Writes down a call, then fails or hangs as a file `fail-VERB` (a gRPC code and words) or
-    /// `hang-VERB` says.
-    async fn begin(&self, verb: &str, mut call: Value) -> Result<(), Status> {
-        call["verb"] = verb.into();
-        let mut log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.folder.join("calls.jsonl"))?;
-        writeln!(log, "{call}")?;
-        while self.folder.join(format!("hang-{verb}")).exists() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        let fail = fs::read_to_string(self.folder.join(format!("fail-{verb}")));
-        if let Ok(text) = fail {
-            let (code, words) = text.split_once(' ').unwrap_or((&text, ""));
-            let code = Code::from_i32(code.trim().parse().unwrap_or(13));
-            return Err(Status::new(code, words.trim()));
-        }
-        Ok(())
+    async fn begin(&self, verb: &str, call: Value) -> Result<(), Status> {
+        self.script.begin(verb, call).await
     }
 
     fn stages(&self) -> bool {
@@ -89,7 +65,7 @@ impl Driver {
         if id.is_empty() || id.contains('/') {
             return Err(Status::invalid_argument(format!("volume_id {id:?}")));
         }
-        let folder = self.folder.join("volumes").join(id);
+        let folder = self.script.0.join("volumes").join(id);
         fs::create_dir_all(&folder)?;
         Ok(folder)
     }
@@ -342,46 +318,6 @@ impl Identity for Driver {
     }
 }
 
-/// What node-driver-registrar does for a driver.
-struct Registrar {
-    driver: Arc<Driver>,
-    endpoint: PathBuf,
-}
-
-#[tonic::async_trait]
-impl Registration for Registrar {
-    async fn get_info(
-        &self,
-        _: Request<registration::InfoRequest>,
-    ) -> Answer<registration::PluginInfo> {
-        Ok(Response::new(registration::PluginInfo {
-            r#type: "CSIPlugin".into(),
-            name: self.driver.name.clone(),
-            endpoint: self.endpoint.display().to_string(),
-            supported_versions: self.driver.options.versions.clone(),
-        }))
-    }
-
-    async fn notify_registration_status(
-        &self,
-        request: Request<registration::RegistrationStatus>,
-    ) -> Answer<registration::RegistrationStatusResponse> {
-        let status = request.into_inner();
-        let told = json!({"registered": status.plugin_registered, "error": status.error});
-        self.driver.begin("notify", told).await?;
-        Ok(Response::new(registration::RegistrationStatusResponse {}))
-    }
-}
-
-fn listen(path: &Path) -> anyhow::Result<UnixListenerStream> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).with_context(|| format!("bind {}", path.display()))?;
-    Ok(UnixListenerStream::new(listener))
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -392,14 +328,19 @@ async fn main() -> anyhow::Result<()> {
     let folder = PathBuf::from(folder);
     fs::create_dir_all(&folder)?;
     let endpoint = folder.join("csi.sock");
-    let driver = Arc::new(Driver { name: name.clone(), folder, options });
+    let driver = Arc::new(Driver { name: name.clone(), script: Script(folder), options });
     let serving = tonic::transport::Server::builder()
         .add_service(NodeServer::from_arc(driver.clone()))
         .add_service(IdentityServer::from_arc(driver.clone()))
         .serve_with_incoming(listen(&endpoint)?);
-    let registrar = Registrar { driver, endpoint };
+    let info = PluginInfo {
+        r#type: "CSIPlugin".into(),
+        name: driver.name.clone(),
+        endpoint: endpoint.display().to_string(),
+        supported_versions: driver.options.versions.clone(),
+    };
     let registering = tonic::transport::Server::builder()
-        .add_service(RegistrationServer::new(registrar))
+        .add_service(Registrar::service(driver.script.clone(), info))
         .serve_with_incoming(listen(Path::new(socket))?);
     tokio::try_join!(serving, registering)?;
     Ok(())

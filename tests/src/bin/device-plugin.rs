@@ -10,36 +10,30 @@
 #![allow(clippy::print_stderr, reason = "a tool for tests")]
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio_stream::Stream;
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
-use tonic::{Code, Request, Response, Status};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
 
 #[allow(clippy::all, clippy::pedantic, missing_docs, dead_code, reason = "generated code")]
 mod api {
     tonic::include_proto!("v1beta1");
 }
-#[allow(clippy::all, clippy::pedantic, missing_docs, dead_code, reason = "generated code")]
-mod registration {
-    tonic::include_proto!("pluginregistration");
-}
 
 use api::device_plugin_server::{DevicePlugin, DevicePluginServer};
-use registration::registration_server::{Registration, RegistrationServer};
+use tests::driver::registration::PluginInfo;
+use tests::driver::{Registrar, Script, TICK, listen};
 
 const KUBELET: &str = "/var/lib/kubelet/device-plugins";
-const TICK: Duration = Duration::from_millis(20);
 
 /// How it shall be.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -56,35 +50,19 @@ struct Options {
 
 struct Plugin {
     resource: String,
-    folder: PathBuf,
+    script: Script,
     options: Options,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
 
 impl Plugin {
-    /// Writes down a call, then fails or hangs as a file `fail-VERB` (a gRPC code and words) or
-    /// `hang-VERB` says.
-    async fn begin(&self, verb: &str, mut call: Value) -> Result<(), Status> {
-        call["verb"] = verb.into();
-        let mut log = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.folder.join("calls.jsonl"))?;
-        writeln!(log, "{call}")?;
-        while self.folder.join(format!("hang-{verb}")).exists() {
-            tokio::time::sleep(TICK).await;
-        }
-        if let Ok(text) = fs::read_to_string(self.folder.join(format!("fail-{verb}"))) {
-            let (code, words) = text.split_once(' ').unwrap_or((&text, ""));
-            let code = Code::from_i32(code.trim().parse().unwrap_or(13));
-            return Err(Status::new(code, words.trim()));
-        }
-        Ok(())
+    async fn begin(&self, verb: &str, call: Value) -> Result<(), Status> {
+        self.script.begin(verb, call).await
     }
 
     fn devices(&self) -> Vec<api::Device> {
-        let text = fs::read_to_string(self.folder.join("devices")).unwrap_or_default();
+        let text = fs::read_to_string(self.script.0.join("devices")).unwrap_or_default();
         let parse = |line: &str| {
             let mut words = line.split_whitespace();
             let (id, health) = (words.next()?, words.next()?);
@@ -131,7 +109,7 @@ impl DevicePlugin for Plugin {
         let (to, stream) = tokio::sync::mpsc::channel(1);
         let plugin = Plugin {
             resource: self.resource.clone(),
-            folder: self.folder.clone(),
+            script: self.script.clone(),
             options: self.options.clone(),
         };
         tokio::spawn(async move {
@@ -185,7 +163,7 @@ impl DevicePlugin for Plugin {
             ids.sort();
             self.begin("allocate", json!({"devices": ids})).await?;
             self.check(&ids)?;
-            let folder = self.folder.join("given");
+            let folder = self.script.0.join("given");
             fs::create_dir_all(&folder)?;
             fs::write(folder.join("of"), &self.resource)?;
             let short = self.resource.rsplit('/').next().unwrap_or_default().to_uppercase();
@@ -226,43 +204,6 @@ impl DevicePlugin for Plugin {
         self.begin("prestart", json!({"devices": ids})).await?;
         Ok(Response::new(api::PreStartContainerResponse {}))
     }
-}
-
-/// Answers in the registry of plugins.
-struct Registrar {
-    plugin: Arc<Plugin>,
-    endpoint: PathBuf,
-}
-
-#[tonic::async_trait]
-impl Registration for Registrar {
-    async fn get_info(
-        &self,
-        _: Request<registration::InfoRequest>,
-    ) -> Answer<registration::PluginInfo> {
-        Ok(Response::new(registration::PluginInfo {
-            r#type: "DevicePlugin".into(),
-            name: self.plugin.resource.clone(),
-            endpoint: self.endpoint.display().to_string(),
-            supported_versions: vec!["v1beta1".into()],
-        }))
-    }
-
-    async fn notify_registration_status(
-        &self,
-        request: Request<registration::RegistrationStatus>,
-    ) -> Answer<registration::RegistrationStatusResponse> {
-        let status = request.into_inner();
-        let told = json!({"registered": status.plugin_registered, "error": status.error});
-        self.plugin.begin("notify", told).await?;
-        Ok(Response::new(registration::RegistrationStatusResponse {}))
-    }
-}
-
-fn listen(socket: &Path) -> anyhow::Result<UnixListenerStream> {
-    let _ = fs::remove_file(socket);
-    let listener = UnixListener::bind(socket).with_context(|| socket.display().to_string())?;
-    Ok(UnixListenerStream::new(listener))
 }
 
 /// Calls the node.
@@ -338,15 +279,20 @@ async fn main() -> anyhow::Result<()> {
     let options: Options = serde_json::from_str(options).context("read the options")?;
     let folder = PathBuf::from(folder);
     fs::create_dir_all(&folder)?;
-    let plugin = Arc::new(Plugin { resource: resource.clone(), folder, options });
+    let plugin = Arc::new(Plugin { resource: resource.clone(), script: Script(folder), options });
     if let Some(socket) = plugin.options.registry.clone() {
-        let endpoint = plugin.folder.join("plugin.sock");
+        let endpoint = plugin.script.0.join("plugin.sock");
         let serving = tonic::transport::Server::builder()
             .add_service(DevicePluginServer::from_arc(plugin.clone()))
             .serve_with_incoming(listen(&endpoint)?);
-        let registrar = Registrar { plugin, endpoint };
+        let info = PluginInfo {
+            r#type: "DevicePlugin".into(),
+            name: resource.clone(),
+            endpoint: endpoint.display().to_string(),
+            supported_versions: vec!["v1beta1".into()],
+        };
         let registering = tonic::transport::Server::builder()
-            .add_service(RegistrationServer::new(registrar))
+            .add_service(Registrar::service(plugin.script.clone(), info))
             .serve_with_incoming(listen(&socket)?);
         tokio::try_join!(serving, registering)?;
         return Ok(());

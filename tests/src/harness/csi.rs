@@ -1,15 +1,16 @@
 //! The tests' CSI driver on a node, and the part of the control plane that it needs: somebody who
 //! attaches and detaches.
 
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use super::caller::{Caller, MERGE};
+use super::eventually;
 use super::node::{Node, built};
-use super::{command, eventually};
+use super::scripted::Scripted;
 
 /// STAGE_UNSTAGE_VOLUME.
 pub const STAGE: i32 = 1;
@@ -23,12 +24,17 @@ pub const MOUNT_GROUP: i32 = 6;
 /// A driver that runs on a node.
 pub struct CsiDriver {
     name: String,
-    /// Its folder, as the node sees it and as the test does.
-    inside: PathBuf,
-    folder: PathBuf,
+    scripted: Scripted,
     socket: PathBuf,
     options: Value,
-    child: Option<Child>,
+}
+
+impl Deref for CsiDriver {
+    type Target = Scripted;
+
+    fn deref(&self) -> &Scripted {
+        &self.scripted
+    }
 }
 
 impl CsiDriver {
@@ -47,14 +53,11 @@ impl CsiDriver {
 
     /// One that is not started yet.
     pub fn prepare(node: &Node, name: &str, options: Value) -> Self {
-        let inside = PathBuf::from("/var/lib/csi-test").join(name);
         Self {
             name: name.to_owned(),
-            folder: node.path(&inside.display().to_string()),
-            inside,
+            scripted: Scripted::prepare(node, Path::new("/var/lib/csi-test").join(name)),
             socket: PathBuf::from(format!("/var/lib/kubelet/plugins_registry/{name}-reg.sock")),
             options,
-            child: None,
         }
     }
 
@@ -63,17 +66,9 @@ impl CsiDriver {
     /// # Errors
     /// When it cannot be started.
     pub fn spawn(&mut self, node: &Node) -> Result<()> {
-        let child = node
-            .command(built("csi-driver")?)
-            .arg(&self.name)
-            .arg(&self.inside)
-            .arg(&self.socket)
-            .arg(self.options.to_string())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("start the CSI driver")?;
-        self.child = Some(child);
-        Ok(())
+        let mut command = node.command(built("csi-driver")?);
+        command.arg(&self.name).arg(&self.scripted.inside).arg(&self.socket);
+        self.scripted.spawn(command.arg(self.options.to_string()))
     }
 
     /// Its name.
@@ -84,36 +79,6 @@ impl CsiDriver {
     /// The folder that is the volume `handle`, as the test reaches it.
     pub fn volume(&self, handle: &str) -> PathBuf {
         self.folder.join("volumes").join(handle)
-    }
-
-    /// Makes `verb` fail with a gRPC code and words, or work again.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn fail(&self, verb: &str, with: Option<&str>) -> Result<()> {
-        self.tell(&format!("fail-{verb}"), with)
-    }
-
-    /// Makes `verb` hang, or go on.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn hang(&self, verb: &str, hang: bool) -> Result<()> {
-        self.tell(&format!("hang-{verb}"), hang.then_some(""))
-    }
-
-    fn tell(&self, file: &str, text: Option<&str>) -> Result<()> {
-        let path = self.folder.join(file);
-        match text {
-            Some(text) => Ok(std::fs::write(path, text)?),
-            None => Ok(std::fs::remove_file(path)?),
-        }
-    }
-
-    /// What it was asked so far.
-    pub fn calls(&self) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.folder.join("calls.jsonl")).unwrap_or_default();
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// What it was asked for the volume `handle`, in order.
@@ -147,30 +112,11 @@ impl CsiDriver {
     /// # Errors
     /// When the socket cannot be removed.
     pub fn stop(&mut self, node: &Node, socket_too: bool) -> Result<()> {
-        self.end();
+        self.scripted.end();
         if socket_too {
             std::fs::remove_file(node.path(&self.socket.display().to_string()))?;
         }
         Ok(())
-    }
-}
-
-impl CsiDriver {
-    fn end(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // nsenter forks to enter the PID namespace.
-        for pid in command::descendants(child.id()) {
-            let pid = nix::unistd::Pid::from_raw(pid as i32);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-}
-
-impl Drop for CsiDriver {
-    fn drop(&mut self) {
-        self.end();
     }
 }
 

@@ -1,22 +1,28 @@
 //! The tests' device plugin on a node.
 
-use std::path::PathBuf;
-use std::process::{Child, Stdio};
+use std::ops::Deref;
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::Value;
 
+use super::eventually;
 use super::node::{Node, built};
-use super::{command, eventually};
+use super::scripted::Scripted;
 
 /// A plugin that runs on a node.
 pub struct DevicePlugin {
     resource: String,
-    /// Its folder, as the node sees it and as the test does.
-    inside: PathBuf,
-    folder: PathBuf,
+    scripted: Scripted,
     options: Value,
-    child: Option<Child>,
+}
+
+impl Deref for DevicePlugin {
+    type Target = Scripted;
+
+    fn deref(&self) -> &Scripted {
+        &self.scripted
+    }
 }
 
 impl DevicePlugin {
@@ -36,10 +42,10 @@ impl DevicePlugin {
     /// # Errors
     /// What the file system says.
     pub fn prepare(node: &Node, resource: &str, devices: &str, options: Value) -> Result<Self> {
-        let inside = PathBuf::from("/var/lib/device-test").join(resource.replace('/', "_"));
-        let folder = node.path(&inside.display().to_string());
-        std::fs::create_dir_all(&folder)?;
-        let plugin = Self { resource: resource.to_owned(), folder, inside, options, child: None };
+        let inside = Path::new("/var/lib/device-test").join(resource.replace('/', "_"));
+        let scripted = Scripted::prepare(node, inside);
+        std::fs::create_dir_all(&scripted.folder)?;
+        let plugin = Self { resource: resource.to_owned(), scripted, options };
         plugin.devices(devices)?;
         Ok(plugin)
     }
@@ -49,16 +55,9 @@ impl DevicePlugin {
     /// # Errors
     /// When it cannot be started.
     pub fn spawn(&mut self, node: &Node) -> Result<()> {
-        let child = node
-            .command(built("device-plugin")?)
-            .arg(&self.resource)
-            .arg(&self.inside)
-            .arg(self.options.to_string())
-            .stdout(Stdio::null())
-            .spawn()
-            .context("start the device plugin")?;
-        self.child = Some(child);
-        Ok(())
+        let mut command = node.command(built("device-plugin")?);
+        command.arg(&self.resource).arg(&self.scripted.inside);
+        self.scripted.spawn(command.arg(self.options.to_string()))
     }
 
     /// Has these devices from now on: `ID[!][@NUMA,NUMA]`, an exclamation mark is unhealthy.
@@ -78,35 +77,9 @@ impl DevicePlugin {
         Ok(())
     }
 
-    /// Makes `verb` fail with a gRPC code and words, or work again.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn fail(&self, verb: &str, with: Option<&str>) -> Result<()> {
-        self.tell(&format!("fail-{verb}"), with)
-    }
-
-    /// Makes `verb` hang, or go on.
-    ///
-    /// # Errors
-    /// What the file system says.
-    pub fn hang(&self, verb: &str, hang: bool) -> Result<()> {
-        self.tell(&format!("hang-{verb}"), hang.then_some(""))
-    }
-
-    fn tell(&self, file: &str, text: Option<&str>) -> Result<()> {
-        let path = self.folder.join(file);
-        match text {
-            Some(text) => Ok(std::fs::write(path, text)?),
-            None => Ok(std::fs::remove_file(path)?),
-        }
-    }
-
     /// What it was asked so far: all calls of `verb`.
-    pub fn calls(&self, verb: &str) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.folder.join("calls.jsonl")).unwrap_or_default();
-        let all = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        all.filter(|call| call["verb"] == verb).collect()
+    pub fn calls_of(&self, verb: &str) -> Vec<Value> {
+        self.calls().into_iter().filter(|call| call["verb"] == verb).collect()
     }
 
     /// The devices of each call of `verb`, joined by commas.
@@ -115,13 +88,13 @@ impl DevicePlugin {
             let ids = call["devices"].as_array().cloned().unwrap_or_default();
             ids.iter().map(|id| id.as_str().unwrap_or_default()).collect::<Vec<_>>().join(",")
         };
-        self.calls(verb).into_iter().map(ids).collect()
+        self.calls_of(verb).into_iter().map(ids).collect()
     }
 
     /// Waits until `verb` was called so often.
     pub async fn called(&self, verb: &str, times: usize) {
         eventually(&format!("{times} calls of {verb}"), async || {
-            let calls = self.calls(verb);
+            let calls = self.calls_of(verb);
             if calls.len() >= times { Ok(()) } else { bail!("{calls:?}") }
         })
         .await;
@@ -136,20 +109,7 @@ impl DevicePlugin {
 
     /// Kills it; its socket stays, as after a crash.
     pub fn stop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        // nsenter forks to enter the PID namespace.
-        for pid in command::descendants(child.id()) {
-            let pid = nix::unistd::Pid::from_raw(pid as i32);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
-        let _ = child.kill();
-        let _ = child.wait();
-    }
-}
-
-impl Drop for DevicePlugin {
-    fn drop(&mut self) {
-        self.stop();
+        self.scripted.end();
     }
 }
 

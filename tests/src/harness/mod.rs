@@ -20,6 +20,7 @@ pub mod measure;
 pub mod net;
 pub mod node;
 pub mod peers;
+pub mod scripted;
 
 pub use cluster::Cluster;
 pub use eventually::{eventually, eventually_within};

@@ -91,7 +91,7 @@ async fn containers_get_what_the_plugin_says_and_give_it_back() {
     }
     assert_eq!(plugin.asked("allocate"), ["c", "c", "b"]);
     assert_eq!(plugin.asked("prestart")[0], "c");
-    let preferred = plugin.calls("preferred");
+    let preferred = plugin.calls_of("preferred");
     assert_eq!(preferred[0]["available"], json!(["a", "b", "c"]));
     let health = &container(&pod, "two")["allocatedResourcesStatus"];
     let expected = json!([{"name": DEV, "resources": [{"resourceID": "b", "health": "Healthy"}]}]);
@@ -286,7 +286,7 @@ async fn plugins_register_by_the_registry_as_well_and_are_refused_with_a_reason(
     let mut old = DevicePlugin::prepare(&world.node, "old.example/x", "x", options).unwrap();
     old.spawn(&world.node).unwrap();
     old.called("refused", 1).await;
-    let why = old.calls("refused")[0]["error"].as_str().unwrap().to_owned();
+    let why = old.calls_of("refused")[0]["error"].as_str().unwrap().to_owned();
     assert!(why.contains("v1alpha") && why.contains("v1beta1"), "{why}");
     old.stop();
     end(world, plugin, &["user"]).await;
