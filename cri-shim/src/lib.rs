@@ -21,6 +21,7 @@ pub mod image;
 pub mod monitor;
 pub mod mount;
 pub mod network;
+pub mod scoped;
 pub mod seccomp;
 pub mod selinux;
 mod serve;

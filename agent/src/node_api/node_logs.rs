@@ -16,7 +16,7 @@ use axum::extract::{Path, RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use jiff::Timestamp;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag};
 use nix::sys::stat::Mode;
 
 use super::logs::options::query;
@@ -168,7 +168,7 @@ fn open(path: &str) -> io::Result<File> {
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
     let path = path.trim_start_matches('/').trim_start_matches("var/log/");
     let path = if path.is_empty() { "." } else { path };
-    let fd: OwnedFd = openat2(&dir, path, how)?;
+    let fd: OwnedFd = cri_shim::scoped::open(&dir, path, how)?;
     Ok(fd.into())
 }
 

@@ -53,14 +53,7 @@ fn open_beneath(root: &OwnedFd, path: &str) -> nix::Result<OwnedFd> {
     let how = OpenHow::new()
         .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-    // The kernel asks to try again when somebody renames meanwhile.
-    for _ in 0..128 {
-        match openat2(root, path, how) {
-            Err(Errno::EAGAIN | Errno::EINTR) => {}
-            other => return other,
-        }
-    }
-    Err(Errno::EAGAIN)
+    cri_shim::scoped::open(root, path, how)
 }
 
 /// Opens `sub_path` beneath `root`, making what is missing of it as directories.

@@ -27,6 +27,7 @@ use super::unpack::{
     LowerLink, UnpackError, Unpacked, bad, disk, in_root, io_disk, is_folder, is_whiteout, mode,
     stat, timespec,
 };
+use crate::scoped;
 use crate::snapshot::{self, Rootfs, entries, remove_tree, remove_tree_at};
 
 /// Completes the layer unpacked into `work`/d with what the layers `below` (nearest first) have.
@@ -150,7 +151,8 @@ impl Layer<'_> {
             io_disk("mount the layers below at", &merged)(io::Error::other(error))
         })?;
         let root = open_folder(&merged)?;
-        let Ok(found) = openat2(&root, path, in_root(OFlag::O_PATH | OFlag::O_DIRECTORY)) else {
+        let Ok(found) = scoped::open(&root, path, in_root(OFlag::O_PATH | OFlag::O_DIRECTORY))
+        else {
             return Ok(None);
         };
         let name_of = |fd: &OwnedFd| {
@@ -202,7 +204,7 @@ impl Layer<'_> {
         let merged = open_folder(&rootfs.merged)?;
         let folder = |root: &OwnedFd, path: &Path| {
             let path = path.parent().filter(|path| !path.as_os_str().is_empty());
-            openat2(
+            scoped::open(
                 root,
                 path.unwrap_or(Path::new(".")),
                 in_root(OFlag::O_PATH | OFlag::O_DIRECTORY),

@@ -17,7 +17,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat, openat2},
+    fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, open, openat},
     sys::{
         stat::{
             FileStat, Mode, SFlag, UtimensatFlags, fchmod, fstatat, futimens, mkdirat, mknodat,
@@ -32,6 +32,7 @@ use super::{
     sys,
     tar_stream::{Kind, Member, TarError, TarStream},
 };
+use crate::scoped;
 use crate::snapshot::remove_tree_at;
 
 const OPAQUE: &[u8] = b"trusted.overlay.opaque";
@@ -442,7 +443,7 @@ impl Layer {
 
     fn open_below(&self, path: &Path) -> Result<OwnedFd, Errno> {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
-        openat2(&self.root, path, in_root(OFlag::O_PATH | OFlag::O_DIRECTORY))
+        scoped::open(&self.root, path, in_root(OFlag::O_PATH | OFlag::O_DIRECTORY))
     }
 
     fn later(&mut self, path: &Path, mtime: (i64, u32)) -> Result<(), UnpackError> {
@@ -464,7 +465,7 @@ impl Layer {
             let path = if path.as_os_str().is_empty() { Path::new(".") } else { path.as_path() };
             // A folder that a later member replaced has no time to set.
             if let Ok(folder) =
-                openat2(&self.root, path, in_root(OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW))
+                scoped::open(&self.root, path, in_root(OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW))
             {
                 let time = timespec(mtime);
                 let _ = futimens(&folder, &time, &time);

@@ -9,9 +9,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, openat2, readlinkat};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat, readlinkat};
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{Gid, Uid, fchownat};
+
+use crate::scoped;
 
 /// The most a passwd or group file may hold, in bytes.
 const MAX_FILE: u64 = 8 << 20;
@@ -50,7 +52,7 @@ impl Root {
         let how = OpenHow::new()
             .flags(flags | OFlag::O_CLOEXEC)
             .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS | more);
-        Ok(openat2(self.0.as_fd(), relative, how)?)
+        Ok(scoped::open(&self.0, relative, how)?)
     }
 
     /// Where a path leads to, by a path without symbolic links. Of use only where nothing changes.
