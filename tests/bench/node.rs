@@ -11,6 +11,8 @@
     reason = "a tool for developers: a panic is how it reports"
 )]
 
+mod follows;
+
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -43,6 +45,7 @@ const ROWS: &[(&str, &str, f64)] = &[
     ("idle CPU", "% of a core", 0.6),
     ("new Service -> first connection, p50", "ms", 50.0),
     ("pod delete -> gone, p50", "ms", 150.0),
+    ("1,000 logs followed, idle", "kB", 1000.0),
 ];
 
 #[tokio::main(worker_threads = 2)]
@@ -166,6 +169,9 @@ async fn measure(
     let used = cpu_seconds(node, stack) - before;
     figures.insert(ROWS[3].0, used / start.elapsed().as_secs_f64() * 100.0);
     figures.insert(ROWS[2].0, pss_megabytes(node, stack));
+
+    eprintln!("logs followed");
+    figures.insert(ROWS[6].0, follows::memory(cluster, node, "burst-0", stack).await?);
     Ok(figures)
 }
 

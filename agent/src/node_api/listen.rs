@@ -8,9 +8,9 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::Request;
 use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -24,15 +24,11 @@ use super::door::{Door, Hurry, Visitor, sent_away};
 
 /// Longest head of a request: a command line of `kubectl exec` travels in it.
 const MAX_HEAD: usize = 512 << 10;
-/// Longest header list over HTTP/2, where no command line travels.
-const MAX_HEADERS_H2: u32 = 64 << 10;
 /// A request's head must be there after this time; so long a connection may idle, too. Longer than
 /// Go's clients keep idle connections (90 s).
 const HEAD: Duration = Duration::from_secs(120);
 /// A silent peer is asked whether it lives (Go: 15 s), and given up after the ninth time.
 const KEEPALIVE: u32 = 15;
-/// Streams at once on one HTTP/2 connection (Go's server: 250).
-const STREAMS: u32 = 1000;
 /// How long to wait when the process has no file descriptors left.
 const BREATHE: Duration = Duration::from_millis(50);
 
@@ -134,30 +130,25 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let address = peer.address;
-    let service = service_fn(move |mut request: Request<Incoming>| {
+    let answer = move |mut request: Request<Body>| {
         request.extensions_mut().insert(peer.clone());
-        // Boxed, so that a stream whose answer has begun does not keep the room of its beginning.
-        Box::pin(routes.clone().oneshot(request.map(Body::new)))
-    });
-    let io = TokioIo::new(stream);
+        routes.clone().oneshot(request)
+    };
     let served = if http2 {
-        http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS)
-            .max_header_list_size(MAX_HEADERS_H2)
-            .max_send_buf_size(64 << 10)
-            .keep_alive_interval(Some(Duration::from_secs(30)))
-            .keep_alive_timeout(Duration::from_secs(30))
-            .serve_connection(io, service)
-            .await
+        super::http2::serve(stream, answer).await
     } else {
+        let service = service_fn(move |request: Request<Incoming>| {
+            // Boxed, so that an answer that has begun does not keep the room of its beginning.
+            Box::pin(answer(request.map(Body::new)))
+        });
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD)
             .max_buf_size(MAX_HEAD)
-            .serve_connection(io, service)
+            .serve_connection(TokioIo::new(stream), service)
             .with_upgrades()
             .await
+            .map_err(std::io::Error::other)
     };
     if let Err(error) = served {
         tracing::debug!(%address, %error, "a connection of the node API ended");

@@ -8,6 +8,7 @@ mod checkpoint;
 mod door;
 mod guard;
 mod health;
+mod http2;
 mod identity;
 mod listen;
 mod logs;

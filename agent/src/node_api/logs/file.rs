@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Bytes read at once.
@@ -22,13 +23,14 @@ type Mark = (u64, u64, Option<SystemTime>);
 /// A place in a log.
 #[derive(Debug)]
 pub(super) struct LogFile {
-    path: PathBuf,
+    /// All who read the log share it.
+    path: Arc<Path>,
     file: File,
     at: u64,
     /// The beginning of an entry whose end is not written yet.
-    rest: Vec<u8>,
+    rest: Box<[u8]>,
     /// Files of this log that are older than this reader, or read.
-    passed: Vec<Mark>,
+    passed: Box<[Mark]>,
 }
 
 /// What reading gave.
@@ -42,14 +44,13 @@ pub(super) enum Read {
 
 impl LogFile {
     /// Opens `path` at its beginning, or `tail` lines before its end.
-    pub(super) fn open(path: &Path, tail: Option<u64>) -> io::Result<Self> {
-        let file = File::open(path)?;
+    pub(super) fn open(path: Arc<Path>, tail: Option<u64>) -> io::Result<Self> {
+        let file = File::open(&path)?;
         let at = match tail {
             Some(lines) => tail_start(&file, lines)?,
             None => 0,
         };
-        let mut log =
-            Self { path: path.to_owned(), file, at, rest: Vec::new(), passed: Vec::new() };
+        let mut log = Self { path, file, at, rest: Box::default(), passed: Box::default() };
         let ours = mark(&log.file.metadata()?);
         let siblings = log.siblings()?;
         log.passed = siblings.into_iter().map(|(_, mark)| mark).filter(|m| *m != ours).collect();
@@ -58,35 +59,37 @@ impl LogFile {
 
     /// Entries that are there, as many as fit into a chunk; goes on to younger files.
     pub(super) fn read(&mut self) -> io::Result<Read> {
+        let mut rest = std::mem::take(&mut self.rest).into_vec();
         loop {
             let size = self.file.metadata()?.size();
             if size < self.at {
                 // Truncated in place: from the start again.
-                (self.at, self.rest) = (0, Vec::new());
+                (self.at, rest) = (0, Vec::new());
             }
             // No buffer where there is nothing to read: many wait, few read.
             let left = usize::try_from(size - self.at).unwrap_or(CHUNK).min(CHUNK);
             let mut read = 0;
             if left > 0 {
-                let before = self.rest.len();
-                self.rest.resize(before + left, 0);
-                read = self.file.read_at(&mut self.rest[before..], self.at)?;
-                self.rest.truncate(before + read);
+                let before = rest.len();
+                rest.resize(before + left, 0);
+                read = self.file.read_at(&mut rest[before..], self.at)?;
+                rest.truncate(before + read);
                 self.at += read as u64;
             }
             if read == 0 {
-                self.rest.shrink_to_fit();
-                if self.go_on()? {
-                    continue;
+                self.rest = rest.into();
+                if !self.go_on()? {
+                    return Ok(Read::End);
                 }
-                return Ok(Read::End);
+                rest = std::mem::take(&mut self.rest).into_vec();
+                continue;
             }
-            match self.rest.iter().rposition(|byte| *byte == b'\n') {
+            match rest.iter().rposition(|byte| *byte == b'\n') {
                 Some(last) => {
-                    let rest = self.rest.split_off(last + 1);
-                    return Ok(Read::Lines(std::mem::replace(&mut self.rest, rest)));
+                    self.rest = rest.split_off(last + 1).into();
+                    return Ok(Read::Lines(rest));
                 }
-                None if self.rest.len() > MAX_ENTRY => {
+                None if rest.len() > MAX_ENTRY => {
                     return Err(io::Error::other("an entry is longer than 1 MiB"));
                 }
                 None => {}
@@ -95,7 +98,7 @@ impl LogFile {
     }
 
     /// What was written of an entry without its end.
-    pub(super) fn take_rest(&mut self) -> Vec<u8> {
+    pub(super) fn take_rest(&mut self) -> Box<[u8]> {
         std::mem::take(&mut self.rest)
     }
 
@@ -117,10 +120,10 @@ impl LogFile {
         if self.file.read_at(&mut more, self.at)? > 0 {
             return Ok(true);
         }
-        self.passed.retain(|mark| siblings.iter().any(|(_, other)| other == mark));
-        self.passed.push(ours);
+        let there = |mark: &&Mark| siblings.iter().any(|(_, other)| other == *mark);
+        self.passed = self.passed.iter().filter(there).copied().chain([ours]).collect();
         (self.file, self.at) = (file, 0);
-        self.rest = Vec::new();
+        self.rest = Box::default();
         Ok(true)
     }
 
@@ -138,7 +141,7 @@ impl LogFile {
             }
         }
         rotated.sort();
-        rotated.push(self.path.clone());
+        rotated.push(self.path.to_path_buf());
         let marked = rotated.into_iter().filter_map(|path| {
             let mark = mark(&fs::metadata(&path).ok()?);
             Some((path, mark))
@@ -206,11 +209,15 @@ mod tests {
         for (tail, expected) in
             [(0, ""), (1, "c\n"), (2, "b\nc\n"), (3, "a\nb\nc\n"), (9, "a\nb\nc\n")]
         {
-            assert_eq!(all(&mut LogFile::open(&path, Some(tail)).unwrap()), expected, "{tail}");
+            assert_eq!(
+                all(&mut LogFile::open(path.clone().into(), Some(tail)).unwrap()),
+                expected,
+                "{tail}"
+            );
         }
         let long = "x".repeat(100_000);
         append(&path, &format!("{long}\n{long}\n"));
-        let got = all(&mut LogFile::open(&path, Some(2)).unwrap());
+        let got = all(&mut LogFile::open(path.clone().into(), Some(2)).unwrap());
         assert_eq!(got.len(), 200_002);
     }
 
@@ -219,13 +226,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("0.log");
         append(&path, "one\ntw");
-        let mut log = LogFile::open(&path, None).unwrap();
+        let mut log = LogFile::open(path.clone().into(), None).unwrap();
         assert_eq!(all(&mut log), "one\n");
         append(&path, "o\n");
         assert_eq!(all(&mut log), "two\n");
         append(&path, "end");
         assert_eq!(all(&mut log), "");
-        assert_eq!(log.take_rest(), b"end");
+        assert_eq!(*log.take_rest(), *b"end");
     }
 
     #[test]
@@ -234,7 +241,7 @@ mod tests {
         let path = dir.path().join("0.log");
         let rotate = |to: &str| fs::rename(&path, dir.path().join(format!("0.log.{to}"))).unwrap();
         append(&path, "1\n");
-        let mut log = LogFile::open(&path, None).unwrap();
+        let mut log = LogFile::open(path.clone().into(), None).unwrap();
         assert_eq!(all(&mut log), "1\n");
         append(&path, "2\n");
         rotate("20260101-000001");

@@ -3,15 +3,19 @@
 //!
 //! One inotify instance watches the folders of followed logs, one watch a folder however many follow,
 //! and one task looks at the pod table when it changes. A follower that has nothing to read costs its
-//! open file and a few hundred bytes.
+//! open file and some three hundred bytes, so a thousand may wait: no task, no timer, no channel each.
 
 use std::collections::HashMap;
 use std::io;
+use std::num::NonZeroU32;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
 
 use futures::StreamExt;
 use inotify::{Inotify, WatchDescriptor, WatchMask, Watches};
+use slab::Slab;
 use tokio::sync::watch;
 
 use crate::ids::PodUid;
@@ -28,55 +32,73 @@ pub(super) struct Instance {
 /// All who follow.
 pub(in crate::node_api) struct Followers {
     table: PodTable,
-    folders: Mutex<Option<Folders>>,
-    endings: Mutex<HashMap<Instance, watch::Sender<bool>>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    followed: HashMap<Instance, Weak<Followed>>,
+    folders: Option<Folders>,
+    /// A task looks out for endings.
+    looks: bool,
 }
 
 struct Folders {
     watches: Watches,
-    by_watch: HashMap<WatchDescriptor, watch::Sender<()>>,
+    by_watch: HashMap<WatchDescriptor, Vec<Weak<Followed>>>,
+}
+
+/// A log that somebody follows.
+struct Followed {
+    followers: Weak<Followers>,
+    instance: Instance,
+    path: Arc<Path>,
+    watch: WatchDescriptor,
+    /// Grows with each thing that happens.
+    news: AtomicU32,
+    ended: AtomicBool,
+    waiting: Mutex<Slab<Waker>>,
 }
 
 /// Wakes one follower.
 pub(super) struct Wake {
-    written: watch::Receiver<()>,
-    ended: watch::Receiver<bool>,
-    _folder: FolderWatch,
-}
-
-/// One follower's share in the watch of a folder.
-struct FolderWatch {
-    followers: Weak<Followers>,
-    watch: WatchDescriptor,
+    followed: Arc<Followed>,
+    seen: u32,
+    /// In `waiting`, counted from one: it is in memory a thousand times.
+    place: Option<NonZeroU32>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Those that are followed still. They are held until after the lock: the last holder's drop takes it.
+fn living<'a>(all: impl IntoIterator<Item = &'a Weak<Followed>>) -> Vec<Arc<Followed>> {
+    all.into_iter().filter_map(Weak::upgrade).collect()
+}
+
 impl Followers {
     pub(in crate::node_api) fn new(table: PodTable) -> Arc<Self> {
-        Arc::new(Self { table, folders: Mutex::new(None), endings: Mutex::default() })
+        Arc::new(Self { table, inner: Mutex::default() })
     }
 
-    /// Follows the log at `path` of `instance`. Look at both once after this: what happened before is
-    /// not told.
+    /// Follows the log at `path` of `instance`. What happened before the first `look` is not told.
     pub(super) fn follow(self: &Arc<Self>, path: &Path, instance: Instance) -> io::Result<Wake> {
-        let folder = path.parent().unwrap_or(Path::new("/"));
-        let (watch, written) = self.watch(folder)?;
-        Ok(Wake {
-            written,
-            ended: self.ending(instance),
-            _folder: FolderWatch { followers: Arc::downgrade(self), watch },
-        })
+        let mut inner = lock(&self.inner);
+        let followed = match inner.followed.get(&instance).and_then(Weak::upgrade) {
+            Some(followed) => followed,
+            None => self.begin(&mut inner, path, instance)?,
+        };
+        Ok(Wake { seen: followed.news.load(Ordering::Acquire), followed, place: None })
     }
 
-    fn watch(
+    fn begin(
         self: &Arc<Self>,
-        folder: &Path,
-    ) -> io::Result<(WatchDescriptor, watch::Receiver<()>)> {
-        let mut folders = lock(&self.folders);
-        let folders = match &mut *folders {
+        inner: &mut Inner,
+        path: &Path,
+        instance: Instance,
+    ) -> io::Result<Arc<Followed>> {
+        let folders = match &mut inner.folders {
             Some(folders) => folders,
             none => {
                 let inotify = Inotify::init()?;
@@ -92,39 +114,62 @@ impl Followers {
             | WatchMask::DELETE
             | WatchMask::DELETE_SELF;
         // The same folder gives the same watch.
-        let watch = folders.watches.add(folder, mask)?;
-        let sender =
-            folders.by_watch.entry(watch.clone()).or_insert_with(|| watch::Sender::new(()));
-        Ok((watch, sender.subscribe()))
-    }
-
-    fn ending(self: &Arc<Self>, instance: Instance) -> watch::Receiver<bool> {
-        let mut endings = lock(&self.endings);
-        if endings.is_empty() {
+        let watch = folders.watches.add(path.parent().unwrap_or(Path::new("/")), mask)?;
+        if !std::mem::replace(&mut inner.looks, true) {
             tokio::spawn(tell_endings(Arc::downgrade(self), self.table.changes()));
         }
-        let over = !self.table.runs(&instance.uid, &instance.name, &instance.id);
-        let sender = endings.entry(instance).or_insert_with(|| watch::Sender::new(over));
-        if over {
-            sender.send_replace(true);
-        }
-        sender.subscribe()
+        let ended = !self.table.runs(&instance.uid, &instance.name, &instance.id);
+        let followed = Arc::new(Followed {
+            followers: Arc::downgrade(self),
+            instance,
+            path: path.into(),
+            watch,
+            news: AtomicU32::new(0),
+            ended: AtomicBool::new(ended),
+            waiting: Mutex::default(),
+        });
+        let weak = Arc::downgrade(&followed);
+        folders.by_watch.entry(followed.watch.clone()).or_default().push(weak.clone());
+        inner.followed.insert(followed.instance.clone(), weak);
+        Ok(followed)
     }
 
-    /// Tells those whose container has ended; whether anybody follows still.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        let inner = lock(&self.inner);
+        let watches = inner.folders.as_ref().map_or(0, |folders| folders.by_watch.len());
+        inner.followed.is_empty() && watches == 0
+    }
+
+    /// Tells those whose container has ended; whether there are others still.
     fn look_at_endings(&self) -> bool {
-        let mut endings = lock(&self.endings);
-        endings.retain(|instance, sender| {
-            if sender.receiver_count() == 0 {
-                return false;
-            }
-            let runs = self.table.runs(&instance.uid, &instance.name, &instance.id);
-            if !runs {
-                sender.send_replace(true);
-            }
-            runs
+        let mut inner = lock(&self.inner);
+        let mut all = living(inner.followed.values());
+        all.retain(|followed| !followed.ended.load(Ordering::Acquire));
+        let (running, ended): (Vec<_>, Vec<_>) = all.into_iter().partition(|followed| {
+            let Instance { uid, name, id } = &followed.instance;
+            self.table.runs(uid, name, id)
         });
-        !endings.is_empty()
+        inner.looks = !running.is_empty();
+        drop(inner);
+        for followed in ended {
+            followed.ended.store(true, Ordering::Release);
+            followed.tell();
+        }
+        !running.is_empty()
+    }
+
+    /// Wakes those who follow a log in a folder, or all if it is not known which.
+    fn written(&self, watch: Option<&WatchDescriptor>) {
+        let inner = lock(&self.inner);
+        let woken = match (&inner.folders, watch) {
+            (Some(folders), Some(watch)) => {
+                living(folders.by_watch.get(watch).into_iter().flatten())
+            }
+            _ => living(inner.followed.values()),
+        };
+        drop(inner);
+        woken.iter().for_each(|followed| followed.tell());
     }
 }
 
@@ -140,35 +185,35 @@ async fn tell_endings(followers: Weak<Followers>, mut changes: watch::Receiver<u
 async fn tell(followers: Weak<Followers>, mut events: inotify::EventStream<Vec<u8>>) {
     while let Some(event) = events.next().await {
         let Some(followers) = followers.upgrade() else { return };
-        let mut folders = lock(&followers.folders);
-        let Some(folders) = &mut *folders else { return };
         match event {
             Ok(event) if event.mask.contains(inotify::EventMask::Q_OVERFLOW) => {
-                folders.by_watch.values().for_each(|sender| {
-                    sender.send_replace(());
-                });
+                followers.written(None);
             }
-            Ok(event) => {
-                if let Some(sender) = folders.by_watch.get(&event.wd) {
-                    sender.send_replace(());
-                }
-            }
+            Ok(event) => followers.written(Some(&event.wd)),
             Err(error) => tracing::warn!(%error, "cannot read what happens to followed logs"),
         }
     }
 }
 
-impl Drop for FolderWatch {
+impl Followed {
+    fn tell(&self) {
+        self.news.fetch_add(1, Ordering::AcqRel);
+        lock(&self.waiting).iter().for_each(|(_, waker)| waker.wake_by_ref());
+    }
+}
+
+impl Drop for Followed {
     fn drop(&mut self) {
         let Some(followers) = self.followers.upgrade() else { return };
-        let mut folders = lock(&followers.folders);
-        let Some(folders) = &mut *folders else { return };
-        let last = folders
-            .by_watch
-            .get(&self.watch)
-            // The receiver beside us is dropped before us.
-            .is_some_and(|sender| sender.receiver_count() == 0);
-        if last {
+        let mut inner = lock(&followers.inner);
+        // Somebody may have begun to follow it anew meanwhile.
+        if inner.followed.get(&self.instance).is_some_and(|other| other.strong_count() == 0) {
+            inner.followed.remove(&self.instance);
+        }
+        let Some(folders) = &mut inner.folders else { return };
+        let Some(others) = folders.by_watch.get_mut(&self.watch) else { return };
+        others.retain(|other| other.strong_count() > 0);
+        if others.is_empty() {
             folders.by_watch.remove(&self.watch);
             let _ = folders.watches.remove(self.watch.clone());
         }
@@ -176,23 +221,40 @@ impl Drop for FolderWatch {
 }
 
 impl Wake {
-    /// Whether the container has ended.
-    pub(super) fn has_ended(&self) -> bool {
-        *self.ended.borrow()
+    /// The log, by a path that all who follow it share.
+    pub(super) fn path(&self) -> Arc<Path> {
+        self.followed.path.clone()
     }
 
-    /// Returns when there may be something to read, or the container has ended.
-    pub(super) async fn wait(&mut self) {
-        let Self { written, ended, .. } = self;
-        let written = async {
-            if written.changed().await.is_err() {
-                // The watch is gone; the end of the container is left.
-                std::future::pending::<()>().await;
+    /// Takes note of all that has happened; whether the container has ended.
+    pub(super) fn look(&mut self) -> bool {
+        self.seen = self.followed.news.load(Ordering::Acquire);
+        self.followed.ended.load(Ordering::Acquire)
+    }
+
+    /// Ready when something has happened since the last look.
+    pub(super) fn poll_news(&mut self, cx: &Context<'_>) -> Poll<()> {
+        let mut waiting = lock(&self.followed.waiting);
+        match self.place.and_then(|place| waiting.get_mut(place.get() as usize - 1)) {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => {
+                let place = waiting.insert(cx.waker().clone()) + 1;
+                self.place = u32::try_from(place).ok().and_then(NonZeroU32::new);
             }
-        };
-        tokio::select! {
-            () = written => {}
-            _ = ended.wait_for(|ended| *ended) => {}
+        }
+        drop(waiting);
+        // Looked at after the waker is in its place, so that nothing falls between.
+        if self.followed.news.load(Ordering::Acquire) == self.seen {
+            return Poll::Pending;
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Wake {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            lock(&self.followed.waiting).try_remove(place.get() as usize - 1);
         }
     }
 }

@@ -34,7 +34,8 @@ fn parse(line: &[u8], ended: bool) -> Option<(Entry<'_>, bool)> {
 /// Turns entries into what the client asked for.
 #[derive(Debug)]
 pub(super) struct Shaper {
-    since: Option<Timestamp>,
+    /// Boxed, as few ask for it and many wait.
+    since: Option<Box<Timestamp>>,
     timestamps: bool,
     streams: Streams,
     left: u64,
@@ -47,7 +48,7 @@ pub(super) struct Shaper {
 impl Shaper {
     pub(super) fn new(options: &LogOptions) -> Self {
         Self {
-            since: options.since,
+            since: options.since.map(Box::new),
             timestamps: options.timestamps,
             streams: options.streams,
             left: options.limit.unwrap_or(u64::MAX),
@@ -70,8 +71,8 @@ impl Shaper {
             return;
         };
         let fresh = std::mem::replace(&mut self.fresh, whole);
-        if let Some(since) = self.since
-            && entry.stamp.parse::<Timestamp>().is_ok_and(|at| at < since)
+        if let Some(since) = &self.since
+            && entry.stamp.parse::<Timestamp>().is_ok_and(|at| at < **since)
         {
             return;
         }

@@ -2,6 +2,7 @@
 
 pub(super) mod follow;
 
+mod body;
 mod file;
 mod line;
 pub(super) mod options;
@@ -13,13 +14,12 @@ use axum::body::Body;
 use axum::extract::{Path, RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use hyper::body::Bytes;
 use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 use tokio::sync::Semaphore;
 
-use self::file::{LogFile, Read};
+use self::body::LogBody;
+use self::file::LogFile;
 use self::follow::{Followers, Instance, Wake};
-use self::line::Shaper;
 use self::options::{LogOptions, Refused};
 use super::{Failure, Shared};
 use crate::ids::PodUid;
@@ -70,23 +70,14 @@ pub(super) async fn container_logs(
         None
     };
     let tail = options.tail;
-    let opened = path.clone();
-    let file = tokio::task::spawn_blocking(move || LogFile::open(&opened, tail)).await;
+    let opened = wake.as_ref().map_or_else(|| path.as_path().into(), Wake::path);
+    let file = tokio::task::spawn_blocking(move || LogFile::open(opened, tail)).await;
     drop(opening);
     let file = file.map_err(|error| Failure::internal(error.to_string()))?.map_err(|error| {
         Failure::bad_request(format!("failed to open log file {}: {error}", path.display()))
     })?;
-    let reader = Reader {
-        // A tail that is not followed is so many lines and no more.
-        lines_left: options.tail.filter(|_| !options.follow),
-        shaper: Shaper::new(&options),
-        file: Some(file),
-        wake,
-    };
-    let chunks = futures::stream::unfold(reader, |mut reader| async move {
-        reader.next().await.map(|chunk| (chunk, reader))
-    });
-    Ok(([(header::CONTENT_TYPE, "text/plain")], Body::from_stream(chunks)).into_response())
+    let log = Body::new(LogBody::new(file, &options, wake));
+    Ok(([(header::CONTENT_TYPE, "text/plain")], log).into_response())
 }
 
 fn follow(
@@ -104,74 +95,6 @@ fn follow(
 
 /// Logs that are being opened at once: what opening takes is not needed a thousand times.
 static OPENING: Semaphore = Semaphore::const_new(16);
-/// Logs that are read at once. A line that a thousand follow must not make a thousand threads.
-const READS: usize = 8;
-static READING: Semaphore = Semaphore::const_new(READS);
-
-/// Hands out one log, chunk by chunk, as fast as the client takes it.
-struct Reader {
-    file: Option<LogFile>,
-    shaper: Shaper,
-    lines_left: Option<u64>,
-    wake: Option<Wake>,
-}
-
-impl Reader {
-    async fn next(&mut self) -> Option<std::io::Result<Bytes>> {
-        loop {
-            if self.shaper.is_done() || self.lines_left == Some(0) {
-                return None;
-            }
-            let mut file = self.file.take()?;
-            let ended = self.wake.as_ref().is_none_or(Wake::has_ended);
-            let permit = READING.acquire().await;
-            let work = tokio::task::spawn_blocking(move || (file.read(), file));
-            let done = work.await;
-            drop(permit);
-            let (read, mut file) = match done {
-                Ok(done) => done,
-                Err(error) => return Some(Err(std::io::Error::other(error))),
-            };
-            match read {
-                Ok(Read::Lines(lines)) => {
-                    self.file = Some(file);
-                    let mut out = Vec::with_capacity(lines.len());
-                    let whole = lines.strip_suffix(b"\n").unwrap_or(&lines);
-                    for line in whole.split(|byte| *byte == b'\n') {
-                        self.shaper.push(line, true, &mut out);
-                        self.lines_left = self.lines_left.map(|left| left.saturating_sub(1));
-                        if self.shaper.is_done() || self.lines_left == Some(0) {
-                            break;
-                        }
-                    }
-                    if !out.is_empty() {
-                        return Some(Ok(out.into()));
-                    }
-                }
-                // It had ended before this read, so there is no more.
-                Ok(Read::End) if ended => {
-                    let rest = file.take_rest();
-                    let mut out = Vec::new();
-                    if !rest.is_empty() {
-                        self.shaper.push(&rest, false, &mut out);
-                    }
-                    return (!out.is_empty()).then(|| Ok(out.into()));
-                }
-                Ok(Read::End) => {
-                    self.file = Some(file);
-                    if let Some(wake) = &mut self.wake {
-                        wake.wait().await;
-                    }
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "cannot read a container's log");
-                    return Some(Err(error));
-                }
-            }
-        }
-    }
-}
-
 /// The id of the instance whose log is wanted, or why there is none, in upstream's words.
 fn instance_id(
     status: &PodStatus,
@@ -226,7 +149,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::pod::table::{PodTable, PodView};
+
+    fn runs() -> ContainerState {
+        ContainerState {
+            running: Some(ContainerStateRunning::default()),
+            ..ContainerState::default()
+        }
+    }
 
     fn ended(id: &str) -> ContainerState {
         let terminated = ContainerStateTerminated {
@@ -282,80 +211,5 @@ mod tests {
         }
         let none = instance_id(&PodStatus::default(), "p", "c", false).unwrap_err();
         assert_eq!(none, "container \"c\" in pod \"p\" is not available");
-    }
-
-    fn view(state: ContainerState) -> PodView {
-        let status = ContainerStatus {
-            name: "c".into(),
-            container_id: Some("cri://x".into()),
-            state: Some(state),
-            ..ContainerStatus::default()
-        };
-        PodView {
-            finished: false,
-            pod: Arc::new(crate::pod::testing::pod(r#"{"containers": [{"name": "c"}]}"#)),
-            status: PodStatus { container_statuses: Some(vec![status]), ..PodStatus::default() },
-            source: None,
-            containers: Default::default(),
-            sandbox: None,
-        }
-    }
-
-    fn runs() -> ContainerState {
-        ContainerState {
-            running: Some(ContainerStateRunning::default()),
-            ..ContainerState::default()
-        }
-    }
-
-    #[tokio::test]
-    async fn a_thousand_followers_see_every_line_across_rotations_until_the_end() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("0.log");
-        let write = |text: &str| {
-            use std::io::Write;
-            let mut file =
-                std::fs::OpenOptions::new().create(true).append(true).open(&path).unwrap();
-            let line = format!("2026-01-02T03:04:05.000000000Z stdout F {text}\n");
-            file.write_all(line.as_bytes()).unwrap();
-        };
-        write("first");
-        let table = PodTable::default();
-        table.put(view(runs()));
-        let followers = Followers::new(table.clone());
-        let mut tasks = tokio::task::JoinSet::new();
-        for _ in 0..1000 {
-            let instance = Instance { uid: "u".into(), name: "c".into(), id: "x".into() };
-            let options = LogOptions { follow: true, ..LogOptions::default() };
-            let mut reader = Reader {
-                wake: Some(followers.follow(&path, instance).unwrap()),
-                file: Some(LogFile::open(&path, None).unwrap()),
-                shaper: Shaper::new(&options),
-                lines_left: None,
-            };
-            tasks.spawn(async move {
-                let mut seen = Vec::new();
-                while let Some(chunk) = reader.next().await {
-                    seen.extend_from_slice(&chunk.unwrap());
-                }
-                String::from_utf8(seen).unwrap()
-            });
-        }
-        let mut expected = String::from("first\n");
-        for n in 0..20 {
-            write(&n.to_string());
-            expected += &format!("{n}\n");
-            if n % 5 == 4 {
-                let rotated = dir.path().join(format!("0.log.20260101-0000{n:02}"));
-                std::fs::rename(&path, rotated).unwrap();
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-            }
-        }
-        write("last words");
-        expected += "last words\n";
-        table.put(view(ended("cri://x")));
-        while let Some(seen) = tasks.join_next().await {
-            assert_eq!(seen.unwrap(), expected);
-        }
     }
 }
