@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, ValueEnum};
 
+use super::kubelet_flags::KubeletFlags;
 use super::proxy_flags::ProxyFlags;
 
 /// Which parts run in this process.
@@ -47,6 +48,9 @@ pub struct NodeFlags {
     /// File with KubeletConfiguration, KubeProxyConfiguration and LongshoreConfiguration documents
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Folder of files (*.conf) with KubeletConfiguration that go over it one after the other, by name
+    #[arg(long, value_name = "DIR")]
+    pub config_dir: Option<PathBuf>,
     /// Credentials for the API server [default: /etc/kubernetes/kubelet.conf unless --standalone]
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
@@ -201,27 +205,24 @@ pub struct NodeFlags {
     /// Shape of log lines
     #[arg(long, value_name = "text|json", value_parser = ["text", "json"])]
     pub logging_format: Option<String>,
+    /// Of KubeletConfiguration.
+    #[command(flatten)]
+    pub kubelet: KubeletFlags,
     /// Of kube-proxy.
     #[command(flatten)]
     pub kube_proxy: ProxyFlags,
 }
 
-/// Kubelet's flags that have no meaning here and ask for nothing that is missing: upstream's defaults,
-/// places that `longshore run` has by itself, and what belongs to runtimes of the past.
-const WITHOUT_MEANING: [&str; 14] = [
+/// Kubelet's flags that are not noted: places that `longshore run` has by itself, and what belongs to
+/// runtimes of the past.
+const WITHOUT_MEANING: [&str; 8] = [
     "bootstrap-kubeconfig",
     "cloud-config",
     "config",
     "container-runtime",
-    "fail-swap-on",
     "kubeconfig",
-    "kube-reserved-cgroup",
     "log-file",
-    "logtostderr",
     "network-plugin",
-    "pod-infra-container-image",
-    "rotate-certificates",
-    "runtime-cgroups",
     "v",
 ];
 
@@ -284,6 +285,7 @@ impl NodeFlags {
             cloud_provider,
             provider_id,
             config,
+            config_dir,
             kubeconfig,
             bootstrap_kubeconfig,
             cert_dir,
@@ -335,6 +337,7 @@ impl NodeFlags {
         );
         self.standalone |= other.standalone;
         self.masquerade_all |= other.masquerade_all;
+        self.kubelet = self.kubelet.or(other.kubelet);
         self
     }
 }
@@ -350,15 +353,25 @@ mod tests {
             "--node-labels=a=b,c=d",
             "--pod-infra-container-image=registry.k8s.io/pause:3.10",
             "--node-ip=10.0.0.1",
-            "--cpu-manager-policy=static",
+            "--exit-on-lock-contention",
+            "--eviction-hard=memory.available<5%",
             "--max-pods=many",
             "--image-credential-provider-config=/etc/providers.yaml",
         ];
         let (taken, warnings) = of_kubelet(&given.map(str::to_owned));
         let providers = "--image-credential-provider-config=/etc/providers.yaml";
-        assert_eq!(taken, ["--node-labels=a=b,c=d", "--node-ip=10.0.0.1", providers]);
+        assert_eq!(
+            taken,
+            [
+                "--node-labels=a=b,c=d",
+                "--pod-infra-container-image=registry.k8s.io/pause:3.10",
+                "--node-ip=10.0.0.1",
+                "--eviction-hard=memory.available<5%",
+                providers
+            ]
+        );
         assert_eq!(warnings.len(), 2, "{warnings:?}");
-        assert!(warnings[0].contains("--cpu-manager-policy"), "{warnings:?}");
+        assert!(warnings[0].contains("--exit-on-lock-contention"), "{warnings:?}");
         assert!(warnings[1].contains("--max-pods=many"), "{warnings:?}");
         let noted = NodeFlags::parse(&taken).unwrap();
         assert_eq!(noted.node_labels, ["a=b", "c=d"]);

@@ -455,7 +455,8 @@ mod tests {
         assert_eq!(request.bootstrap_token.as_ref().unwrap().id(), "fedcba");
         assert_eq!(request.node_name, "n1");
         assert_eq!(request.container_runtime_endpoint.as_deref(), Some("unix:///x"));
-        assert_eq!(request.kubelet_flags, ["--node-labels=a=b"]);
+        let noted = ["--node-labels=a=b", "--rotate-certificates=true"];
+        assert_eq!(request.kubelet_flags, noted);
         assert!(request.warnings.len() == 1 && request.warnings[0].contains("--no-such"));
         assert_eq!(request.timeout, Duration::from_secs(7));
         let request =

@@ -16,6 +16,7 @@ mod explain;
 mod flags;
 mod image;
 mod join;
+mod kubelet_flags;
 mod man;
 mod places;
 mod proxy;

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use serde_json::{Map, Value};
 
 use super::NodeFlags;
 use crate::compose;
@@ -99,12 +100,23 @@ fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
         text.extend_from_slice(b"\n---\n");
     }
     let host = compose::host()?;
-    let resolved =
-        config::parse(&text).and_then(|documents| config::resolve(flags, documents, &host));
+    let overlays = flags.config_dir.as_deref().map(overlays).transpose()?.unwrap_or_default();
+    let resolved = config::parse(&text)
+        .and_then(|documents| {
+            documents.with_kubelet(|fields| {
+                overlays.iter().for_each(|over| config::merge(fields, over));
+                flags.kubelet.put_into(fields);
+            })
+        })
+        .and_then(|documents| config::resolve(flags, documents, &host));
     resolved.map_err(|error| match &error {
         // What a flag says wrongly is bad usage; what a file says wrongly is a failure.
         ConfigError::Invalid { field, .. } if field.starts_with("--") => {
             super::UsageError(error.to_string()).into()
+        }
+        ConfigError::Invalid { field, .. } if flags.kubelet.flag_of(field).is_some() => {
+            let flag = flags.kubelet.flag_of(field).unwrap_or_default();
+            super::UsageError(format!("{flag}: {error}")).into()
         }
         _ if files.is_empty() => error.into(),
         _ => {
@@ -114,9 +126,89 @@ fn configure(flags: &NodeFlags) -> anyhow::Result<NodeConfig> {
     })
 }
 
+/// What the files of `--config-dir` say: those named `*.conf`, in the order of their paths, each with
+/// one KubeletConfiguration.
+fn overlays(folder: &Path) -> anyhow::Result<Vec<Map<String, Value>>> {
+    let mut folders = vec![folder.to_owned()];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        let failed = || format!("read --config-dir {}", folder.display());
+        for entry in std::fs::read_dir(&folder).with_context(failed)? {
+            let path = entry.with_context(failed)?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "conf") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let read = |path: &PathBuf| {
+        let documents = config::parse(&std::fs::read(path)?)?;
+        anyhow::ensure!(
+            !documents.kubelet_written.is_empty(),
+            "it holds no KubeletConfiguration (kubelet.config.k8s.io/v1beta1)"
+        );
+        Ok(documents.kubelet_written)
+    };
+    files
+        .iter()
+        .map(|path| read(path).with_context(|| format!("--config-dir: {}", path.display())))
+        .collect()
+}
+
 fn trace(config: &NodeConfig) -> anyhow::Result<()> {
     logging::start(&config.log_filter, config.log_json).map_err(|error| match error {
         LogError::Filter(_) => super::UsageError(error.to_string()).into(),
         other => other.into(),
     })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    const KIND: &str = "kind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1\n";
+
+    #[test]
+    fn drop_in_files_go_over_one_another_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, format!("{KIND}{text}\n")).unwrap();
+        };
+        write(
+            "20-b.conf",
+            "maxPods: 20\nclusterDNS: [10.0.0.2]\nevictionHard: {pid.available: 5%}",
+        );
+        write("10-a.conf", "maxPods: 10\nevictionHard: {memory.available: 1Gi}");
+        write(
+            "30/c.conf",
+            "authentication: {anonymous: {enabled: null}, x509: {clientCAFile: /ca}}",
+        );
+        write("99-other.yaml", "maxPods: 99");
+        let mut all: Map<String, Value> = json!({"maxPods": 1, "clusterDNS": ["10.0.0.1"],
+            "authentication": {"anonymous": {"enabled": true}}})
+        .as_object()
+        .unwrap()
+        .clone();
+        overlays(dir.path()).unwrap().iter().for_each(|over| config::merge(&mut all, over));
+        all.retain(|name, _| name != "kind" && name != "apiVersion");
+        let expected = json!({"maxPods": 20, "clusterDNS": ["10.0.0.2"],
+            "evictionHard": {"memory.available": "1Gi", "pid.available": "5%"},
+            "authentication": {"anonymous": {}, "x509": {"clientCAFile": "/ca"}}});
+        assert_eq!(Value::from(all), expected);
+
+        write("40-bad.conf", "maxPod: 5");
+        let error = format!("{:#}", overlays(dir.path()).unwrap_err());
+        assert!(error.contains("40-bad.conf") && error.contains("maxPods"), "{error}");
+        std::fs::write(dir.path().join("40-bad.conf"), "").unwrap();
+        let error = format!("{:#}", overlays(dir.path()).unwrap_err());
+        assert!(error.contains("no KubeletConfiguration"), "{error}");
+        assert!(overlays(&dir.path().join("none")).is_err());
+    }
 }

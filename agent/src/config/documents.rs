@@ -37,6 +37,45 @@ pub struct Documents {
     pub notes: Vec<Note>,
 }
 
+const KUBELET: &str = "KubeletConfiguration";
+
+/// Whether KubeletConfiguration has a field `name`.
+#[cfg(test)]
+pub(crate) fn has_kubelet_field(name: &str) -> bool {
+    super::kubelet::FIELDS.iter().any(|(known, _)| *known == name)
+}
+
+impl Documents {
+    /// The same with another KubeletConfiguration: what `change` makes of the one as it was written.
+    pub fn with_kubelet(
+        mut self,
+        change: impl FnOnce(&mut Map<String, Value>),
+    ) -> Result<Self, ConfigError> {
+        change(&mut self.kubelet_written);
+        // They are of what it was before.
+        self.notes.retain(|note| !note.field().starts_with("KubeletConfiguration."));
+        let written = self.kubelet_written.clone();
+        self.kubelet = read(KUBELET, written, super::kubelet::FIELDS, &mut self.notes)?;
+        Ok(self)
+    }
+}
+
+/// Puts a file of `--config-dir` over what was before it: fields in fields, anything else as a whole,
+/// and null takes a field away (as kubelet's strategic merge, in whose types no list has a key).
+pub fn merge(fields: &mut Map<String, Value>, over: &Map<String, Value>) {
+    for (name, value) in over {
+        match (fields.get_mut(name), value) {
+            (_, Value::Null) => {
+                fields.remove(name);
+            }
+            (Some(Value::Object(inner)), Value::Object(over)) => merge(inner, over),
+            _ => {
+                fields.insert(name.clone(), value.clone());
+            }
+        }
+    }
+}
+
 /// Parses the text of a `--config` file.
 pub fn parse(text: &[u8]) -> Result<Documents, ConfigError> {
     let mut documents = Documents::default();
@@ -49,7 +88,7 @@ pub fn parse(text: &[u8]) -> Result<Documents, ConfigError> {
         let text_of = |name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default();
         let (kind, api_version) = (text_of("kind").to_owned(), text_of("apiVersion").to_owned());
         let name = match (kind.as_str(), api_version.as_str()) {
-            ("KubeletConfiguration", "kubelet.config.k8s.io/v1beta1") => "KubeletConfiguration",
+            (KUBELET, "kubelet.config.k8s.io/v1beta1") => KUBELET,
             ("KubeProxyConfiguration", "kubeproxy.config.k8s.io/v1alpha1") => {
                 "KubeProxyConfiguration"
             }
@@ -62,7 +101,7 @@ pub fn parse(text: &[u8]) -> Result<Documents, ConfigError> {
         seen.push(name);
         let Value::Object(fields) = value else { continue };
         match name {
-            "KubeletConfiguration" => {
+            KUBELET => {
                 documents.kubelet_written = fields.clone();
                 documents.kubelet =
                     read(name, fields, super::kubelet::FIELDS, &mut documents.notes)?;

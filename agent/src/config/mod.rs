@@ -18,7 +18,9 @@ mod resources;
 mod shutdown;
 pub mod tracing;
 
-pub use documents::{Documents, parse};
+#[cfg(test)]
+pub(crate) use documents::has_kubelet_field;
+pub use documents::{Documents, merge, parse};
 pub(crate) use fields::{is_dns1123_label, is_dns1123_subdomain};
 pub use kube_proxy::KubeProxyConfiguration;
 pub use kubelet::KubeletConfiguration;
@@ -53,6 +55,17 @@ pub enum Note {
         /// Why.
         reason: &'static str,
     },
+}
+
+impl Note {
+    /// Kind of the document and path of the field.
+    pub fn field(&self) -> &str {
+        match self {
+            Self::Inert { field } | Self::NotBuilt { field, .. } | Self::NoEffect { field, .. } => {
+                field
+            }
+        }
+    }
 }
 
 /// Why the configuration cannot be used.
