@@ -10,7 +10,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::json;
 use tests::harness::lab::within;
-use tests::harness::measure::pss_megabytes;
+use tests::harness::measure::anonymous_kilobytes;
 use tests::harness::{Cluster, Node};
 use tokio_rustls::TlsConnector;
 
@@ -29,12 +29,12 @@ pub async fn memory(cluster: &Cluster, node: &Node, pod: &str, stack: &[&str]) -
     let follows = follow(node, &token, &path, FOLLOWS).await?;
     let after = settled(node, stack).await;
     drop(follows);
-    Ok((after - before) * 1024.0)
+    Ok(after - before)
 }
 
 async fn settled(node: &Node, stack: &[&str]) -> f64 {
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    pss_megabytes(node, stack)
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    anonymous_kilobytes(node, stack)
 }
 
 /// A token that may do what the API server may.

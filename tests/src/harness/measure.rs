@@ -46,17 +46,23 @@ pub fn cpu_seconds(node: &Node, stack: &[&str]) -> f64 {
 
 /// Their memory, what is shared counted by share (PSS), in MiB.
 pub fn pss_megabytes(node: &Node, stack: &[&str]) -> f64 {
+    kilobytes(node, stack, "Pss:") / 1024.0
+}
+
+/// What they hold in memory that no file has, in KiB: the program's text comes and goes by itself.
+pub fn anonymous_kilobytes(node: &Node, stack: &[&str]) -> f64 {
+    kilobytes(node, stack, "Pss_Anon:")
+}
+
+fn kilobytes(node: &Node, stack: &[&str], field: &str) -> f64 {
     stack_pids(node, stack)
         .into_iter()
         .map(|pid| {
             let text =
                 std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
             text.lines()
-                .find_map(|l| {
-                    l.strip_prefix("Pss:")?.split_whitespace().next()?.parse::<f64>().ok()
-                })
+                .find_map(|l| l.strip_prefix(field)?.split_whitespace().next()?.parse::<f64>().ok())
                 .unwrap_or(0.0)
         })
-        .sum::<f64>()
-        / 1024.0
+        .sum()
 }
