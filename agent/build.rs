@@ -8,6 +8,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/csi.proto",
         "proto/device_plugin.proto",
         "proto/pod_resources.proto",
+        "proto/dra_v1.proto",
+        "proto/dra_v1beta1.proto",
+        "proto/dra_health.proto",
     ];
     let descriptors = protox::compile(schemas, ["proto"])?;
     // The server half serves tests.

@@ -12,6 +12,7 @@ pub mod credential;
 pub mod csi;
 pub mod device;
 pub mod doctor;
+pub mod dra;
 pub mod eviction;
 mod folder_events;
 pub mod health;

@@ -5,6 +5,7 @@
 //! here (`node_api::metrics`).
 
 mod devices;
+mod dra;
 mod images;
 
 use std::sync::LazyLock;
@@ -111,6 +112,7 @@ pub struct Metrics {
     volumes: Histograms<StorageOperation>,
     /// Of device plugins, and of who asks for pods' resources.
     devices: devices::DeviceMetrics,
+    dra: dra::DraMetrics,
     evictions: Family<Eviction, Gauge>,
     rejections: Family<Rejection, Counter>,
     shutdown_start: Gauge,
@@ -226,6 +228,7 @@ impl Metrics {
             pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
             volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
             devices: devices::DeviceMetrics::default(),
+            dra: dra::DraMetrics::default(),
             evictions: Family::default(),
             rejections: Family::default(),
             pods_started: Counter::default(),
@@ -243,6 +246,7 @@ impl Metrics {
         let mut registry = Registry::default();
         let all = &mut registry;
         self.devices.register(all);
+        self.dra.register(all);
         // Counters end in `_total`, which the encoder adds; help ends in a full stop, likewise.
         all.register(
             "kubelet_runtime_operations",

@@ -8,6 +8,7 @@ use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus}
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
 };
+use k8s_openapi::api::resource::v1::ResourceClaim;
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use tokio::sync::broadcast;
 
@@ -123,6 +124,14 @@ pub trait Objects: Send + Sync + 'static {
     /// What the cluster says of the CSI driver `name`, which may be nothing.
     async fn csi_driver(&self, _name: &str) -> Result<Option<Arc<CSIDriver>>, ObjectError> {
         Err(ObjectError::Standalone { what: "a CSI driver" })
+    }
+
+    /// The ResourceClaim, `None` if it does not exist; as it last was while the control plane is away.
+    async fn resource_claim(
+        &self,
+        _key: &NamespacedName,
+    ) -> Result<Option<Arc<ResourceClaim>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a ResourceClaim" })
     }
 
     /// Services of `namespace` plus `default/kubernetes`, for the service environment variables.

@@ -15,6 +15,7 @@ use k8s_openapi::api::core::v1::{
     ServicePort, ServiceSpec,
 };
 use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::api::resource::v1::ResourceClaim;
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Client, Resource};
@@ -550,6 +551,14 @@ impl Objects for ClusterObjects {
 
     async fn csi_driver(&self, name: &str) -> Result<Option<Arc<CSIDriver>>, ObjectError> {
         self.storage.get_of_cluster("CSIDriver", name).await
+    }
+
+    async fn resource_claim(
+        &self,
+        key: &NamespacedName,
+    ) -> Result<Option<Arc<ResourceClaim>>, ObjectError> {
+        let objects = kube::Api::namespaced(self.api.objects.clone(), &key.namespace);
+        self.storage.get("ResourceClaim", key, &objects).await
     }
 
     fn services(&self, namespace: &str) -> Vec<Arc<Service>> {

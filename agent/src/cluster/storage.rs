@@ -1,4 +1,5 @@
-//! Claims and what is behind them, as the API server has them, and as it last had them.
+//! Claims (of volumes, of devices) and what is behind them, as the API server has them, and as it last
+//! had them.
 //!
 //! A node may get these objects one by one, and no more; they are asked for when a pod is set up.
 //! What was answered is kept, so that a pod's containers are started again while the control plane

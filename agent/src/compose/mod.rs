@@ -23,6 +23,7 @@ use crate::config::node_api::Authorization;
 use crate::credential::{self, Loaded};
 use crate::csi::{Csi, InUse};
 use crate::device::{Devices, Unbound};
+use crate::dra::{Dra, Slices};
 use crate::health::{self, Watched};
 use crate::node::DevicesSeen;
 use crate::node::conditions::Pressure;
@@ -250,6 +251,19 @@ impl Parts {
         }
         let providers = context::providers(&self.config, self.providers.take())?;
         let mut handlers: Vec<Arc<dyn PluginHandler>> = Vec::new();
+        let claims = Dra::open(&node.root_dir, world.objects.clone())?;
+        handlers.push(claims.handler());
+        let slices = world.storage.as_ref().map(|storage| {
+            Slices::new(storage.api.main.clone(), &node.node_name, storage.node.clone())
+        });
+        let (running, mut shutdown) = (claims.clone().run(slices), self.shutdown.clone());
+        self.spawn("resource claims", async move {
+            tokio::select! {
+                () = running => {}
+                () = crate::shutdown::requested(&mut shutdown) => {}
+            }
+            Ok(())
+        });
         let csi = world.storage.map(|Storage { api, node: object, in_use }| {
             let csi = Csi::new(&node, world.objects.clone(), object, in_use);
             handlers.push(csi.handler());
@@ -287,6 +301,7 @@ impl Parts {
         let (context, cri) = (node.clone(), runtime.clone());
         let mut sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
             .with_devices(devices)
+            .with_claims(claims.clone())
             .with_sources(world.sources)
             .with_network(world.network)
             .with_pressure(world.pressure)
@@ -309,6 +324,7 @@ impl Parts {
             asked,
             handle.table().clone(),
             known,
+            claims,
             Arc::new(pod_resources::Shared),
             self.shutdown.clone(),
         );

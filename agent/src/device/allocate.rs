@@ -53,7 +53,7 @@ impl Devices {
         container: &Container,
     ) -> Result<bool, DeviceError> {
         let mut any = false;
-        for (resource, asked) in wanted(container) {
+        for (resource, asked) in wanted(pod, container) {
             any |= self.allocate_resource(pod, &container.name, resource, asked).await?;
         }
         Ok(any)
@@ -197,7 +197,7 @@ impl PodDevices for Devices {
     ) -> Result<RunOptions, DeviceError> {
         let uid = PodUid::of(pod);
         let mut any = false;
-        for (resource, asked) in wanted(container) {
+        for (resource, asked) in wanted(pod, container) {
             if asked == 0 || !lock(&self.state).manages(resource) {
                 continue;
             }

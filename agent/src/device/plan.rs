@@ -5,10 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::Container;
+use k8s_openapi::api::core::v1::{Container, Pod};
 
 use super::error::DeviceError;
 use super::inventory::Device;
+use crate::dra::is_claimed;
 use crate::pod::quantity;
 
 /// Whether `name` is an extended resource: one that Kubernetes itself knows nothing of.
@@ -36,15 +37,16 @@ pub fn is_valid_extended(name: &str) -> bool {
         && rest.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
 }
 
-/// Extended resources of the container and how many it asks for of each. Limit and request of such
-/// are the same.
-pub fn wanted(container: &Container) -> BTreeMap<&str, usize> {
+/// Extended resources that the container is to have of device plugins and how many it asks for of each.
+/// Limit and request of such are the same.
+pub fn wanted<'a>(pod: &Pod, container: &'a Container) -> BTreeMap<&'a str, usize> {
     let limits = container.resources.as_ref().and_then(|r| r.limits.as_ref());
     let of = |(name, amount)| {
         let count = quantity::value(amount).and_then(|n| usize::try_from(n).ok())?;
         Some((String::as_str(name), count))
     };
-    limits.into_iter().flatten().filter(|(name, _)| is_extended(name)).filter_map(of).collect()
+    let plugins = |name: &str| is_extended(name) && !is_claimed(pod, &container.name, name);
+    limits.into_iter().flatten().filter(|(name, _)| plugins(name)).filter_map(of).collect()
 }
 
 /// What a choice is made from.

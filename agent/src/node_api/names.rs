@@ -38,6 +38,9 @@ fn touch() {
     METRICS.container_started("container", Some("RunContainerError"));
     METRICS.device_plugin_registered("a.example/b");
     METRICS.devices_allocated("a.example/b", second);
+    METRICS.dra_operation("PrepareResources", second, true);
+    METRICS.dra_called("d.example", "/DRAPlugin/NodePrepareResources".into(), "OK".into(), second);
+    METRICS.dra_in_use((BTreeMap::new(), 0));
     for call in [PodResourcesCall::List, PodResourcesCall::Allocatable, PodResourcesCall::Get] {
         METRICS.pod_resources_asked(call, true);
     }

@@ -1,20 +1,20 @@
 //! Plugins of the node: how they make themselves known, whatever they are for.
 //!
 //! Each puts a socket into `<root-dir>/plugins_registry` and is asked over it who it is
-//! (`pluginregistration/v1`). What it is for says who takes it: CSI drivers, device plugins.
+//! (`pluginregistration/v1`). What it is for says who takes it: CSI drivers, device plugins,
+//! DRA drivers.
 
 use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tonic::Status;
-use tonic::transport::{Channel, Endpoint};
 
 pub(crate) mod authority;
+mod connection;
 mod registry;
 
+pub(crate) use connection::{connect, connect_watched};
 pub use registry::Registry;
 pub use wire::PluginInfo;
 
@@ -23,8 +23,6 @@ pub use wire::PluginInfo;
 pub(crate) mod wire {
     tonic::include_proto!("pluginregistration");
 }
-
-const CONNECT: Duration = Duration::from_secs(10);
 
 /// Why a plugin is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,19 +63,4 @@ pub(crate) async fn in_time<T>(
         Ok(result) => result,
         Err(_) => Err(Status::deadline_exceeded(format!("no answer within {} s", limit.as_secs()))),
     }
-}
-
-/// A channel to whoever listens at `socket`.
-pub(crate) async fn connect(socket: &Path) -> Result<Channel, Status> {
-    let path = socket.to_path_buf();
-    let connector = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(&path).await.map(TokioIo::new) }
-    });
-    // The address names nobody: the connector above decides where bytes go.
-    let endpoint = Endpoint::from_static("http://localhost").connect_timeout(CONNECT);
-    endpoint.connect_with_connector(connector).await.map_err(|error| {
-        let cause = crate::api::chain(&error);
-        Status::unavailable(format!("connect to {}: {cause}", socket.display()))
-    })
 }

@@ -16,7 +16,7 @@ use super::spec::{
 };
 use super::status::Verdict;
 use super::sysctls;
-use crate::device::is_extended;
+use crate::dra::may_be_claimed;
 use crate::node::conditions::Pressure;
 use crate::node_context::NodeContext;
 
@@ -165,7 +165,7 @@ pub fn admit(
 ) -> Result<(), Verdict> {
     check_os(pod)?;
     check_groups_policy(pod, node_object)?;
-    if let Some(field) = unsupported(pod) {
+    if let Some(field) = unsupported(pod, node) {
         return Err(refuse(
             "UnsupportedField",
             format!("{field} is not supported by this node; take it out of the pod"),
@@ -358,14 +358,11 @@ fn requirement(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bo
 }
 
 /// The first field that asks for what this node does not do.
-fn unsupported(pod: &Pod) -> Option<String> {
+fn unsupported(pod: &Pod, node: &NodeContext) -> Option<String> {
     let spec = spec_of(pod);
-    if spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
-        return Some("spec.resourceClaims".into());
-    }
-    // The scheduler had its extended resources claimed: no plugin gives it these.
-    if pod.status.as_ref().is_some_and(|s| s.extended_resource_claim_status.is_some()) {
-        return Some("status.extendedResourceClaimStatus (devices of a DRA driver)".into());
+    // Nobody allocates for a claim without a control plane.
+    if !node.cluster && spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()) {
+        return Some("spec.resourceClaims without a cluster".into());
     }
     if spec.host_users == Some(false) {
         // The API server refuses these; a manifest has nobody else to.
@@ -390,15 +387,11 @@ fn unsupported_in(container: &Container) -> Option<String> {
     if container.volume_devices.as_ref().is_some_and(|v| !v.is_empty()) {
         return Some("volumeDevices".into());
     }
-    let resources = container.resources.as_ref();
-    if resources.and_then(|r| r.claims.as_ref()).is_some_and(|c| !c.is_empty()) {
-        return Some("resources.claims".into());
-    }
-    let limits = resources.and_then(|r| r.limits.as_ref());
+    let limits = container.resources.as_ref().and_then(|r| r.limits.as_ref());
     for name in limits.into_iter().flatten().map(|(name, _)| name) {
         let known = matches!(&**name, "cpu" | "memory" | "ephemeral-storage")
             || name.starts_with("hugepages-")
-            || is_extended(name);
+            || may_be_claimed(name);
         if !known {
             return Some(format!("resources.limits[{name}]"));
         }

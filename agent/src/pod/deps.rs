@@ -14,6 +14,7 @@ use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
 use crate::device::PodDevices;
+use crate::dra::PodClaims;
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink, pod_reference};
@@ -27,6 +28,7 @@ pub(crate) struct Deps {
     pub(crate) runtime_name: String,
     pub(crate) volumes: Arc<dyn Volumes>,
     pub(crate) devices: Arc<dyn PodDevices>,
+    pub(crate) claims: Arc<dyn PodClaims>,
     pub(crate) objects: Arc<dyn Objects>,
     pub(crate) statuses: Arc<dyn StatusSink>,
     pub(crate) events: Arc<dyn EventSink>,

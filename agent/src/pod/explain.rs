@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{Container as SpecContainer, Pod, PodStatus};
 use serde::{Deserialize, Serialize};
 
 use super::backoff::go_duration;
-use super::facts::{Facts, Failure, ProbeKind, Step};
+use super::facts::{FAILED_CLAIMS, Facts, Failure, ProbeKind, Step};
 use super::observed::{ContainerId, Observed};
 use super::plan::{Action, KillCause, Plan, usable_sandbox};
 use super::spec::{host_network, spec_of};
@@ -378,12 +378,24 @@ fn sandbox(input: &ExplainInput<'_>, reasons: &mut Vec<Reason>) {
     }
     let networked = !host_network(spec_of(input.pod));
     let reason = match &input.facts.sandbox {
+        Step::Failed(failed) if failed.reason == FAILED_CLAIMS => failure(
+            "resource claims",
+            failed,
+            "`kubectl describe resourceclaim` shows what is allocated and for whom; see the log of the \
+             DRA driver's pod on this node",
+            input.now,
+        ),
         Step::Failed(failed) => failure(
             "sandbox",
             failed,
             "the runtime's words name the cause (a CNI plugin's error, a missing RuntimeClass \
              handler): remove it; `longshore doctor` checks the node's network",
             input.now,
+        ),
+        Step::Busy if claims(input.pod) => Reason::new(
+            "resource claims",
+            "are prepared by their DRA drivers, and the sandbox is made after that",
+            "a driver has 45 s; see the log of its pod on this node if it does not answer",
         ),
         Step::Busy if networked && !input.network_ready => Reason::new(
             "pod network",
@@ -414,6 +426,12 @@ fn sandbox(input: &ExplainInput<'_>, reasons: &mut Vec<Reason>) {
     reasons.push(reason);
 }
 
+/// Whether DRA drivers come before the pod's sandbox.
+fn claims(pod: &Pod) -> bool {
+    let extended = pod.status.as_ref().and_then(|s| s.extended_resource_claim_status.as_ref());
+    spec_of(pod).resource_claims.is_some() || extended.is_some()
+}
+
 fn terminating(input: &ExplainInput<'_>, kill_at: Option<Timestamp>) -> Reason {
     let why = match (&input.pod.metadata.deletion_timestamp, input.verdict) {
         (Some(at), _) => format!("is being deleted (since {})", whole(at.0)),
@@ -441,6 +459,18 @@ fn terminating(input: &ExplainInput<'_>, kill_at: Option<Timestamp>) -> Reason {
     }
     if input.facts.devices == Step::Busy {
         waits.push("devices that were being allocated".into());
+    }
+    if let Step::Failed(failed) = &input.facts.claims {
+        return failure(
+            "resource claims",
+            failed,
+            "its containers have ended; the DRA driver must take its claims back: see the log of the \
+             driver's pod on this node",
+            input.now,
+        );
+    }
+    if input.facts.claims == Step::Busy {
+        waits.push("the DRA drivers of its claims to take these back".into());
     }
     if input.facts.volumes == Step::Busy {
         waits.push("volumes that were being put in place".into());

@@ -104,11 +104,16 @@ pub struct ReadyImage {
     pub volumes: BTreeMap<String, String>,
 }
 
+/// Kubelet's reason for a sandbox that is not made as the pod's claims are not ready.
+pub const FAILED_CLAIMS: &str = "FailedPrepareDynamicResources";
+
 /// What a worker knows beside the runtime's answer.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// Devices of the pod, which come before all else.
     pub devices: Step,
+    /// The return of its claims once nothing of it runs; `Done` is never set, the claims say it.
+    pub claims: Step,
     /// Volumes of the pod.
     pub volumes: Step,
     /// The sandbox being made; `Done` is never set, the runtime's answer says it.

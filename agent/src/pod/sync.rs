@@ -33,6 +33,7 @@ use super::userns::UserNamespaces;
 use super::worker::{Begin, Eviction, Message, Worker};
 use crate::credential::Providers;
 use crate::device::{NoDevices, PodDevices};
+use crate::dra::{NoClaims, PodClaims};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
@@ -195,6 +196,7 @@ pub struct SyncLoop {
     events: Arc<dyn EventSink>,
     cgroups: Arc<dyn PodCgroups>,
     devices: Arc<dyn PodDevices>,
+    claims: Arc<dyn PodClaims>,
     clock: Arc<dyn Clock>,
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
@@ -235,6 +237,7 @@ impl SyncLoop {
             events,
             cgroups,
             devices: Arc::new(NoDevices::default()),
+            claims: Arc::new(NoClaims::default()),
             clock: Arc::new(SystemClock),
             sources,
             network: watch::channel(true).1,
@@ -256,6 +259,12 @@ impl SyncLoop {
     /// Gives pods these devices.
     pub fn with_devices(mut self, devices: Arc<dyn PodDevices>) -> Self {
         self.devices = devices;
+        self
+    }
+
+    /// Gives pods their claims' devices.
+    pub fn with_claims(mut self, claims: Arc<dyn PodClaims>) -> Self {
+        self.claims = claims;
         self
     }
 
@@ -314,7 +323,7 @@ impl SyncLoop {
     ) {
         let Self { node, runtime, volumes, objects, statuses, events, .. } = self;
         let (table, (_, mut questions)) = (self.table, self.questions);
-        let device_news = self.devices.news();
+        let device_news = [self.devices.news(), self.claims.news()];
         let reached = tokio::select! {
             reached = reach(&runtime, &table, &mut questions) => reached,
             () = stopped(&mut shutdown) => return,
@@ -335,6 +344,7 @@ impl SyncLoop {
             clock: self.clock,
             cgroups: self.cgroups,
             devices: self.devices,
+            claims: self.claims,
             table,
             node,
             runtime,
@@ -495,7 +505,7 @@ struct Loop {
     /// Pods that use more of the node than they may.
     evictions: mpsc::UnboundedReceiver<(PodUid, Eviction)>,
     /// Pods whose devices' health changed.
-    device_news: broadcast::Receiver<PodUid>,
+    device_news: [broadcast::Receiver<PodUid>; 2],
     over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
     relisted: Option<Instant>,
@@ -516,6 +526,7 @@ impl Loop {
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sources_open = true;
         loop {
+            let [plugins, drivers] = &mut self.device_news;
             tokio::select! {
                 () = stopped(shutdown) => return,
                 change = changes.recv(), if sources_open => match change {
@@ -540,7 +551,8 @@ impl Loop {
                     }
                 }
                 Some(uid) = overs.recv() => self.give_back(&uid),
-                news = self.device_news.recv() => self.tell_of_devices(news),
+                news = plugins.recv() => self.tell_of_devices(news),
+                news = drivers.recv() => self.tell_of_devices(news),
                 Some((uid, eviction)) = self.evictions.recv() => {
                     if let Some(worker) = self.workers.get(&uid) {
                         let _ = worker.inbox.send(Message::Evict(eviction));
@@ -816,6 +828,7 @@ impl Loop {
             for (uid, key) in strangers {
                 self.end_orphan(uid, key);
             }
+            self.deps.claims.retain(&self.workers.keys().cloned().collect());
         }
     }
 

@@ -1,4 +1,4 @@
-//! Which devices, CPUs and memory the containers of this node have to themselves: the PodResources API
+//! Which devices (of plugins, of claims), CPUs and memory the containers of this node have to themselves: the PodResources API
 //! (`podresources/v1`) at `<root-dir>/pod-resources/kubelet.sock`.
 //!
 //! Monitors of devices (DCGM exporters), network plugins (Multus) and topology exporters ask it, often
@@ -18,6 +18,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use crate::device::{ByResource, Devices};
+use crate::dra::{Device, Dra, OfClaim};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::{METRICS, PodResourcesCall};
 use crate::plugins::authority;
@@ -127,11 +128,12 @@ pub async fn serve(
     listener: UnixListener,
     pods: PodTable,
     devices: Arc<Devices>,
+    claims: Arc<Dra>,
     exclusive: Arc<dyn Exclusive>,
     mut shutdown: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let bucket = Mutex::new(TokenBucket::new(BURST, EACH));
-    let lister = Lister { pods, devices, exclusive, bucket };
+    let lister = Lister { pods, devices, claims, exclusive, bucket };
     let end = async move { crate::shutdown::requested(&mut shutdown).await };
     Server::builder()
         .add_service(PodResourcesListerServer::new(lister))
@@ -143,6 +145,7 @@ pub async fn serve(
 struct Lister {
     pods: PodTable,
     devices: Arc<Devices>,
+    claims: Arc<Dra>,
     exclusive: Arc<dyn Exclusive>,
     bucket: Mutex<TokenBucket>,
 }
@@ -169,6 +172,22 @@ fn devices(all: ByResource) -> Vec<wire::ContainerDevices> {
         }
     }
     told
+}
+
+fn claimed(all: Vec<OfClaim>) -> Vec<wire::DynamicResource> {
+    let device = |(driver, device): (String, Device)| wire::ClaimResource {
+        cdi_devices: device.cdi.into_iter().map(|name| wire::CdiDevice { name }).collect(),
+        driver_name: driver,
+        pool_name: device.pool,
+        device_name: device.device,
+        share_id: device.share,
+    };
+    let claim = |OfClaim { claim, devices }: OfClaim| wire::DynamicResource {
+        claim_name: claim.name.to_string(),
+        claim_namespace: claim.namespace.to_string(),
+        claim_resources: devices.into_iter().map(device).collect(),
+    };
+    all.into_iter().map(claim).collect()
 }
 
 fn memory(all: Vec<Memory>) -> Vec<wire::ContainerMemory> {
@@ -203,7 +222,7 @@ impl Lister {
             devices: devices(self.devices.of_container(&uid, &c.name)),
             cpu_ids: self.exclusive.cpu_ids(&uid, &c.name),
             memory: memory(self.exclusive.memory(&uid, &c.name)),
-            dynamic_resources: Vec::new(),
+            dynamic_resources: claimed(self.claims.of_container(pod, c)),
         });
         wire::PodResources {
             name: key.name.to_string(),

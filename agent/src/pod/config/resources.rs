@@ -6,6 +6,7 @@ use cri_shim::api::{HugepageLimit, LinuxContainerResources};
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 
 use crate::device::is_extended;
+use crate::dra::is_claimed;
 use crate::node_context::{MemoryQos, NodeContext};
 use crate::pod::qos::qos_class;
 use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
@@ -286,6 +287,10 @@ pub fn extended_requests(pod: &Pod) -> BTreeMap<String, i64> {
     let names: BTreeSet<String> = all.flat_map(BTreeMap::into_keys).collect();
     let of = |name: String| {
         let own = |c: &Container| {
+            // What the scheduler had claimed is counted with the claim.
+            if is_claimed(pod, &c.name, &name) {
+                return 0;
+            }
             amount(c.resources.as_ref().and_then(|r| r.requests.as_ref()), &name).unwrap_or(0)
         };
         let sum = fold(pod, own, amount(spec.overhead.as_ref(), &name).unwrap_or(0));

@@ -46,8 +46,8 @@ impl PodDevices for World {
         Ok(())
     }
 
-    async fn run_options(&self, _: &Pod, c: &Container) -> Result<RunOptions, DeviceError> {
-        let envs = crate::device::wanted(c).into_keys().map(|name| (name.into(), "1".into()));
+    async fn run_options(&self, pod: &Pod, c: &Container) -> Result<RunOptions, DeviceError> {
+        let envs = crate::device::wanted(pod, c).into_keys().map(|name| (name.into(), "1".into()));
         Ok(RunOptions { envs: envs.collect(), ..RunOptions::default() })
     }
 

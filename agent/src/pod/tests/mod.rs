@@ -25,6 +25,7 @@ use crate::runtime::fake::FakeRuntime;
 use crate::source::{PodChange, PodSource};
 use crate::volume::{VolumeError, Volumes};
 
+mod claims;
 mod converge;
 mod devices;
 mod explaining;
@@ -45,6 +46,7 @@ struct Recorded {
     config_maps: BTreeMap<String, Arc<ConfigMap>>,
     mount_fails: bool,
     devices: devices::Given,
+    claims: claims::Claimed,
 }
 
 struct World {
@@ -309,6 +311,7 @@ async fn begin(
         world.clone(),
     )
     .with_devices(world.clone())
+    .with_claims(world.clone())
     .with_network(network)
     .with_pressure(pressure)
     .with_shutdowns(shutdowns, shutting_down)

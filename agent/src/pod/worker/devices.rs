@@ -1,8 +1,12 @@
-//! The pod's devices: allocated before anything else is done for it, told with its status, given back
-//! when nothing of it runs.
+//! The pod's devices: those of device plugins are allocated before anything else is done for it, those of
+//! its claims are prepared with its sandbox; told with its status, given back when nothing of it runs.
 
+use jiff::Timestamp;
+
+use super::done::MAX_WAIT;
 use super::{Done, Worker};
 use crate::device::{DeviceError, Statuses, wanted};
+use crate::dra::DraError;
 use crate::metrics::METRICS;
 use crate::pod::facts::Step;
 use crate::pod::plan::usable_sandbox;
@@ -14,7 +18,7 @@ impl Worker {
     fn wants_devices(&self) -> bool {
         let spec = spec_of(&self.pod);
         let mut all = spec.containers.iter().chain(init_containers(spec));
-        all.any(|container| !wanted(container).is_empty())
+        all.any(|container| !wanted(&self.pod, container).is_empty())
     }
 
     /// Whether the pod's containers may be made, as far as devices go; begins to get them if not.
@@ -58,12 +62,51 @@ impl Worker {
         }
     }
 
+    /// Whether its claims are given back, as far as it has any; begins to give them back if not.
+    pub(super) fn has_no_claims(&mut self, now: Timestamp) -> bool {
+        if self.facts.claims == Step::Wanted && !self.deps.claims.holds(&self.uid) {
+            return true;
+        }
+        if self.facts.claims.due(now) {
+            let count = match &self.facts.claims {
+                Step::Failed(failure) => failure.count,
+                _ => 0,
+            };
+            self.facts.claims = Step::Busy;
+            let (deps, uid) = (self.deps.clone(), self.uid.clone());
+            self.begin_task(async move { Done::Claims(count, deps.claims.unprepare(&uid).await) });
+        }
+        false
+    }
+
+    pub(super) fn claims_done(&mut self, count: u32, result: Result<(), DraError>) {
+        let Err(error) = result else {
+            self.facts.claims = Step::Wanted;
+            return;
+        };
+        let message = format!("unprepare dynamic resources: {error}");
+        tracing::warn!(pod = %self.uid, message, "cannot give back the claims of a pod");
+        self.deps.pod_event(
+            &self.pod,
+            EventType::Warning,
+            "FailedKillPod",
+            format!("error killing pod: {message}"),
+        );
+        let failure = self.failure("FailedKillPod", message, count, 2, MAX_WAIT);
+        self.facts.claims = Step::Failed(failure);
+    }
+
     /// The health of what its containers have.
     pub(super) fn device_statuses(&self) -> Statuses {
-        if self.wants_devices() {
-            self.deps.devices.statuses(&self.uid)
-        } else {
-            Statuses::default()
+        let mut all = match self.wants_devices() {
+            true => self.deps.devices.statuses(&self.uid),
+            false => Statuses::default(),
+        };
+        if spec_of(&self.pod).resource_claims.is_some() {
+            for (container, own) in self.deps.claims.statuses(&self.pod) {
+                all.entry(container).or_default().extend(own);
+            }
         }
+        all
     }
 }

@@ -2,9 +2,10 @@
 
 use cri_shim::api;
 
-use super::sandbox::Made;
+use super::sandbox::{Made, SandboxFailure};
 use super::{Worker, resize};
 use crate::device::DeviceError;
+use crate::dra::DraError;
 use crate::pod::facts::{ReadyImage, Step};
 use crate::pod::images::ImageFailure;
 use crate::pod::observed::{Container, ContainerId, Sandbox, SandboxId};
@@ -14,7 +15,7 @@ use crate::volume::VolumeError;
 
 /// Longest wait between tries of a pull, and of everything else, in seconds.
 const MAX_PULL_WAIT: i64 = 300;
-const MAX_WAIT: i64 = 60;
+pub(super) const MAX_WAIT: i64 = 60;
 
 /// Why a container did not start, in kubelet's words.
 #[derive(Clone, Debug)]
@@ -31,7 +32,9 @@ pub(super) enum Done {
     /// Volumes are in place, or not; with the number of earlier failures.
     Volumes(u32, Result<(), VolumeError>),
     /// A sandbox was made, or not; with the number of earlier failures.
-    Sandbox(u32, Result<Box<Made>, String>),
+    Sandbox(u32, Result<Box<Made>, SandboxFailure>),
+    /// The pod's claims were given back, or not; with the number of earlier failures.
+    Claims(u32, Result<(), DraError>),
     /// An image is there, or not; with the number of earlier failures.
     Image(String, u32, Result<ReadyImage, ImageFailure>),
     /// A container was started, or not; what the runtime says of it, if it was made.
@@ -56,6 +59,7 @@ impl Worker {
             Done::Devices(result) => self.devices_done(result),
             Done::Volumes(count, result) => self.volumes_done(count, result),
             Done::Sandbox(count, result) => self.sandbox_done(count, result),
+            Done::Claims(count, result) => self.claims_done(count, result),
             Done::Image(name, count, result) => self.image_done(name, count, result),
             Done::Started(start, status, result) => self.started(start, status, result),
             Done::Killed(id, result) => self.killed(id, result),
@@ -85,7 +89,7 @@ impl Worker {
         };
     }
 
-    fn sandbox_done(&mut self, count: u32, result: Result<Box<Made>, String>) {
+    fn sandbox_done(&mut self, count: u32, result: Result<Box<Made>, SandboxFailure>) {
         match result {
             Ok(made) => {
                 self.facts.sandbox = Step::Wanted;
@@ -95,14 +99,10 @@ impl Worker {
                 self.observed.sandboxes.push(sandbox);
                 self.observed.sort();
             }
-            Err(message) => {
-                self.deps.pod_event(
-                    &self.pod,
-                    EventType::Warning,
-                    "FailedCreatePodSandBox",
-                    format!("Failed to create pod sandbox: {message}"),
-                );
-                let failure = self.failure("FailedCreatePodSandBox", message, count, 2, MAX_WAIT);
+            Err(SandboxFailure { reason, what, message }) => {
+                let told = format!("Failed to {what}: {message}");
+                self.deps.pod_event(&self.pod, EventType::Warning, reason, told);
+                let failure = self.failure(reason, message, count, 2, MAX_WAIT);
                 self.facts.sandbox = Step::Failed(failure);
                 // The runtime may have got half-way.
                 self.stale.all = true;

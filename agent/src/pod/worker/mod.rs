@@ -570,6 +570,11 @@ impl Worker {
             self.publish(now, Ending::Terminating);
             return patience.filter(|_| self.facts.sandbox == Step::Busy);
         }
+        // Before the status says that the pod is over: the scheduler gives its devices to others then.
+        if !self.has_no_claims(now) {
+            self.publish(now, Ending::Terminating);
+            return self.facts.claims.retry_at();
+        }
         self.stop_probes(|_| true);
         self.give_back();
         self.publish(now, Ending::Terminated);

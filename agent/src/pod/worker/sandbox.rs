@@ -1,4 +1,4 @@
-//! Making the pod's sandbox.
+//! Making the pod's sandbox, once its claims are prepared.
 
 use std::sync::Arc;
 
@@ -6,12 +6,14 @@ use cri_shim::api;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::{Done, Step, Worker};
+use crate::dra::DraError;
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
 use crate::pod::config::dns::parse_resolv_conf;
 use crate::pod::config::resources::pod_limits;
 use crate::pod::config::sandbox::sandbox_config;
 use crate::pod::deps::Deps;
+use crate::pod::facts::FAILED_CLAIMS;
 use crate::pod::observed::SandboxId;
 use crate::pod::qos::qos_class;
 use crate::pod::spec::spec_of;
@@ -35,12 +37,15 @@ impl Worker {
         self.facts.sandbox = Step::Busy;
         let (deps, pod) = (self.deps.clone(), self.pod.clone());
         let task = self.begin_task(async move {
+            if let Err(error) = deps.claims.prepare(&pod).await {
+                return Done::Sandbox(failed, Err(SandboxFailure::claims(&error)));
+            }
             let made = make(&deps, &pod, attempt, &stop).await.map(Box::new);
             METRICS.pod_sandbox_made(made.is_err());
             if spec_of(&pod).host_users == Some(false) {
                 METRICS.user_namespaced_pod_started(made.is_err());
             }
-            Done::Sandbox(failed, made)
+            Done::Sandbox(failed, made.map_err(SandboxFailure::sandbox))
         });
         self.making = Some(task);
     }
@@ -51,6 +56,26 @@ impl Worker {
 pub(super) struct Made {
     pub(super) status: api::PodSandboxStatus,
     pub(super) config: Arc<api::PodSandboxConfig>,
+}
+
+/// Why there is none, in kubelet's words.
+#[derive(Clone, Debug)]
+pub(super) struct SandboxFailure {
+    pub(super) reason: &'static str,
+    /// What failed.
+    pub(super) what: &'static str,
+    pub(super) message: String,
+}
+
+impl SandboxFailure {
+    fn sandbox(message: String) -> Self {
+        Self { reason: "FailedCreatePodSandBox", what: "create pod sandbox", message }
+    }
+
+    fn claims(error: &DraError) -> Self {
+        let message = format!("prepare dynamic resources: {error}");
+        Self { reason: FAILED_CLAIMS, what: "prepare dynamic resources", message }
+    }
 }
 
 async fn make(

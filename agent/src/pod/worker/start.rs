@@ -178,12 +178,18 @@ impl Job {
                 .map_err(|e| failure("CreateContainerError", e))?;
             self.remove_logs_of(leftover).await;
         }
-        let devices = self
+        let mut devices = self
             .deps
             .devices
             .run_options(&self.pod, &self.container)
             .await
             .map_err(config_failure)?;
+        let of_claims = self.deps.claims.cdi_devices(&self.pod, &self.container);
+        for name in of_claims.map_err(config_failure)? {
+            if devices.cdi_devices.iter().all(|known| known.name != name) {
+                devices.cdi_devices.push(api::CdiDevice { name });
+            }
+        }
         let mut env = self.environment().await?;
         // What the pod says goes over what its devices bring.
         let of_devices =
