@@ -1,4 +1,4 @@
-//! What the tests' drivers (a CSI driver, a device plugin) have in common: files in their folder tell
+//! What the tests' drivers (a CSI driver, a device plugin, a DRA driver) have in common: files in their folder tell
 //! them to misbehave, they write down what they were asked, and they answer in the registry of plugins.
 
 use std::fs;

@@ -255,6 +255,17 @@ fn claims_of(pod: &Value) -> Vec<String> {
     pod["spec"]["volumes"].as_array().into_iter().flatten().filter_map(claim).collect()
 }
 
+/// ResourceClaims of the pod.
+fn resource_claims_of(pod: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let named = list(&pod["spec"]["resourceClaims"]);
+    let told = list(&pod["status"]["resourceClaimStatuses"]);
+    let extended = &pod["status"]["extendedResourceClaimStatus"]["resourceClaimName"];
+    let all = named.iter().chain(&told).filter_map(|claim| text(&claim["resourceClaimName"]));
+    all.chain(text(extended)).collect()
+}
+
 /// PersistentVolumes behind them.
 fn volumes_of(store: &Store, pod: &Value) -> Vec<String> {
     let namespace = pod["metadata"]["namespace"].as_str().unwrap_or_default();
@@ -342,6 +353,30 @@ fn authorize_node(store: &Store, node: &str, info: &RequestInfo) -> Result<(), S
                 Ok(())
             } else {
                 Err(format!("no relationship found between node '{node}' and this object"))
+            }
+        }
+        ("resource.k8s.io", "resourceclaims") => {
+            if info.verb != "get" || !info.subresource.is_empty() {
+                return deny("can only get individual resources of this type");
+            }
+            let used = pods_here().any(|pod| {
+                pod["metadata"]["namespace"] == info.namespace.as_str()
+                    && resource_claims_of(&pod).contains(&info.name)
+            });
+            if used {
+                Ok(())
+            } else {
+                Err(format!("no relationship found between node '{node}' and this object"))
+            }
+        }
+        ("resource.k8s.io", "resourceslices") => {
+            let own = selector.required_field("spec.nodeName") == Some(node);
+            if own && matches!(info.verb, "list" | "watch" | "deletecollection") {
+                Ok(())
+            } else {
+                deny(
+                    "can only list/watch/deletecollection resourceslices with nodeName field selector",
+                )
             }
         }
         ("", "serviceaccounts") => {

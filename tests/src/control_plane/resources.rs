@@ -67,6 +67,7 @@ const fn with_status(mut resource: Resource, generation: bool) -> Resource {
     resource
 }
 
+const DRA: &str = "resource.k8s.io";
 const RBAC: &str = "rbac.authorization.k8s.io";
 
 /// Every stored resource.
@@ -99,6 +100,8 @@ pub static RESOURCES: &[Resource] = &[
     },
     with_status(res("networking.k8s.io", "servicecidrs", "ServiceCIDR", &[], false), false),
     res("node.k8s.io", "runtimeclasses", "RuntimeClass", &[], false),
+    with_status(res(DRA, "resourceclaims", "ResourceClaim", &[], true), false),
+    res(DRA, "resourceslices", "ResourceSlice", &[], false),
     res(RBAC, "clusterroles", "ClusterRole", &[], false),
     res(RBAC, "clusterrolebindings", "ClusterRoleBinding", &[], false),
     res(RBAC, "roles", "Role", &[], true),

@@ -12,6 +12,7 @@ pub mod command;
 pub mod containerd;
 pub mod csi;
 pub mod devices;
+pub mod dra;
 pub mod eventually;
 pub mod image;
 pub mod lab;

@@ -16,6 +16,7 @@ mod cluster;
 mod csi;
 mod devices;
 mod disk;
+mod dra;
 mod faults;
 mod join;
 mod lab;
