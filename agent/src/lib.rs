@@ -23,6 +23,7 @@ pub mod metrics;
 pub mod node;
 pub mod node_api;
 pub mod node_context;
+pub mod numa;
 pub mod objects;
 pub mod plugins;
 pub mod pod;

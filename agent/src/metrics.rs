@@ -7,6 +7,7 @@
 mod devices;
 mod dra;
 mod images;
+mod numa;
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -113,6 +114,7 @@ pub struct Metrics {
     /// Of device plugins, and of who asks for pods' resources.
     devices: devices::DeviceMetrics,
     dra: dra::DraMetrics,
+    numa: numa::NumaMetrics,
     evictions: Family<Eviction, Gauge>,
     rejections: Family<Rejection, Counter>,
     shutdown_start: Gauge,
@@ -229,6 +231,7 @@ impl Metrics {
             volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
             devices: devices::DeviceMetrics::default(),
             dra: dra::DraMetrics::default(),
+            numa: numa::NumaMetrics::default(),
             evictions: Family::default(),
             rejections: Family::default(),
             pods_started: Counter::default(),
@@ -247,6 +250,7 @@ impl Metrics {
         let all = &mut registry;
         self.devices.register(all);
         self.dra.register(all);
+        self.numa.register(all);
         // Counters end in `_total`, which the encoder adds; help ends in a full stop, likewise.
         all.register(
             "kubelet_runtime_operations",

@@ -1,5 +1,6 @@
 //! Facts of the machine, and the plain data that each part is configured with.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use crate::eviction::Signal;
 use crate::metrics::METRICS;
 use crate::node::{machine, object};
 use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
+use crate::numa::{Kept, Numa, OpenError};
 use crate::pod::cgroup::node::{Capacity, plan_node_limits};
 use crate::pod::cgroup::{Group, GroupLimits};
 use crate::runtime::Runtime;
@@ -35,18 +37,7 @@ pub(crate) fn host() -> anyhow::Result<Host> {
 pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext {
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let memory = total_memory().unwrap_or(u64::MAX);
-    let reserved = |resource: &str| -> u64 {
-        let lists = [&config.resources.system_reserved, &config.resources.kube_reserved];
-        let of = |list: &Vec<(String, String)>| {
-            let found = list.iter().find(|(name, _)| name == resource)?;
-            match found.1.strip_suffix('m') {
-                Some(milli) if resource == "cpu" => milli.parse().ok(),
-                _ if resource == "cpu" => parse_bytes(&format!("{}e3", found.1)),
-                _ => parse_bytes(&found.1),
-            }
-        };
-        lists.into_iter().filter_map(of).sum()
-    };
+    let reserved = |resource: &str| reserved(config, resource);
     let disk = nix::sys::statvfs::statvfs(existing(&config.root_dir))
         .map_or(0, |stat| stat.blocks() * stat.fragment_size());
     NodeContext {
@@ -118,6 +109,34 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         runtime_request_timeout: config.runtime_request_timeout,
         ..NodeContext::new(config.node_name.clone(), node_ips(config, standalone))
     }
+}
+
+/// What is reserved for the system: milli-CPUs, or bytes.
+fn reserved(config: &NodeConfig, resource: &str) -> u64 {
+    let lists = [&config.resources.system_reserved, &config.resources.kube_reserved];
+    let of = |list: &Vec<(String, String)>| {
+        let found = list.iter().find(|(name, _)| name == resource)?;
+        match found.1.strip_suffix('m') {
+            Some(milli) if resource == "cpu" => milli.parse().ok(),
+            _ if resource == "cpu" => parse_bytes(&format!("{}e3", found.1)),
+            _ => parse_bytes(&found.1),
+        }
+    };
+    lists.into_iter().filter_map(of).sum()
+}
+
+/// CPUs and memory that containers have to themselves, where that is asked for.
+pub(super) fn numa(config: &NodeConfig, root: &Path) -> Result<Option<Arc<Numa>>, OpenError> {
+    let resources = &config.resources;
+    let lists = resources.system_reserved.iter().chain(&resources.kube_reserved);
+    let huge = lists.map(|(name, _)| name).filter(|name| name.starts_with("hugepages-"));
+    let mut memory: BTreeMap<String, u64> =
+        huge.map(|name| (name.clone(), reserved(config, name))).collect();
+    let evicted = config.eviction.kept(Signal::Memory, total_memory().unwrap_or(u64::MAX));
+    memory.insert("memory".to_owned(), reserved(config, "memory").saturating_add(evicted));
+    let cpus = resources.reserved_cpus.clone();
+    let kept = Kept { cpus, milli_cpu: reserved(config, "cpu"), memory };
+    Numa::open(root, Path::new("/sys"), &resources.numa, &kept)
 }
 
 fn max_pods(config: &NodeConfig, cpus: u64) -> u32 {

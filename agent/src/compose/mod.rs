@@ -22,7 +22,7 @@ use crate::config::NodeConfig;
 use crate::config::node_api::Authorization;
 use crate::credential::{self, Loaded};
 use crate::csi::{Csi, InUse};
-use crate::device::{Devices, Unbound};
+use crate::device::{Devices, NumaAffinity, Unbound};
 use crate::dra::{Dra, Slices};
 use crate::health::{self, Watched};
 use crate::node::DevicesSeen;
@@ -210,8 +210,16 @@ impl Parts {
                 context::driver_of(&*runtime, self.config.cgroup_driver).await;
         }
         let node = Arc::new(context::node_context(&self.config, self.config.standalone));
+        let numa = match self.config.parts.agent {
+            true => context::numa(&self.config, &node.root_dir)?,
+            false => None,
+        };
+        let affinity: Box<dyn NumaAffinity> = match &numa {
+            Some(numa) => Box::new(numa.affinities()),
+            None => Box::new(Unbound),
+        };
         let devices = match self.config.parts.agent {
-            true => Some(Devices::open(&node.root_dir, Box::new(Unbound))?),
+            true => Some(Devices::open(&node.root_dir, affinity)?),
             false => None,
         };
         self.watched.node_ips = node.node_ips.clone();
@@ -302,6 +310,7 @@ impl Parts {
         let mut sync = SyncLoop::new(node, runtime, volumes, world.objects, world.statuses, events)
             .with_devices(devices)
             .with_claims(claims.clone())
+            .with_numa(numa.clone())
             .with_sources(world.sources)
             .with_network(world.network)
             .with_pressure(world.pressure)
@@ -319,13 +328,24 @@ impl Parts {
                 Ok(())
             });
         }
+        let exclusive: Arc<dyn pod_resources::Exclusive> = match numa {
+            Some(numa) => {
+                let (saving, shutdown) = (numa.clone(), self.shutdown.clone());
+                self.spawn("CPUs and memory", async move {
+                    saving.run(shutdown).await;
+                    Ok(())
+                });
+                numa
+            }
+            None => Arc::new(pod_resources::Shared),
+        };
         let handle = sync.handle();
         let answering = pod_resources::serve(
             asked,
             handle.table().clone(),
             known,
             claims,
-            Arc::new(pod_resources::Shared),
+            exclusive,
             self.shutdown.clone(),
         );
         self.spawn("the PodResources API", answering);

@@ -322,8 +322,8 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
             let documents = parse(format!("{kubelet}{text}\n").as_bytes()).unwrap();
             documents.notes.iter().any(|note| matches!(note, Note::NotBuilt { .. }))
         };
-        assert!(noted("cpuManagerPolicy: static"));
-        assert!(!noted("cpuManagerPolicy: none"));
+        assert!(noted("enableControllerAttachDetach: false"));
+        assert!(!noted("enableControllerAttachDetach: true"));
         assert!(noted("qosReserved: {memory: 50%}"));
         assert!(!noted("qosReserved: {}"));
     }

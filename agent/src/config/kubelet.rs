@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::Taint;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::core::Duration;
 use serde::Deserialize;
 
@@ -109,6 +110,14 @@ pub struct KubeletConfiguration {
     pub single_process_oom_kill: Option<bool>,
     pub protect_kernel_defaults: Option<bool>,
     pub pods_per_core: Option<u32>,
+    pub cpu_manager_policy: Option<String>,
+    pub cpu_manager_policy_options: Option<BTreeMap<String, String>>,
+    pub cpu_manager_reconcile_period: Option<Duration>,
+    pub memory_manager_policy: Option<String>,
+    pub reserved_memory: Option<Vec<MemoryReservation>>,
+    pub topology_manager_policy: Option<String>,
+    pub topology_manager_policy_options: Option<BTreeMap<String, String>>,
+    pub topology_manager_scope: Option<String>,
     #[serde(rename = "reservedSystemCPUs")]
     pub reserved_system_cpus: Option<String>,
     pub local_storage_capacity_isolation: Option<bool>,
@@ -181,6 +190,17 @@ pub struct WebhookAuthorization {
     pub cache_authorized_ttl: Option<Duration>,
     #[serde(rename = "cacheUnauthorizedTTL")]
     pub cache_unauthorized_ttl: Option<Duration>,
+}
+
+/// KEP-1769.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[allow(missing_docs, reason = "the field documentation is upstream's")]
+pub struct MemoryReservation {
+    #[serde(default)]
+    pub numa_node: u32,
+    #[serde(default)]
+    pub limits: BTreeMap<String, Quantity>,
 }
 
 /// KEP-2400.
@@ -269,14 +289,14 @@ pub(super) const FIELDS: Fields = &[
     ("cgroupRoot", Used),
     ("cgroupsPerQOS", Used),
     ("cgroupDriver", Used),
-    ("cpuManagerPolicy", NotBuilt(&["\"none\""])),
+    ("cpuManagerPolicy", Used),
     ("singleProcessOOMKill", Used),
-    ("cpuManagerPolicyOptions", NotBuilt(&[])),
-    ("cpuManagerReconcilePeriod", Inert),
-    ("memoryManagerPolicy", NotBuilt(&["\"None\""])),
-    ("topologyManagerPolicy", NotBuilt(&["\"none\""])),
-    ("topologyManagerScope", NotBuilt(&["\"container\""])),
-    ("topologyManagerPolicyOptions", NotBuilt(&[])),
+    ("cpuManagerPolicyOptions", Used),
+    ("cpuManagerReconcilePeriod", Used),
+    ("memoryManagerPolicy", Used),
+    ("topologyManagerPolicy", Used),
+    ("topologyManagerScope", Used),
+    ("topologyManagerPolicyOptions", Used),
     ("qosReserved", NotBuilt(&[])),
     ("runtimeRequestTimeout", Used),
     ("hairpinMode", Inert), // the network plugin's; kubelet has no use for it either
@@ -333,7 +353,7 @@ pub(super) const FIELDS: Fields = &[
     ("shutdownGracePeriodCriticalPods", Used),
     ("shutdownGracePeriodByPodPriority", Used),
     ("crashLoopBackOff", Used),
-    ("reservedMemory", NotBuilt(&[])),
+    ("reservedMemory", Used),
     ("enableProfilingHandler", Used),
     ("enableDebugFlagsHandler", Used),
     ("seccompDefault", Used),

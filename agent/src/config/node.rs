@@ -208,8 +208,7 @@ pub fn resolve(
     let credential_providers = pulls::credential_providers(flags, &kubelet)?;
     let pull_verification = pulls::verification(&kubelet)?;
     let gates = kubelet.feature_gates.iter().flatten();
-    let read = |gate: &str| gate == resources::MEMORY_QOS || pulls::GATES.contains(&gate);
-    notes.extend(gates.filter(|(gate, _)| !read(gate)).map(|(gate, on)| {
+    notes.extend(gates.filter(|(gate, _)| !resources::reads_gate(gate)).map(|(gate, on)| {
         let field = format!("KubeletConfiguration.featureGates.{gate}");
         Note::NotBuilt { field, value: on.to_string() }
     }));

@@ -1,6 +1,6 @@
 //! What pods get of the machine: swap, and more to come with it. Pure.
 
-use super::{ConfigError, KubeletConfiguration};
+use super::{ConfigError, KubeletConfiguration, NumaConfig, numa, pulls};
 use crate::node::cpu_set::CpuSet;
 use crate::pod::cgroup::node::{Enforced, Reservation};
 
@@ -30,6 +30,8 @@ pub struct ResourceConfig {
     pub pods_per_core: Option<u32>,
     /// `reservedSystemCPUs`.
     pub reserved_cpus: CpuSet,
+    /// CPUs and memory that containers have to themselves.
+    pub numa: NumaConfig,
     /// `localStorageCapacityIsolation: false`.
     pub no_storage_isolation: bool,
     /// `enforceNodeAllocatable`.
@@ -60,6 +62,7 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
         memory_qos: memory_qos(kubelet)?,
         pods_per_core: kubelet.pods_per_core.filter(|pods| *pods > 0),
         reserved_cpus,
+        numa: numa::resolve(kubelet)?,
         no_storage_isolation: kubelet.local_storage_capacity_isolation == Some(false),
         enforced: enforced(kubelet)?,
         system_reserved,
@@ -80,8 +83,12 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
     })
 }
 
-/// The one feature gate of kubelet's that counts here; the others are noted by `resolve`'s caller.
-pub(super) const MEMORY_QOS: &str = "MemoryQoS";
+const MEMORY_QOS: &str = "MemoryQoS";
+
+/// Whether a feature gate of Kubernetes' counts here.
+pub(super) fn reads_gate(gate: &str) -> bool {
+    gate == MEMORY_QOS || pulls::GATES.contains(&gate) || numa::GATES.contains(&gate)
+}
 
 fn memory_qos(kubelet: &KubeletConfiguration) -> Result<Option<MemoryQos>, ConfigError> {
     let gates = kubelet.feature_gates.as_ref();

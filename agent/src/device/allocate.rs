@@ -17,6 +17,7 @@ use super::run_options::{RunOptions, run_options};
 use super::{DeviceError, Devices, PodDevices, State, lock};
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
+use crate::numa::hints::Hints;
 use crate::pod::spec::{init_containers, spec_of};
 
 /// Devices that nobody else is given meanwhile.
@@ -40,18 +41,14 @@ fn rpc(what: &'static str) -> impl Fn(Status) -> DeviceError {
 
 impl State {
     /// Whether devices of `resource` are a plugin's, or were when they were given.
-    fn manages(&self, resource: &str) -> bool {
+    pub(super) fn manages(&self, resource: &str) -> bool {
         self.inventory.registered(resource) || self.assignments.uses(resource)
     }
 }
 
 impl Devices {
     /// Gives one container its devices; whether there were any to give.
-    async fn allocate_container(
-        &self,
-        pod: &Pod,
-        container: &Container,
-    ) -> Result<bool, DeviceError> {
+    async fn give(&self, pod: &Pod, container: &Container) -> Result<bool, DeviceError> {
         let mut any = false;
         for (resource, asked) in wanted(pod, container) {
             any |= self.allocate_resource(pod, &container.name, resource, asked).await?;
@@ -185,9 +182,21 @@ impl PodDevices for Devices {
         let spec = spec_of(pod);
         let mut any = false;
         for container in init_containers(spec).iter().chain(&spec.containers) {
-            any |= self.allocate_container(pod, container).await?;
+            any |= self.give(pod, container).await?;
         }
         if any { self.save().await } else { Ok(()) }
+    }
+
+    async fn allocate_container(
+        &self,
+        pod: &Pod,
+        container: &Container,
+    ) -> Result<(), DeviceError> {
+        if self.give(pod, container).await? { self.save().await } else { Ok(()) }
+    }
+
+    fn hints(&self, pod: &Pod, container: Option<&Container>, nodes: &BTreeSet<u32>) -> Hints {
+        lock(&self.state).hints(pod, container, nodes)
     }
 
     async fn run_options(

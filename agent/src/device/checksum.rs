@@ -7,8 +7,13 @@ use super::checkpoint::Data;
 
 /// Of `data` with its entries in this order.
 pub(super) fn of(data: &Data) -> u64 {
+    of_text(&printed(data))
+}
+
+/// Of what Go prints.
+pub(crate) fn of_text(printed: &str) -> u64 {
     // FNV's offset basis and prime.
-    let hash = printed(data)
+    let hash = printed
         .bytes()
         .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     u64::from(hash)

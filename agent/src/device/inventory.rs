@@ -205,6 +205,12 @@ impl Inventory {
         devices.filter(|(_, d)| d.healthy).map(|(id, d)| (id.clone(), d.clone())).collect()
     }
 
+    /// Devices of `resource` that its plugin has told of, well or not.
+    pub fn known(&self, resource: &str) -> BTreeMap<String, Device> {
+        let entry = self.resources.get(resource);
+        entry.map(|entry| entry.devices.clone()).unwrap_or_default()
+    }
+
     /// The plugin's last word on a device; what nobody has told of is taken for healthy.
     pub fn healthy(&self, resource: &str, device: &str) -> bool {
         let entry = self.resources.get(resource);

@@ -20,14 +20,16 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use crate::ids::PodUid;
+use crate::numa::hints::Hints;
 use crate::plugins::PluginHandler;
 
 mod allocate;
 mod assignments;
 mod checkpoint;
-mod checksum;
+pub(crate) mod checksum;
 mod client;
 mod error;
+mod hints;
 mod inventory;
 mod plan;
 mod registration;
@@ -56,6 +58,13 @@ pub trait PodDevices: Send + Sync {
 
     /// Gives each container of the pod its devices, and has that on disk.
     async fn allocate(&self, pod: &Pod) -> Result<(), DeviceError>;
+
+    /// Gives one container of the pod its devices, and has that on disk.
+    async fn allocate_container(&self, pod: &Pod, container: &Container)
+    -> Result<(), DeviceError>;
+
+    /// On which of `nodes` the container's devices can be had, or without one all of the pod's.
+    fn hints(&self, pod: &Pod, container: Option<&Container>, nodes: &BTreeSet<u32>) -> Hints;
 
     /// What the container is to be started with.
     async fn run_options(
@@ -95,6 +104,14 @@ impl PodDevices for NoDevices {
 
     async fn allocate(&self, _: &Pod) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    async fn allocate_container(&self, _: &Pod, _: &Container) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn hints(&self, _: &Pod, _: Option<&Container>, _: &BTreeSet<u32>) -> Hints {
+        Hints::new()
     }
 
     async fn run_options(&self, _: &Pod, _: &Container) -> Result<RunOptions, DeviceError> {

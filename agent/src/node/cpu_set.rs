@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// CPUs by number.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CpuSet(BTreeSet<u32>);
 
 /// More than any kernel has: a list is checked before it takes memory.
@@ -25,6 +25,40 @@ impl CpuSet {
     /// Whether `other` has all of these.
     pub fn is_within(&self, other: &Self) -> bool {
         self.0.is_subset(&other.0)
+    }
+
+    /// Whether `cpu` is one of them.
+    pub fn contains(&self, cpu: u32) -> bool {
+        self.0.contains(&cpu)
+    }
+
+    /// The CPUs, lowest first.
+    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
+        self.0.iter().copied()
+    }
+
+    /// These and those of `other`.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        Self(self.0.union(&other.0).copied().collect())
+    }
+
+    /// Those that `other` has, too.
+    #[must_use]
+    pub fn intersection(&self, other: &Self) -> Self {
+        Self(self.0.intersection(&other.0).copied().collect())
+    }
+
+    /// Those that `other` has not.
+    #[must_use]
+    pub fn difference(&self, other: &Self) -> Self {
+        Self(self.0.difference(&other.0).copied().collect())
+    }
+}
+
+impl FromIterator<u32> for CpuSet {
+    fn from_iter<I: IntoIterator<Item = u32>>(cpus: I) -> Self {
+        Self(cpus.into_iter().collect())
     }
 }
 
@@ -91,6 +125,12 @@ mod tests {
         }
         let all: CpuSet = "0-3".parse().unwrap();
         assert!("1,3".parse::<CpuSet>().unwrap().is_within(&all));
-        assert!(!"3-4".parse::<CpuSet>().unwrap().is_within(&all));
+        let odd: CpuSet = "3-4".parse().unwrap();
+        assert!(!odd.is_within(&all) && odd.contains(4) && !all.contains(4));
+        let text = |set: CpuSet| set.to_string();
+        assert_eq!(text(all.union(&odd)), "0-4");
+        assert_eq!(text(all.intersection(&odd)), "3");
+        assert_eq!(text(all.difference(&odd)), "0-2");
+        assert_eq!(text(odd.iter().chain([9]).collect()), "3-4,9");
     }
 }

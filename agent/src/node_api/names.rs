@@ -41,6 +41,9 @@ fn touch() {
     METRICS.dra_operation("PrepareResources", second, true);
     METRICS.dra_called("d.example", "/DRAPlugin/NodePrepareResources".into(), "OK".into(), second);
     METRICS.dra_in_use((BTreeMap::new(), 0));
+    METRICS.cpus_assigned(1, 1, &BTreeMap::from([(0, 1)]));
+    METRICS.cpus_pinned(true, true);
+    METRICS.cpus_pinned(false, true);
     for call in [PodResourcesCall::List, PodResourcesCall::Allocatable, PodResourcesCall::Get] {
         METRICS.pod_resources_asked(call, true);
     }

@@ -39,6 +39,7 @@ use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
 use crate::node::logind::Told;
 use crate::node_context::NodeContext;
+use crate::numa::Numa;
 use crate::objects::Objects;
 use crate::report::{EventSink, EventType, StatusSink};
 use crate::runtime::Runtime;
@@ -197,6 +198,7 @@ pub struct SyncLoop {
     cgroups: Arc<dyn PodCgroups>,
     devices: Arc<dyn PodDevices>,
     claims: Arc<dyn PodClaims>,
+    numa: Option<Arc<Numa>>,
     clock: Arc<dyn Clock>,
     sources: HashSet<PodSource>,
     network: watch::Receiver<bool>,
@@ -238,6 +240,7 @@ impl SyncLoop {
             cgroups,
             devices: Arc::new(NoDevices::default()),
             claims: Arc::new(NoClaims::default()),
+            numa: None,
             clock: Arc::new(SystemClock),
             sources,
             network: watch::channel(true).1,
@@ -265,6 +268,12 @@ impl SyncLoop {
     /// Gives pods their claims' devices.
     pub fn with_claims(mut self, claims: Arc<dyn PodClaims>) -> Self {
         self.claims = claims;
+        self
+    }
+
+    /// Gives containers CPUs and memory to themselves.
+    pub fn with_numa(mut self, numa: Option<Arc<Numa>>) -> Self {
+        self.numa = numa;
         self
     }
 
@@ -345,6 +354,7 @@ impl SyncLoop {
             cgroups: self.cgroups,
             devices: self.devices,
             claims: self.claims,
+            numa: self.numa,
             table,
             node,
             runtime,
@@ -369,6 +379,7 @@ impl SyncLoop {
         }
         let (over, overs) = mpsc::unbounded_channel();
         let state = Loop {
+            shared_cpus: deps.numa.as_ref().map(|numa| numa.pool()),
             deps,
             workers: HashMap::new(),
             tasks: JoinSet::new(),
@@ -397,6 +408,17 @@ impl SyncLoop {
 /// Returns once `shutdown` is true or nobody holds its sender any more.
 async fn stopped(shutdown: &mut watch::Receiver<bool>) {
     let _ = shutdown.wait_for(|stop| *stop).await;
+}
+
+/// Returns when there is news; never without anybody who could tell.
+async fn changed(news: &mut Option<watch::Receiver<u64>>) {
+    let told = match news {
+        Some(news) => news.changed().await.is_ok(),
+        None => false,
+    };
+    if !told {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// One sandbox or container in a listing.
@@ -506,6 +528,8 @@ struct Loop {
     evictions: mpsc::UnboundedReceiver<(PodUid, Eviction)>,
     /// Pods whose devices' health changed.
     device_news: [broadcast::Receiver<PodUid>; 2],
+    /// Turns when the CPUs that containers share change.
+    shared_cpus: Option<watch::Receiver<u64>>,
     over: mpsc::UnboundedSender<PodUid>,
     relist_every: Duration,
     relisted: Option<Instant>,
@@ -524,6 +548,9 @@ impl Loop {
         relist.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut retry = tokio::time::interval(RESIZE_RETRY);
         retry.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let period = self.deps.numa.as_ref().map(|numa| numa.reconcile_period());
+        let mut move_again = tokio::time::interval(period.unwrap_or(RESIZE_RETRY));
+        move_again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sources_open = true;
         loop {
             let [plugins, drivers] = &mut self.device_news;
@@ -553,6 +580,8 @@ impl Loop {
                 Some(uid) = overs.recv() => self.give_back(&uid),
                 news = plugins.recv() => self.tell_of_devices(news),
                 news = drivers.recv() => self.tell_of_devices(news),
+                () = changed(&mut self.shared_cpus) => self.tell_of_cpus(),
+                _ = move_again.tick(), if period.is_some() => self.tell_of_cpus(),
                 Some((uid, eviction)) = self.evictions.recv() => {
                     if let Some(worker) = self.workers.get(&uid) {
                         let _ = worker.inbox.send(Message::Evict(eviction));
@@ -614,6 +643,9 @@ impl Loop {
                     self.relist().await;
                     let kept: HashSet<PodUid> = self.workers.keys().cloned().collect();
                     self.deps.devices.retain(&kept);
+                    if let Some(numa) = &self.deps.numa {
+                        numa.retain(&kept);
+                    }
                     orphans::clean(self.deps.clone(), kept);
                     // Only now is known what all pods take together.
                     self.retry_resizes();
@@ -732,6 +764,12 @@ impl Loop {
             // Whose news were lost is not known.
             Err(broadcast::error::RecvError::Lagged(_)) => self.workers.values().for_each(tell),
             Err(broadcast::error::RecvError::Closed) => {}
+        }
+    }
+
+    fn tell_of_cpus(&self) {
+        for worker in self.workers.values() {
+            let _ = worker.inbox.send(Message::Cpus);
         }
     }
 

@@ -585,9 +585,13 @@ impl Runtime for FakeRuntime {
     async fn update_container_resources(
         &self,
         id: &str,
-        _: api::LinuxContainerResources,
+        resources: api::LinuxContainerResources,
     ) -> Result<()> {
-        self.enter("UpdateContainerResources", id).await
+        let what = match &*resources.cpuset_cpus {
+            "" => id.to_owned(),
+            cpus => format!("{id} on {cpus}"),
+        };
+        self.enter("UpdateContainerResources", &what).await
     }
 
     async fn update_pod_sandbox_resources(

@@ -7,7 +7,6 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 
 use super::ConfigError;
 use super::expand::expand;
-use super::resources::container_resources;
 use super::sandbox::pod_labels;
 use super::security::container_security;
 use crate::device::RunOptions;
@@ -46,8 +45,8 @@ pub struct ContainerInput<'a> {
     pub userns: &'a api::UserNamespace,
     /// The node.
     pub node: &'a NodeContext,
-    /// Whether the node has cgroup v2.
-    pub unified: bool,
+    /// What of the machine it may use, and where it runs.
+    pub resources: api::LinuxContainerResources,
 }
 
 /// The container's configuration.
@@ -86,7 +85,7 @@ pub fn container_config(input: ContainerInput<'_>) -> Result<api::ContainerConfi
         stdin_once: container.stdin_once.unwrap_or(false),
         tty: container.tty.unwrap_or(false),
         linux: Some(api::LinuxContainerConfig {
-            resources: Some(container_resources(pod, container, input.node, input.unified)),
+            resources: Some(input.resources),
             security_context: Some(container_security(
                 pod,
                 container,

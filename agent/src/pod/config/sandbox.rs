@@ -6,7 +6,7 @@ use cri_shim::api;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::hosts::kernel_hostname;
-use super::resources::{pod_limits, pod_requests};
+use super::resources::{PodLimits, pod_requests};
 use super::security::sandbox_security;
 use super::{ConfigError, dns};
 use crate::ids::NamespacedName;
@@ -26,13 +26,14 @@ pub fn pod_labels(pod: &Pod) -> HashMap<String, String> {
 }
 
 /// The configuration of sandbox number `attempt`. `host_dns` is what the node resolves with,
-/// `cgroup_parent` the pod's cgroup (empty: the runtime's own choice), `userns` whose ids it uses.
+/// `cgroup_parent` the pod's cgroup (empty: the runtime's own choice) with its limits, `userns` whose ids it
+/// uses.
 pub fn sandbox_config(
     pod: &Pod,
     attempt: u32,
     node: &NodeContext,
     host_dns: &api::DnsConfig,
-    cgroup_parent: &str,
+    (cgroup_parent, limits): (&str, PodLimits),
     userns: &api::UserNamespace,
 ) -> Result<api::PodSandboxConfig, ConfigError> {
     let spec = spec_of(pod);
@@ -64,7 +65,7 @@ pub fn sandbox_config(
                 .map(|s| (s.name.replace('/', "."), s.value.clone()))
                 .collect(),
             overhead: Some(overhead(pod)),
-            resources: Some(resources(pod, node)),
+            resources: Some(resources(pod, limits, node)),
         }),
         windows: None,
     })
@@ -107,8 +108,7 @@ pub fn overhead(pod: &Pod) -> api::LinuxContainerResources {
 }
 
 /// What the pod's cgroup has.
-pub fn resources(pod: &Pod, node: &NodeContext) -> api::LinuxContainerResources {
-    let limits = pod_limits(pod, node);
+pub fn resources(pod: &Pod, limits: PodLimits, node: &NodeContext) -> api::LinuxContainerResources {
     let requests = pod_requests(pod);
     api::LinuxContainerResources {
         cpu_shares: super::resources::cpu_shares(requests.cpu),

@@ -10,6 +10,7 @@ use crate::ids::PodUid;
 use crate::pod::admit::{admit, admit_under, share_of};
 use crate::pod::allocation::{Allocation, Pending, rank, summary};
 use crate::pod::qos::qos_class;
+use crate::pod::status::Verdict;
 use crate::pod::store::Kept;
 use crate::report::EventType;
 
@@ -114,7 +115,14 @@ impl Loop {
         self.taken.subtract(&had);
         let object = self.deps.objects.node();
         let pressure = *self.pressure.borrow();
-        let fits = admit_under(&asked, pressure)
+        let given = grant.allocation.in_place_of(&asked);
+        let numa = self.deps.numa.as_ref();
+        let never = numa.and_then(|numa| numa.refuses_resize(&given, &asked));
+        let fits = match &never {
+            Some(why) => Err(Verdict { message: why.clone(), ..Verdict::new("Infeasible") }),
+            None => admit_under(&asked, pressure),
+        };
+        let fits = fits
             .and_then(|()| admit(&asked, &share, &self.taken, &self.deps.node, object.as_deref()));
         match fits {
             Ok(()) => {
@@ -129,14 +137,16 @@ impl Loop {
             }
             Err(verdict) => {
                 self.taken.add(&had);
-                let reason = "Deferred".to_owned();
+                let reason = if never.is_some() { "Infeasible" } else { "Deferred" };
+                let reason = reason.to_owned();
                 let now = Pending { reason, message: verdict.message, generation };
                 let before = grant.pending.replace(now.clone());
                 let told = before.as_ref().is_some_and(|b| b.generation == now.generation);
                 if !told {
                     let what = format!("Pod resize {}", now.reason);
                     let message = summary(&what, &asked, generation, &now.message);
-                    self.deps.pod_event(&asked, EventType::Warning, "ResizeDeferred", message);
+                    let event = format!("Resize{}", now.reason);
+                    self.deps.pod_event(&asked, EventType::Warning, &event, message);
                 }
                 before != Some(now)
             }

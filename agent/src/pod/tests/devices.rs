@@ -1,11 +1,12 @@
 //! Devices come before all else, and go when nothing of the pod runs.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use k8s_openapi::api::core::v1::ResourceStatus;
 
 use super::*;
 use crate::device::{DeviceError, PodDevices, RunOptions, Statuses};
+use crate::numa::hints::Hints;
 
 const DEV: &str = "example.com/dev";
 const USES: &str = r#"{"restartPolicy":"Never","containers":[{"name":"c","image":"img:1",
@@ -44,6 +45,14 @@ impl PodDevices for World {
         }
         self.recorded.lock().unwrap().devices.has.insert(uid);
         Ok(())
+    }
+
+    async fn allocate_container(&self, pod: &Pod, _: &Container) -> Result<(), DeviceError> {
+        self.allocate(pod).await
+    }
+
+    fn hints(&self, _: &Pod, _: Option<&Container>, _: &BTreeSet<u32>) -> Hints {
+        Hints::new()
     }
 
     async fn run_options(&self, pod: &Pod, c: &Container) -> Result<RunOptions, DeviceError> {

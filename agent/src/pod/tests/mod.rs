@@ -19,6 +19,7 @@ use crate::ids::{NamespacedName, PodUid};
 use crate::node::conditions::Pressure;
 use crate::node::logind::Told;
 use crate::node_context::{NodeContext, ShutdownGrace};
+use crate::numa::Numa;
 use crate::objects::{ObjectError, ObjectRef, Objects};
 use crate::report::{EventSink, EventType, StatusSink};
 use crate::runtime::fake::FakeRuntime;
@@ -30,6 +31,7 @@ mod converge;
 mod devices;
 mod explaining;
 mod lifecycle;
+mod numa;
 mod probing;
 mod resizing;
 mod restarting;
@@ -45,6 +47,7 @@ struct Recorded {
     shown: Vec<Arc<Pod>>,
     config_maps: BTreeMap<String, Arc<ConfigMap>>,
     mount_fails: bool,
+    numa: Option<Arc<Numa>>,
     devices: devices::Given,
     claims: claims::Claimed,
 }
@@ -312,6 +315,7 @@ async fn begin(
     )
     .with_devices(world.clone())
     .with_claims(world.clone())
+    .with_numa(world.recorded.lock().unwrap().numa.clone())
     .with_network(network)
     .with_pressure(pressure)
     .with_shutdowns(shutdowns, shutting_down)

@@ -1,13 +1,15 @@
-//! The pod's devices: those of device plugins are allocated before anything else is done for it, those of
-//! its claims are prepared with its sandbox; told with its status, given back when nothing of it runs.
+//! What the pod has to itself: CPUs, memory and devices of device plugins, allocated before anything
+//! else is done for it; devices of its claims, prepared with its sandbox; all of it told with its status
+//! and given back when nothing of it runs.
 
 use jiff::Timestamp;
 
 use super::done::MAX_WAIT;
 use super::{Done, Worker};
-use crate::device::{DeviceError, Statuses, wanted};
+use crate::device::{Statuses, wanted};
 use crate::dra::DraError;
 use crate::metrics::METRICS;
+use crate::numa::Refusal;
 use crate::pod::facts::Step;
 use crate::pod::plan::usable_sandbox;
 use crate::pod::spec::{init_containers, spec_of};
@@ -26,24 +28,32 @@ impl Worker {
         if self.facts.devices == Step::Wanted {
             // Whose sandbox is there has been let in, by an earlier agent maybe, and in this boot.
             let here = usable_sandbox(&self.pod, &self.observed).is_some();
-            if here || self.observed.any_alive() || !self.wants_devices() {
+            let wants = match &self.deps.numa {
+                Some(numa) => numa.concerns(&self.pod),
+                None => self.wants_devices(),
+            };
+            if here || self.observed.any_alive() || !wants {
                 self.facts.devices = Step::Done;
                 return true;
             }
             self.facts.devices = Step::Busy;
             let (deps, pod) = (self.deps.clone(), self.pod.clone());
-            let task = async move { Done::Devices(deps.devices.allocate(&pod).await) };
+            let task = async move {
+                let given = match &deps.numa {
+                    Some(numa) => numa.admit(&pod, &*deps.devices).await,
+                    None => deps.devices.allocate(&pod).await.map_err(Refusal::unexpected),
+                };
+                Done::Devices(given)
+            };
             self.allocating = Some(self.begin_task(task));
         }
         self.facts.devices == Step::Done
     }
 
-    pub(super) fn devices_done(&mut self, result: Result<(), DeviceError>) {
+    pub(super) fn devices_done(&mut self, result: Result<(), Refusal>) {
         self.allocating = None;
         self.facts.devices = Step::Done;
-        if let Err(error) = result {
-            let reason = "UnexpectedAdmissionError";
-            let message = format!("Allocate failed due to {error}, which is unexpected");
+        if let Err(Refusal { reason, message }) = result {
             METRICS.pod_rejected(reason);
             self.deps.pod_event(&self.pod, EventType::Warning, reason, message.clone());
             if self.verdict.is_none() {
@@ -57,6 +67,9 @@ impl Worker {
     /// the pod had, however long its volumes and its network take to go.
     pub(super) fn give_back(&mut self) {
         self.deps.devices.release(&self.uid);
+        if let Some(numa) = &self.deps.numa {
+            numa.release(&self.uid);
+        }
         if let Some(over) = self.over.take() {
             let _ = over.send(self.uid.clone());
         }

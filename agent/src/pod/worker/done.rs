@@ -3,9 +3,9 @@
 use cri_shim::api;
 
 use super::sandbox::{Made, SandboxFailure};
-use super::{Worker, resize};
-use crate::device::DeviceError;
+use super::{Worker, placement, resize};
 use crate::dra::DraError;
+use crate::numa::Refusal;
 use crate::pod::facts::{ReadyImage, Step};
 use crate::pod::images::ImageFailure;
 use crate::pod::observed::{Container, ContainerId, Sandbox, SandboxId};
@@ -28,7 +28,7 @@ pub(super) struct StartFailure {
 #[derive(Debug)]
 pub(super) enum Done {
     /// The pod's containers have their devices, or not.
-    Devices(Result<(), DeviceError>),
+    Devices(Result<(), Refusal>),
     /// Volumes are in place, or not; with the number of earlier failures.
     Volumes(u32, Result<(), VolumeError>),
     /// A sandbox was made, or not; with the number of earlier failures.
@@ -43,6 +43,8 @@ pub(super) enum Done {
     Killed(ContainerId, Result<(), String>),
     /// Resources were put into effect, or not; with the number of earlier failures.
     Resized(u32, resize::Job, Result<(), String>),
+    /// Instances were moved to other CPUs, or not.
+    Moved(Vec<placement::Moved>),
     /// Instances were removed to start the pod again, all of them or not.
     Reset(u32, Vec<ContainerId>, Result<(), String>),
     /// Work that the pod does not wait for.
@@ -64,6 +66,7 @@ impl Worker {
             Done::Started(start, status, result) => self.started(start, status, result),
             Done::Killed(id, result) => self.killed(id, result),
             Done::Resized(count, job, result) => self.resize_done(count, job, result),
+            Done::Moved(moved) => self.moved(moved),
             Done::Reset(count, removed, result) => self.reset_done(count, &removed, result),
             Done::Nothing => {}
             Done::Collected(containers, sandboxes) => {

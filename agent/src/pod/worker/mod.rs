@@ -36,6 +36,7 @@ mod done;
 mod explain;
 mod kill;
 mod observe;
+mod placement;
 mod probes;
 mod resize;
 mod sandbox;
@@ -78,6 +79,8 @@ pub(crate) enum Message {
     Probe(ContainerId, ProbeKind, bool),
     /// Its devices' health changed.
     Devices,
+    /// The CPUs that containers share may have changed.
+    Cpus,
     /// Somebody asks why the pod is as it is.
     Explain(oneshot::Sender<Explanation>),
 }
@@ -173,6 +176,8 @@ pub(crate) struct Worker {
     objects: Option<broadcast::Receiver<ObjectRef>>,
     /// What the pod's cgroup and running instances have.
     resources: resize::Given,
+    /// On which CPUs they run.
+    placed: placement::Placed,
 }
 
 impl Worker {
@@ -225,6 +230,7 @@ impl Worker {
             probes: HashMap::new(),
             objects: None,
             resources,
+            placed: placement::Placed::default(),
         }
     }
 
@@ -323,7 +329,7 @@ impl Worker {
             Message::LookAtAll => self.stale.all = true,
             Message::Evict(eviction) => self.evict(eviction),
             // The next turn tells of it.
-            Message::Devices => {}
+            Message::Devices | Message::Cpus => {}
             Message::Probe(id, kind, healthy) => self.probed(id, kind, healthy),
             Message::Explain(reply) => {
                 // Whoever asked may not wait any more.
@@ -454,13 +460,14 @@ impl Worker {
             self.begin(action);
         }
         let resize_at = self.reconcile_resources(now);
+        let move_at = self.reconcile_placement(now);
         self.reconcile_probes();
         let status = self.publish(now, Ending::Not);
         if is_terminal(status.phase.as_deref()) {
             self.begin_end(now);
             return None;
         }
-        [plan.wake_at, deadline, resize_at].into_iter().flatten().min()
+        [plan.wake_at, deadline, resize_at, move_at].into_iter().flatten().min()
     }
 
     fn begin(&mut self, action: Action) {
@@ -567,8 +574,11 @@ impl Worker {
             || self.facts.devices == Step::Busy
             || self.observed.any_alive();
         if busy {
+            // What takes its time to end must leave CPUs that are somebody's own by now.
+            let move_at = self.reconcile_placement(now);
             self.publish(now, Ending::Terminating);
-            return patience.filter(|_| self.facts.sandbox == Step::Busy);
+            let patience = patience.filter(|_| self.facts.sandbox == Step::Busy);
+            return [patience, move_at].into_iter().flatten().min();
         }
         // Before the status says that the pod is over: the scheduler gives its devices to others then.
         if !self.has_no_claims(now) {

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{Container as SpecContainer, Pod, ResourceRequir
 use super::{Done, Step, Worker};
 use crate::ids::PodUid;
 use crate::pod::allocation::{Progress, summary};
-use crate::pod::config::resources::{PodLimits, container_resources, pod_limits};
+use crate::pod::config::resources::PodLimits;
 use crate::pod::config::sandbox;
 use crate::pod::deps::Deps;
 use crate::pod::observed::{ContainerId, ContainerState, SandboxId};
@@ -33,11 +33,7 @@ struct Share {
 
 impl Share {
     fn of(pod: &Pod, container: &SpecContainer, deps: &Deps) -> Self {
-        let unified = deps.cgroups.unified();
-        Self {
-            linux: container_resources(pod, container, &deps.node, unified),
-            spec: container.resources.clone(),
-        }
+        Self { linux: deps.container_resources(pod, container), spec: container.resources.clone() }
     }
 }
 
@@ -154,7 +150,7 @@ impl Worker {
         self.resources.instances.retain(|id, _| observed.container(id).is_some());
         let sandbox = usable_sandbox(&pod, observed).map(|s| s.id.clone());
         if sandbox.is_some() {
-            let wanted = pod_limits(&pod, &self.deps.node);
+            let wanted = self.deps.pod_limits(&pod);
             if self.resources.pod.is_none() && !self.resources.midst {
                 self.resources.pod = Some(wanted);
                 self.deps.cgroups.known(&self.uid, qos_class(&pod), wanted);
@@ -264,7 +260,7 @@ async fn tell_runtime(deps: &Deps, pod: &Pod, sandbox: &SandboxId) -> Result<(),
     let told = deps.runtime.update_pod_sandbox_resources(
         sandbox.as_str(),
         sandbox::overhead(pod),
-        sandbox::resources(pod, &deps.node),
+        sandbox::resources(pod, deps.pod_limits(pod), &deps.node),
     );
     match told.await {
         // containerd 2.2 has no code for it.

@@ -10,7 +10,6 @@ use crate::dra::DraError;
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
 use crate::pod::config::dns::parse_resolv_conf;
-use crate::pod::config::resources::pod_limits;
 use crate::pod::config::sandbox::sandbox_config;
 use crate::pod::deps::Deps;
 use crate::pod::facts::FAILED_CLAIMS;
@@ -124,9 +123,10 @@ pub(super) async fn config(
     handler: &str,
 ) -> Result<api::PodSandboxConfig, String> {
     let userns = userns::options(deps, pod, handler).await.map_err(|e| e.to_string())?;
+    let limits = deps.pod_limits(pod);
     let parent = deps
         .cgroups
-        .ensure(&PodUid::of(pod), qos_class(pod), pod_limits(pod, &deps.node))
+        .ensure(&PodUid::of(pod), qos_class(pod), limits)
         .await
         .map_err(|e| e.to_string())?;
     let path = &deps.node.resolv_conf;
@@ -138,5 +138,6 @@ pub(super) async fn config(
             .map_err(|e| format!("read resolver configuration {}: {e}", path.display()))?
     };
     let host = parse_resolv_conf(&text);
-    sandbox_config(pod, attempt, &deps.node, &host, &parent, &userns).map_err(|e| e.to_string())
+    sandbox_config(pod, attempt, &deps.node, &host, (&parent, limits), &userns)
+        .map_err(|e| e.to_string())
 }

@@ -10,6 +10,7 @@ use super::done::StartFailure;
 use super::{Done, Message, Worker, sandbox};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::METRICS;
+use crate::numa::Placement;
 use crate::objects::ObjectError;
 use crate::pod::config::ConfigError;
 use crate::pod::config::container::{ContainerInput, DEFAULT_MESSAGE_PATH, container_config};
@@ -37,6 +38,8 @@ struct Job {
     sandbox_attempt: u32,
     sandbox_config: Option<Arc<api::PodSandboxConfig>>,
     target: Option<String>,
+    /// Where it is to run.
+    placement: Placement,
     ending: tokio::sync::watch::Receiver<bool>,
     outbox: tokio::sync::mpsc::UnboundedSender<Message>,
 }
@@ -81,6 +84,7 @@ impl Worker {
                 .filter(|(attempt, _)| Some(*attempt) == sandbox.map(|s| s.attempt))
                 .map(|(_, config)| config.clone()),
             target,
+            placement: self.place(&start.name),
             ending: self.ending.subscribe(),
             outbox: self.outbox.clone(),
             start: start.clone(),
@@ -227,6 +231,9 @@ impl Job {
             .unwrap_or_default();
         map_mounts(&mut mounts, &userns);
         mounts.splice(0..0, devices.mounts.iter().cloned());
+        let mut resources = self.deps.container_resources(&self.pod, &self.container);
+        resources.cpuset_cpus.clone_from(&self.placement.cpus);
+        resources.cpuset_mems.clone_from(&self.placement.mems);
         let config = container_config(ContainerInput {
             pod: &self.pod,
             container: &self.container,
@@ -240,7 +247,7 @@ impl Job {
             userns: &userns,
             devices: &devices,
             node: &self.deps.node,
-            unified: self.deps.cgroups.unified(),
+            resources,
         })
         .map_err(config_failure)?;
         if *self.ending.borrow() {
