@@ -20,6 +20,7 @@ mod dra;
 mod faults;
 mod join;
 mod lab;
+mod numa;
 mod pods;
 mod probes;
 mod proxy;
