@@ -94,6 +94,13 @@ impl Volumes for World {
     ) -> Result<Vec<cri_shim::api::Mount>, VolumeError> {
         Ok(Vec::new())
     }
+    fn container_devices(
+        &self,
+        _: &Pod,
+        _: &Container,
+    ) -> Result<Vec<cri_shim::api::Device>, VolumeError> {
+        Ok(Vec::new())
+    }
     async fn unmount(&self, _: &PodUid) -> Result<(), VolumeError> {
         Ok(())
     }

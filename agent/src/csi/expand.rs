@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::layout::Layout;
 use super::wire::csi::{CapacityRange, NodeExpandVolumeRequest};
 use super::{Csi, CsiError, CsiVolume, request};
 
@@ -19,11 +18,12 @@ impl Csi {
         path: &Path,
         bytes: i64,
     ) -> Result<(), CsiError> {
-        let _only = self.only(&volume.unique_name()).await;
+        let key = volume.key();
+        let _only = self.only(&key).await;
         let client = self.drivers.client(&volume.driver)?;
         let capabilities = client.capabilities().await?;
         let secrets = self.secret("NodeExpandSecretRef", volume.expand_secret.as_ref()).await?;
-        let staging = Layout::global(&self.layout.stage(&volume.driver, &volume.handle));
+        let staging = self.layout.staging(&key);
         let staging = capabilities.stage.then(|| staging.display().to_string());
         let request = NodeExpandVolumeRequest {
             volume_id: volume.handle.clone(),

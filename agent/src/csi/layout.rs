@@ -3,12 +3,14 @@
 
 use std::path::{Path, PathBuf};
 
-use super::volume::sha256;
+use super::volume::{Key, sha256};
 use crate::ids::PodUid;
 use crate::volume;
 
 /// The folder of a pod's CSI volumes in `volumes`.
 const POD_PLUGIN: &str = "kubernetes.io~csi";
+/// The folder of a device's record.
+pub(super) const DATA: &str = "data";
 
 /// Paths under the agent's root.
 #[derive(Clone, Debug)]
@@ -32,32 +34,55 @@ impl Layout {
         self.plugins().join("kubernetes.io/csi")
     }
 
-    /// The folder of one staged volume; what is mounted is [`Layout::global`] in it.
-    pub(super) fn stage(&self, driver: &str, handle: &str) -> PathBuf {
-        self.staged().join(driver).join(sha256(&[handle]))
+    /// Devices of all drivers, with a folder for each PersistentVolume.
+    pub(super) fn devices(&self) -> PathBuf {
+        self.staged().join("volumeDevices")
     }
 
-    /// Where the volume of a stage folder is mounted for all pods.
-    pub(super) fn global(stage: &Path) -> PathBuf {
-        stage.join("globalmount")
+    /// The folder of a volume's record on the node, which all its pods share.
+    pub(super) fn stage(&self, key: &Key) -> PathBuf {
+        match &key.device {
+            None => self.staged().join(&key.driver).join(sha256(&[&key.handle])),
+            Some(name) => self.devices().join(name).join(DATA),
+        }
+    }
+
+    /// Where the volume is staged for all pods.
+    pub(super) fn staging(&self, key: &Key) -> PathBuf {
+        match &key.device {
+            None => self.stage(key).join("globalmount"),
+            Some(name) => self.devices().join("staging").join(name),
+        }
     }
 
     pub(super) fn pods(&self) -> PathBuf {
         self.of_pods.pods()
     }
 
-    /// All CSI volumes of one pod.
-    pub(super) fn of_pod(&self, uid: &PodUid) -> PathBuf {
-        self.of_pods.volumes(uid).join(POD_PLUGIN)
+    /// The records of all CSI volumes of one pod, each in a folder of the volume's name: of those with
+    /// files, or of devices. A device has no folder in kubelet's layout; its record lies where kubelet
+    /// lets plugins keep what they need for a pod.
+    pub(super) fn of_pod(&self, uid: &PodUid, devices: bool) -> PathBuf {
+        let folder = if devices { self.of_pods.plugins(uid) } else { self.of_pods.volumes(uid) };
+        folder.join(POD_PLUGIN)
     }
 
-    /// The folder of one volume of a pod; what is mounted is [`Layout::target`] in it.
-    pub(super) fn volume(&self, uid: &PodUid, spec_name: &str) -> PathBuf {
-        self.of_pod(uid).join(spec_name)
+    /// Where the volume is published for the pod whose record of it is in `record`.
+    pub(super) fn target(&self, uid: &PodUid, record: &Path, key: &Key) -> PathBuf {
+        match &key.device {
+            None => record.join("mount"),
+            Some(name) => self.published(name).join(uid.as_str()),
+        }
     }
 
-    /// Where the volume of a pod's volume folder is mounted.
-    pub(super) fn target(volume: &Path) -> PathBuf {
-        volume.join("mount")
+    /// Where the device `name` is published, for one pod each.
+    pub(super) fn published(&self, name: &str) -> PathBuf {
+        self.devices().join("publish").join(name)
+    }
+
+    /// The pod's link to its device.
+    pub(super) fn link(&self, uid: &PodUid, key: &Key) -> Option<PathBuf> {
+        let name = key.device.as_ref()?;
+        Some(self.of_pods.devices(uid).join(POD_PLUGIN).join(name))
     }
 }

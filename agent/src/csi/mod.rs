@@ -17,12 +17,14 @@ use tokio::sync::{OwnedMutexGuard, watch};
 use self::drivers::Drivers;
 use self::layout::Layout;
 use self::node_info::{Published, Publisher};
+use self::volume::Key;
 use crate::node_context::NodeContext;
 use crate::objects::{ObjectRef, Objects};
 use crate::plugins::PluginHandler;
 
 mod attach;
 mod client;
+mod device;
 mod drivers;
 mod error;
 mod expand;
@@ -55,7 +57,7 @@ pub struct Csi {
     node: watch::Receiver<Option<Arc<Node>>>,
     /// What the API knows of the drivers.
     published: watch::Sender<Published>,
-    /// Who works on a volume, by its unique name: one at a time.
+    /// Who works on a volume, by its unique name and by its folder: one at a time.
     busy: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
 }
 
@@ -116,16 +118,21 @@ impl Csi {
         }
     }
 
-    /// Waits until nobody else works on the volume `name`.
-    async fn only(&self, name: &str) -> OwnedMutexGuard<()> {
+    /// Waits until nobody else works on the volume, nor on another that lies where it does.
+    async fn only(&self, key: &Key) -> [OwnedMutexGuard<()>; 2] {
+        let stage = self.layout.stage(key).display().to_string();
+        [self.alone(key.unique_name()).await, self.alone(stage).await]
+    }
+
+    async fn alone(&self, name: String) -> OwnedMutexGuard<()> {
         let mutex = {
             let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-            match busy.get(name).and_then(Weak::upgrade) {
+            match busy.get(&name).and_then(Weak::upgrade) {
                 Some(mutex) => mutex,
                 None => {
                     busy.retain(|_, mutex| mutex.strong_count() > 0);
                     let mutex = Arc::new(tokio::sync::Mutex::new(()));
-                    busy.insert(name.to_owned(), Arc::downgrade(&mutex));
+                    busy.insert(name, Arc::downgrade(&mutex));
                     mutex
                 }
             }
@@ -150,16 +157,28 @@ async fn blocking<T: Send + 'static>(
 
 /// Whether something is mounted on `path`, which need not exist.
 fn is_mount_point(path: &Path) -> Result<bool, CsiError> {
-    // As the kernel's table has it: the agent's root may be reached through a link.
-    let Some((parent, name)) = path.parent().zip(path.file_name()) else { return Ok(false) };
+    Ok(mounts_at(path)?.is_some_and(|(path, points)| points.contains(&path)))
+}
+
+/// Whether something is mounted on `path`, which need not exist, or below it.
+fn has_mounts(path: &Path) -> Result<bool, CsiError> {
+    let below =
+        |(path, points): (PathBuf, Vec<PathBuf>)| points.iter().any(|p| p.starts_with(&path));
+    Ok(mounts_at(path)?.is_some_and(below))
+}
+
+/// `path` as the kernel's table has it, for the agent's root may be reached through a link, and what
+/// the table has; `None` where there is not even a folder for it.
+fn mounts_at(path: &Path) -> Result<Option<(PathBuf, Vec<PathBuf>)>, CsiError> {
+    let Some((parent, name)) = path.parent().zip(path.file_name()) else { return Ok(None) };
     let path = match parent.canonicalize() {
         Ok(parent) => parent.join(name),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(CsiError::io("look at", parent)(error)),
     };
     let table = Path::new("/proc/thread-self/mountinfo");
     let text = std::fs::read(table).map_err(CsiError::io("read", table))?;
-    Ok(crate::volume::mount_points(&text).contains(&path))
+    Ok(Some((path, crate::volume::mount_points(&text))))
 }
 
 /// The names of what is in `folder`; none where there is no such folder.

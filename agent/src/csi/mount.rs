@@ -16,11 +16,11 @@ use k8s_openapi::api::storage::v1::CSIDriver;
 use tokio::sync::watch;
 
 use super::client::Client;
-use super::layout::Layout;
 use super::record::{Record, absent};
 use super::request::{self, Capabilities};
+use super::volume::Key;
 use super::wire::csi::{NodePublishVolumeRequest, NodeStageVolumeRequest};
-use super::{Csi, CsiError, CsiVolume, blocking, is_mount_point};
+use super::{Csi, CsiError, CsiVolume, blocking, device, is_mount_point};
 use crate::ids::{NamespacedName, PodUid};
 use crate::volume::Group;
 
@@ -29,8 +29,10 @@ const TOKENS: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 /// A volume that is in place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
-    /// Where its files are.
+    /// Where its files are, or the device.
     pub path: PathBuf,
+    /// The pod's link to it, where it is a device.
+    pub link: Option<PathBuf>,
     /// The driver wants to be asked again now and then (`requiresRepublish`).
     pub republish: bool,
 }
@@ -39,6 +41,10 @@ pub struct Placed {
 struct Job<'a> {
     pod: &'a Pod,
     volume: &'a CsiVolume,
+    key: &'a Key,
+    /// Holds the pod's record.
+    folder: &'a Path,
+    placed: &'a Placed,
     driver: Option<&'a CSIDriver>,
     client: Client,
     capabilities: Capabilities,
@@ -77,92 +83,127 @@ impl Csi {
         if let Some(reason) = request::unsupported_lifecycle(volume, driver) {
             return Err(CsiError::Invalid(reason));
         }
-        let (name, folder) = (volume.unique_name(), self.layout.volume(uid, &volume.spec_name));
-        let republish = driver.and_then(|d| d.spec.requires_republish).unwrap_or(false);
-        let placed = Placed { path: Layout::target(&folder), republish };
+        let key = &volume.key();
+        let folder = self.layout.of_pod(uid, volume.block).join(&volume.spec_name);
+        let placed = Placed {
+            path: self.layout.target(uid, &folder, key),
+            link: self.layout.link(uid, key),
+            republish: driver.and_then(|d| d.spec.requires_republish).unwrap_or(false),
+        };
         let attach = request::attach_required(volume, driver);
         if attach {
-            self.in_use.add(&name, uid);
+            self.in_use.add(&key.unique_name(), uid);
         }
-        if again && !republish {
+        if again && !placed.republish {
             return Ok(placed);
         }
-        if !again && self.is_in_place(&folder, volume).await? {
+        if !again && self.is_in_place(&folder, volume, &placed.path).await? {
             return Ok(placed);
         }
         let attachment = if attach { self.attached(volume).await? } else { BTreeMap::new() };
-        let _only = self.only(&name).await;
+        let _only = self.only(key).await;
         let client = self.drivers.client(&volume.driver)?;
         let capabilities = client.capabilities().await?;
-        let job = Job { pod, volume, driver, client, capabilities, attachment, group };
+        // A device has no files to give.
+        let group = group.filter(|_| !volume.block);
+        let job = Job {
+            pod,
+            volume,
+            key,
+            folder: &folder,
+            placed: &placed,
+            driver,
+            client,
+            capabilities,
+            attachment,
+            group,
+        };
         let record = Record::of_pod(volume, &self.node_name);
         if !again {
-            let (record, folder) = (record.clone(), folder.clone());
+            let (record, folder, of) = (record.clone(), folder.clone(), placed.clone());
             blocking(move || {
                 private_folder(&folder)?;
-                record.write(&folder)
+                record.write(&folder)?;
+                of.link.map_or(Ok(()), |link| device::prepare(&of.path, &link))
             })
             .await?;
         }
-        let staged = if capabilities.stage && !volume.ephemeral {
-            match self.stage(&job).await {
-                Ok(stage) => Some(stage),
-                Err(error) => {
-                    if error.is_final() && !again {
-                        self.forget(&job, &folder).await;
-                    }
-                    return Err(error);
+        let staged = match self.stage(&job).await {
+            Ok(staged) => staged,
+            Err(error) => {
+                if error.is_final() && !again {
+                    self.forget(&job).await;
                 }
+                return Err(error);
             }
-        } else {
-            None
         };
-        self.publish(&job, &folder, staged.as_deref(), again).await?;
+        self.publish(&job, staged.as_deref(), again).await?;
         let done = record.done(&self.boot);
         blocking(move || done.write(&folder)).await?;
         Ok(placed)
     }
 
     /// Whether the driver has put it there in this boot, and it still is.
-    async fn is_in_place(&self, folder: &Path, volume: &CsiVolume) -> Result<bool, CsiError> {
-        let (folder, boot) = (folder.to_owned(), self.boot.clone());
+    async fn is_in_place(
+        &self,
+        folder: &Path,
+        volume: &CsiVolume,
+        target: &Path,
+    ) -> Result<bool, CsiError> {
+        let (folder, target, boot) = (folder.to_owned(), target.to_owned(), self.boot.clone());
+        let block = volume.block;
         let (driver, handle) = (volume.driver.clone(), volume.handle.clone());
         blocking(move || {
             let Some(record) = Record::read(&folder)? else { return Ok(false) };
             if !record.is_of(&driver, &handle) {
-                return Err(CsiError::Invalid(format!(
-                    "{} is still the volume {} of driver {}; it goes with the pod",
-                    folder.display(),
-                    record.handle(),
-                    record.driver(),
-                )));
+                return Err(still_another(&folder, &record));
             }
-            Ok(record.is_done(&boot) && Layout::target(&folder).is_dir())
+            let there = if block { device::is_device(&target) } else { target.is_dir() };
+            Ok(record.is_done(&boot) && there)
         })
         .await
     }
 
-    /// Stages the volume for the node, unless it is; where it is then.
-    async fn stage(&self, job: &Job<'_>) -> Result<PathBuf, CsiError> {
+    /// Stages the volume for the node, where the driver does that, unless it is; where it is then.
+    async fn stage(&self, job: &Job<'_>) -> Result<Option<PathBuf>, CsiError> {
         let volume = job.volume;
-        let stage = self.layout.stage(&volume.driver, &volume.handle);
-        let global = Layout::global(&stage);
-        let record = Record::of_stage(&volume.driver, &volume.handle);
-        let (of, boot) = (stage.clone(), self.boot.clone());
+        let stages = job.capabilities.stage && !volume.ephemeral;
+        // What a device is stands in the node's record, whether it is staged or not.
+        if !stages && !volume.block {
+            return Ok(None);
+        }
+        let (stage, global) = (self.layout.stage(job.key), self.layout.staging(job.key));
+        let record = if volume.block {
+            Record::of_pod(volume, &self.node_name)
+        } else {
+            Record::of_stage(&volume.driver, &volume.handle)
+        };
+        let (of, at, boot, key) =
+            (stage.clone(), global.clone(), self.boot.clone(), job.key.clone());
         let done = blocking(move || {
-            Ok(Record::read(&of)?.is_some_and(|r| r.is_done(&boot)) && Layout::global(&of).is_dir())
+            let Some(found) = Record::read(&of)? else { return Ok(false) };
+            if !found.is_of(&key.driver, &key.handle) {
+                return Err(still_another(&of, &found));
+            }
+            Ok(found.is_done(&boot) && at.is_dir())
         })
         .await?;
         if done {
-            return Ok(global);
+            return Ok(Some(global));
         }
         let secrets = self.secret("NodeStageSecretRef", volume.stage_secret.as_ref()).await?;
-        let (of, noted) = (stage.clone(), record.clone());
+        let (of, at, noted) = (stage.clone(), global.clone(), record.clone());
         blocking(move || {
-            private_folder(&Layout::global(&of))?;
+            private_folder(&of)?;
+            if stages {
+                private_folder(&at)?;
+            }
             noted.write(&of)
         })
         .await?;
+        if !stages {
+            return Ok(None);
+        }
         let request = NodeStageVolumeRequest {
             volume_id: volume.handle.clone(),
             publish_context: job.attachment.clone().into_iter().collect(),
@@ -178,24 +219,25 @@ impl Csi {
         job.client.stage(request).await?;
         let done = record.done(&self.boot);
         blocking(move || done.write(&stage)).await?;
-        Ok(global)
+        Ok(Some(global))
     }
 
     /// After the driver has surely not staged the volume: what was noted for it goes, so that the
     /// pod's end need not ask the driver.
-    async fn forget(&self, job: &Job<'_>, folder: &Path) {
-        let stage = self.layout.stage(&job.volume.driver, &job.volume.handle);
-        let (driver, handle) = (job.volume.driver.clone(), job.volume.handle.clone());
-        let (folder, layout) = (folder.to_owned(), self.layout.clone());
+    async fn forget(&self, job: &Job<'_>) {
+        let (layout, key) = (self.layout.clone(), job.key.clone());
+        let (folder, placed) = (job.folder.to_owned(), job.placed.clone());
         let forgotten = blocking(move || {
-            let global = Layout::global(&stage);
-            let used = super::unmount::users(&layout, &driver, &handle, &folder)?;
+            let global = layout.staging(&key);
+            let used = super::unmount::users(&layout, &key, &folder)?;
             if !used && !is_mount_point(&global)? {
                 absent(fs::remove_dir(&global)).map_err(CsiError::io("remove", &global))?;
-                Record::remove(&stage)?;
+                Record::remove(&layout.stage(&key))?;
+                device::tidy(&layout, &key);
             }
-            let target = Layout::target(&folder);
+            let target = placed.path;
             if !is_mount_point(&target)? && !target.exists() {
+                placed.link.map_or(Ok(()), |link| device::unlink(&link))?;
                 Record::remove(&folder)?;
             }
             Ok(())
@@ -208,12 +250,11 @@ impl Csi {
     async fn publish(
         &self,
         job: &Job<'_>,
-        folder: &Path,
         staged: Option<&Path>,
         again: bool,
     ) -> Result<(), CsiError> {
         let volume = job.volume;
-        let target = Layout::target(folder);
+        let target = job.placed.path.clone();
         let mut secrets =
             self.secret("NodePublishSecretRef", volume.publish_secret.as_ref()).await?;
         let mut context = volume.attributes.clone();
@@ -252,6 +293,13 @@ impl Csi {
                 .await;
             }
             return Err(error);
+        }
+        if volume.block && !device::is_device(&target) {
+            return Err(CsiError::Invalid(format!(
+                "driver {} says that it published the volume, but {} is no block device",
+                volume.driver,
+                target.display()
+            )));
         }
         let group = job.group.filter(|_| {
             !job.capabilities.mount_group && request::applies_group(volume, job.driver)
@@ -335,7 +383,17 @@ fn check_names(volume: &CsiVolume) -> Result<(), CsiError> {
     Ok(())
 }
 
+/// Another volume is where this one shall be.
+fn still_another(folder: &Path, record: &Record) -> CsiError {
+    CsiError::Invalid(format!(
+        "{} is still the volume {} of driver {}; it goes with its pods",
+        folder.display(),
+        record.handle(),
+        record.driver(),
+    ))
+}
+
 /// Makes a folder that only root may enter.
-fn private_folder(path: &Path) -> Result<(), CsiError> {
+pub(super) fn private_folder(path: &Path) -> Result<(), CsiError> {
     DirBuilder::new().recursive(true).mode(0o750).create(path).map_err(CsiError::io("create", path))
 }

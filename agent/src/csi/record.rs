@@ -12,6 +12,7 @@ use std::io::{self, Write as _};
 use std::path::Path;
 
 use super::CsiError;
+use super::volume::Key;
 
 /// Name of the file.
 pub(super) const FILE: &str = "vol_data.json";
@@ -53,6 +54,11 @@ impl Record {
 
     pub(super) fn handle(&self) -> &str {
         self.0.get(HANDLE).map_or("", String::as_str)
+    }
+
+    /// How its volume is found, which is given as the device of a PersistentVolume, or has files.
+    pub(super) fn key(&self, device: Option<String>) -> Key {
+        Key { driver: self.driver().into(), handle: self.handle().into(), device }
     }
 
     /// Whether both are about the same volume.

@@ -9,7 +9,7 @@ use super::volume::CsiVolume;
 use super::wire::csi::node_service_capability::Type;
 use super::wire::csi::node_service_capability::rpc::Type as Rpc;
 use super::wire::csi::volume_capability::access_mode::Mode;
-use super::wire::csi::volume_capability::{AccessMode, AccessType, MountVolume};
+use super::wire::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 use super::wire::csi::{NodeServiceCapability, VolumeCapability};
 
 /// What the node part of a driver can do.
@@ -70,11 +70,15 @@ pub(super) fn capability(
     let group = group.filter(|_| capabilities.mount_group);
     VolumeCapability {
         access_mode: Some(AccessMode { mode: mode.into() }),
-        access_type: Some(AccessType::Mount(MountVolume {
-            fs_type: volume.fs_type.clone(),
-            mount_flags: volume.mount_options.clone(),
-            volume_mount_group: group.map(|group| group.to_string()).unwrap_or_default(),
-        })),
+        access_type: Some(if volume.block {
+            AccessType::Block(BlockVolume {})
+        } else {
+            AccessType::Mount(MountVolume {
+                fs_type: volume.fs_type.clone(),
+                mount_flags: volume.mount_options.clone(),
+                volume_mount_group: group.map(|group| group.to_string()).unwrap_or_default(),
+            })
+        }),
     }
 }
 
@@ -118,7 +122,7 @@ pub(super) fn lifecycle(volume: &CsiVolume) -> &'static str {
 pub(super) fn applies_group(volume: &CsiVolume, driver: Option<&CSIDriver>) -> bool {
     let policy = driver.and_then(|d| d.spec.fs_group_policy.as_deref());
     match policy.unwrap_or("ReadWriteOnceWithFSType") {
-        _ if volume.read_only => false,
+        _ if volume.read_only || volume.block => false,
         "None" => false,
         "File" => true,
         _ if volume.fs_type.is_empty() => false,
@@ -159,6 +163,7 @@ mod tests {
             driver: "d".into(),
             handle: "h".into(),
             ephemeral,
+            block: false,
             read_only: false,
             fs_type: fs_type.into(),
             attributes: BTreeMap::new(),
@@ -195,6 +200,9 @@ mod tests {
         let wanted = capability(&volume(false, "xfs", None), caps, Some(7));
         let Some(AccessType::Mount(mount)) = wanted.access_type else { panic!("a block") };
         assert_eq!((&*mount.volume_mount_group, &*mount.fs_type), ("7", "xfs"));
+        let device = CsiVolume { block: true, ..volume(false, "xfs", None) };
+        let wanted = capability(&device, caps, Some(7));
+        assert_eq!(wanted.access_type, Some(AccessType::Block(BlockVolume {})));
     }
 
     #[test]
@@ -228,6 +236,8 @@ mod tests {
             assert_eq!(applies_group(&volume, driver.as_ref()), expected, "{fs_type} {modes:?}");
             volume.read_only = true;
             assert!(!applies_group(&volume, driver.as_ref()));
+            (volume.read_only, volume.block) = (false, true);
+            assert!(!applies_group(&volume, driver.as_ref()), "a device has no files");
         }
     }
 

@@ -18,6 +18,8 @@ pub struct CsiVolume {
     pub handle: String,
     /// Written inline in the pod, and lives as long as it.
     pub ephemeral: bool,
+    /// Given as a device, without a file system (`volumeMode: Block`).
+    pub block: bool,
     /// Published read-only.
     pub read_only: bool,
     /// The file system's type; empty leaves it to the driver.
@@ -45,6 +47,7 @@ impl CsiVolume {
             driver: source.driver.clone(),
             handle: format!("csi-{}", sha256(&[uid.as_str(), name])),
             ephemeral: true,
+            block: false,
             read_only: source.read_only.unwrap_or(false),
             fs_type: source.fs_type.clone().unwrap_or_default(),
             attributes: source.volume_attributes.clone().unwrap_or_default(),
@@ -73,6 +76,7 @@ impl CsiVolume {
             driver: source.driver.clone(),
             handle: source.volume_handle.clone(),
             ephemeral: false,
+            block: spec.volume_mode.as_deref() == Some("Block"),
             read_only,
             fs_type: source.fs_type.clone().unwrap_or_default(),
             attributes: source.volume_attributes.clone().unwrap_or_default(),
@@ -82,6 +86,15 @@ impl CsiVolume {
             publish_secret: secret(&source.node_publish_secret_ref),
             expand_secret: secret(&source.node_expand_secret_ref),
         })
+    }
+
+    /// By what its files are found.
+    pub(super) fn key(&self) -> Key {
+        Key {
+            driver: self.driver.clone(),
+            handle: self.handle.clone(),
+            device: self.block.then(|| self.spec_name.clone()),
+        }
     }
 
     /// How `volumesInUse` and `volumesAttached` of a Node name it.
@@ -95,8 +108,25 @@ impl CsiVolume {
     }
 }
 
+/// A volume as its files are found on the node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    /// The driver's name.
+    pub(super) driver: String,
+    /// How the driver knows it.
+    pub(super) handle: String,
+    /// The PersistentVolume's name, where it is given as a device.
+    pub(super) device: Option<String>,
+}
+
+impl Key {
+    pub(super) fn unique_name(&self) -> String {
+        unique_name(&self.driver, &self.handle)
+    }
+}
+
 /// How a Node's status names the volume `handle` of `driver`.
-pub(super) fn unique_name(driver: &str, handle: &str) -> String {
+fn unique_name(driver: &str, handle: &str) -> String {
     format!("kubernetes.io/csi/{driver}^{handle}")
 }
 
@@ -140,6 +170,11 @@ mod tests {
         assert_eq!(volume.stage_secret, Some(NamespacedName::new("n", "s")));
         assert_eq!(volume.publish_secret, Some(NamespacedName::new("n", "p")));
         assert_eq!(volume.mount_options, ["noatime"]);
+        assert_eq!((volume.block, volume.key().device), (false, None));
+        let mut device = pv;
+        device.spec.as_mut().unwrap().volume_mode = Some("Block".into());
+        let volume = CsiVolume::of(&device, false).unwrap();
+        assert_eq!((volume.block, volume.key().device), (true, Some("pv-1".into())));
         let other: PersistentVolume =
             serde_json::from_value(json!({"spec": {"hostPath": {"path": "/x"}}})).unwrap();
         assert_eq!(CsiVolume::of(&other, false), None);

@@ -384,9 +384,6 @@ fn unsupported(pod: &Pod, node: &NodeContext) -> Option<String> {
 }
 
 fn unsupported_in(container: &Container) -> Option<String> {
-    if container.volume_devices.as_ref().is_some_and(|v| !v.is_empty()) {
-        return Some("volumeDevices".into());
-    }
     let limits = container.resources.as_ref().and_then(|r| r.limits.as_ref());
     for name in limits.into_iter().flatten().map(|(name, _)| name) {
         let known = matches!(&**name, "cpu" | "memory" | "ephemeral-storage")

@@ -6,9 +6,14 @@ use k8s_openapi::api::core::v1::{
 
 use crate::csi::CsiVolume;
 use crate::ids::PodUid;
+use crate::pod::spec::ephemeral_as_container;
 
 /// Keeps a claim that a pod uses from going.
 const PROTECTION: &str = "kubernetes.io/pvc-protection";
+/// `volumeMode` of what is given as a device.
+pub(super) const BLOCK: &str = "Block";
+/// `volumeMode` of what is mounted.
+pub(super) const FILESYSTEM: &str = "Filesystem";
 
 /// What is behind a claim.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +22,8 @@ pub(super) enum Backing {
     Csi(Box<CsiVolume>),
     /// A folder of this node, by the PersistentVolume's name.
     Local { name: String, path: String, options: Vec<String>, read_only: bool },
+    /// A block device of this node, by the PersistentVolume's name.
+    Device { name: String, path: String, read_only: bool },
     /// A path of the host.
     HostPath(HostPathVolumeSource, bool),
 }
@@ -98,20 +105,24 @@ pub(super) fn backing(
              {claim_uid}"
         ));
     }
-    if spec.volume_mode.as_deref() == Some("Block") {
-        return Err(format!(
-            "volume {name} has volumeMode Block, which this node does not provide; use \
-             volumeMode Filesystem"
-        ));
-    }
     if let Some(volume) = CsiVolume::of(pv, read_only) {
         return Ok(Backing::Csi(Box::new(volume)));
     }
+    let block = spec.volume_mode.as_deref() == Some(BLOCK);
     if let Some(local) = spec.local {
+        if block {
+            return Ok(Backing::Device { name: name.to_owned(), path: local.path, read_only });
+        }
         let options = spec.mount_options.unwrap_or_default();
         return Ok(Backing::Local { name: name.to_owned(), path: local.path, options, read_only });
     }
     if let Some(source) = spec.host_path {
+        if block {
+            return Err(format!(
+                "PersistentVolume {name} is of kind hostPath, which has no volumeMode Block; use \
+                 local or csi"
+            ));
+        }
         return Ok(Backing::HostPath(source, read_only));
     }
     let fields = serde_json::to_value(&spec).unwrap_or_default();
@@ -136,15 +147,40 @@ pub(super) fn backing(
     ))
 }
 
-/// Whether any container of the pod mounts the volume `name`: a claim that none mounts is left alone.
+/// Whether any container of the pod uses the volume `name`: a claim that none uses is left alone.
 pub(super) fn is_used(pod: &Pod, name: &str) -> bool {
-    let Some(spec) = &pod.spec else { return false };
-    let mounts = |container: &Container| {
-        container.volume_mounts.iter().flatten().any(|mount| mount.name == name)
-    };
-    let ephemeral = spec.ephemeral_containers.iter().flatten();
-    spec.containers.iter().chain(spec.init_containers.iter().flatten()).any(mounts)
-        || ephemeral.flat_map(|e| e.volume_mounts.iter().flatten()).any(|m| m.name == name)
+    is_mounted(pod, name) || is_device(pod, name)
+}
+
+fn is_mounted(pod: &Pod, name: &str) -> bool {
+    containers(pod).any(|c| c.volume_mounts.iter().flatten().any(|mount| mount.name == name))
+}
+
+fn is_device(pod: &Pod, name: &str) -> bool {
+    containers(pod).any(|c| c.volume_devices.iter().flatten().any(|device| device.name == name))
+}
+
+fn containers(pod: &Pod) -> impl Iterator<Item = Container> {
+    pod.spec.iter().flat_map(|spec| {
+        let ephemeral = spec.ephemeral_containers.iter().flatten();
+        let init = spec.init_containers.iter().flatten();
+        let others = spec.containers.iter().chain(init).cloned();
+        others.chain(ephemeral.map(ephemeral_as_container))
+    })
+}
+
+/// The `volumeMode` of a PersistentVolume and the field by which a container of the pod uses the volume
+/// `name` all the same, if one does.
+pub(super) fn mode_mismatch(
+    pod: &Pod,
+    name: &str,
+    pv: Option<&PersistentVolume>,
+) -> Option<(String, &'static str)> {
+    let mode = pv.and_then(|pv| pv.spec.as_ref()?.volume_mode.as_deref()).unwrap_or(FILESYSTEM);
+    if mode != FILESYSTEM && is_mounted(pod, name) {
+        return Some((mode.to_owned(), "volumeMounts"));
+    }
+    (mode != BLOCK && is_device(pod, name)).then(|| (mode.to_owned(), "volumeDevices"))
 }
 
 #[cfg(test)]
@@ -173,6 +209,38 @@ mod tests {
         assert_eq!(of(made), Some(("p-v".into(), false)));
         assert_eq!(of(json!({"name": "v", "emptyDir": {}})), None);
         assert!(is_used(&pod(), "used") && !is_used(&pod(), "other"));
+    }
+
+    #[test]
+    fn a_volume_is_used_as_its_mode_says() {
+        let with = |containers: Value| {
+            let mut spec = json!({"containers": [{"name": "c"}]});
+            spec.as_object_mut().unwrap().extend(containers.as_object().unwrap().clone());
+            serde_json::from_value::<Pod>(json!({"metadata": {"name": "p"}, "spec": spec})).unwrap()
+        };
+        let mount = json!([{"name": "c", "volumeMounts": [{"name": "v", "mountPath": "/v"}]}]);
+        let device = json!([{"name": "c", "volumeDevices": [{"name": "v", "devicePath": "/v"}]}]);
+        let pv = |mode: Option<&str>| {
+            let spec = json!({"volumeMode": mode});
+            serde_json::from_value::<PersistentVolume>(json!({"spec": spec})).unwrap()
+        };
+        for list in ["containers", "initContainers", "ephemeralContainers"] {
+            let (mounted, raw) = (with(json!({list: mount})), with(json!({list: device})));
+            assert!(is_used(&mounted, "v") && is_used(&raw, "v") && !is_used(&raw, "w"), "{list}");
+            for (pod, mode, wrong) in [
+                (&mounted, None, None),
+                (&mounted, Some("Filesystem"), None),
+                (&mounted, Some("Block"), Some("volumeMounts")),
+                (&raw, Some("Block"), None),
+                (&raw, Some("Filesystem"), Some("volumeDevices")),
+                (&raw, None, Some("volumeDevices")),
+            ] {
+                let found = mode_mismatch(pod, "v", Some(&pv(mode)));
+                assert_eq!(found.as_ref().map(|(_, field)| *field), wrong, "{list} {mode:?}");
+                let told = found.is_none_or(|(told, _)| told == mode.unwrap_or("Filesystem"));
+                assert!(told, "{list} {mode:?}");
+            }
+        }
     }
 
     #[test]
@@ -243,6 +311,11 @@ mod tests {
         };
         let spec = with(json!({"local": {"path": "/x"}, "mountOptions": ["noexec"]}));
         assert_eq!(of(spec), Ok(local));
+        let device = Backing::Device { name: "pv".into(), path: "/dev/x".into(), read_only: true };
+        let spec = json!({"local": {"path": "/dev/x"}, "volumeMode": "Block"});
+        assert_eq!(of(with(spec)), Ok(device));
+        let spec = json!({"csi": {"driver": "d", "volumeHandle": "h"}, "volumeMode": "Block"});
+        assert!(matches!(of(with(spec)), Ok(Backing::Csi(csi)) if csi.block));
         let Ok(Backing::HostPath(source, true)) = of(with(json!({"hostPath": {"path": "/x"}})))
         else {
             panic!()
@@ -251,7 +324,10 @@ mod tests {
         for (spec, words) in [
             (with(json!({"nfs": {"server": "s", "path": "/"}})), "is of kind nfs"),
             (with(json!({})), "is of kind unknown"),
-            (with(json!({"local": {"path": "/x"}, "volumeMode": "Block"})), "volumeMode Block"),
+            (
+                with(json!({"hostPath": {"path": "/x"}, "volumeMode": "Block"})),
+                "no volumeMode Block",
+            ),
             (
                 with(json!({"local": {"path": "/x"}, "claimRef": {"uid": "other"}})),
                 "does not point",

@@ -56,6 +56,24 @@ pub enum VolumeError {
         /// Why, in kubelet's words.
         reason: String,
     },
+    /// A container uses the volume as what it is not.
+    #[error("volume {volume} has volumeMode {mode}, but is specified in {field}")]
+    Mode {
+        /// Name of the volume in the pod.
+        volume: String,
+        /// `volumeMode` of the PersistentVolume.
+        mode: String,
+        /// `volumeMounts` or `volumeDevices`.
+        field: &'static str,
+    },
+    /// A block device of the node cannot be given as written.
+    #[error("volume {volume:?}: {reason}")]
+    Device {
+        /// The PersistentVolume's name.
+        volume: String,
+        /// What is wrong, with the field.
+        reason: String,
+    },
     /// A CSI volume is not in place (yet), or not taken back.
     #[error("volume {spec_name:?}: {source}")]
     Csi {
@@ -63,6 +81,8 @@ pub enum VolumeError {
         volume: String,
         /// The PersistentVolume's name, or the volume's in the pod.
         spec_name: String,
+        /// Whether it is given as a device.
+        block: bool,
         /// Why.
         source: Box<CsiError>,
     },
@@ -88,11 +108,28 @@ impl VolumeError {
         move |source| VolumeError::Io { operation, path, source }
     }
 
-    /// What the `FailedMount` Event says, in kubelet's words.
-    pub(crate) fn event(&self) -> String {
-        let failed = "MountVolume.SetUp failed";
+    /// The reason of the Event that tells of it, and of waiting.
+    pub(crate) fn reason(&self) -> &'static str {
+        if self.is_of_device() { "FailedMapVolume" } else { "FailedMount" }
+    }
+
+    fn is_of_device(&self) -> bool {
         match self {
-            Self::Invalid { volume, reason } => {
+            Self::Device { .. } => true,
+            Self::Csi { block, source, .. } => {
+                *block && !matches!(**source, CsiError::AttachTimeout(_))
+            }
+            _ => false,
+        }
+    }
+
+    /// What that Event says, in kubelet's words.
+    pub(crate) fn event(&self) -> String {
+        let of_device = self.is_of_device();
+        let failed =
+            if of_device { "MapVolume.SetUpDevice failed" } else { "MountVolume.SetUp failed" };
+        match self {
+            Self::Invalid { volume, reason } | Self::Device { volume, reason } => {
                 format!("{failed} for volume {volume:?} : {reason}")
             }
             Self::NotFound { volume, what } => {
@@ -104,7 +141,11 @@ impl VolumeError {
                  volumes=[], failed to process volumes=[{volume}]: error processing PVC {claim}: \
                  {reason}"
             ),
-            Self::Csi { volume, spec_name, source } => match &**source {
+            Self::Mode { volume, .. } => format!(
+                "Unable to attach or mount volumes: unmounted volumes=[{volume}], unattached \
+                 volumes=[], failed to process volumes=[{volume}]: {self}"
+            ),
+            Self::Csi { volume, spec_name, source, .. } => match &**source {
                 CsiError::AttachTimeout(why) => format!(
                     "Unable to attach or mount volumes: unmounted volumes=[{volume}], unattached \
                      volumes=[{volume}], failed to process volumes=[]: timed out waiting for the \

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::{
     ServiceAccountTokenProjection, Volume,
 };
 
-use super::claim::{Backing, backing, bound_to, claim_of, is_used};
+use super::claim::{Backing, backing, bound_to, claim_of, is_used, mode_mismatch};
 use super::config_map::{self, Selection};
 use super::downward_api;
 use super::empty_dir::{Medium, plan_medium};
@@ -180,6 +180,9 @@ impl Gather<'_> {
         })?;
         let uid = claim.as_ref().and_then(|claim| claim.metadata.uid.clone()).unwrap_or_default();
         let found = backing(pv.as_deref(), &name, &uid, read_only).map_err(failed)?;
+        if let Some((mode, field)) = mode_mismatch(self.pod, &volume.name, pv.as_deref()) {
+            return Err(VolumeError::Mode { volume: volume.name.clone(), mode, field });
+        }
         let (Backing::Csi(csi), Some(claim), false) = (&found, claim, read_only) else {
             return Ok(Wanted::Claimed(found));
         };

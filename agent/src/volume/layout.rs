@@ -57,6 +57,20 @@ impl Layout {
         self.pod(uid).join("volumes")
     }
 
+    /// Links to the pod's devices.
+    pub(crate) fn devices(&self, uid: &PodUid) -> PathBuf {
+        self.pod(uid).join("volumeDevices")
+    }
+
+    /// What plugins keep for the pod.
+    pub(crate) fn plugins(&self, uid: &PodUid) -> PathBuf {
+        self.pod(uid).join("plugins")
+    }
+
+    pub(super) fn device(&self, uid: &PodUid, plugin: Plugin, name: &str) -> PathBuf {
+        self.devices(uid).join(plugin.directory()).join(name)
+    }
+
     pub(super) fn volume(&self, uid: &PodUid, plugin: Plugin, name: &str) -> PathBuf {
         self.volumes(uid).join(plugin.directory()).join(name)
     }

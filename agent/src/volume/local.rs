@@ -59,7 +59,7 @@ pub(super) fn apply(
         Ok(found) if found.is_dir() => {}
         Ok(_) => {
             return Err(invalid(format!(
-                "path {:?} is no directory: block devices are not provided here",
+                "path {:?} is no directory; a block device needs volumeMode Block",
                 source.display()
             )));
         }

@@ -14,6 +14,7 @@ use crate::ids::PodUid;
 mod atomic;
 mod claim;
 mod config_map;
+mod device;
 mod downward_api;
 mod empty_dir;
 mod error;
@@ -33,6 +34,7 @@ mod teardown;
 mod token;
 mod usage;
 
+pub(crate) use device::link as link_device;
 pub use error::VolumeError;
 pub(crate) use layout::{Layout, empty_dir_path};
 pub(crate) use mounts::mount_points;
@@ -63,6 +65,13 @@ pub trait Volumes: Send + Sync {
         container: &Container,
         attempt: u32,
     ) -> Result<Vec<cri_shim::api::Mount>, VolumeError>;
+
+    /// The devices of one container: its `volumeDevices`.
+    fn container_devices(
+        &self,
+        pod: &Pod,
+        container: &Container,
+    ) -> Result<Vec<cri_shim::api::Device>, VolumeError>;
 
     /// Takes everything of the pod away: nothing is left under `<root>/pods/<uid>`.
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError>;

@@ -13,14 +13,15 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, VolumeMount};
 use tokio::sync::{Notify, watch};
 
-use super::claim::{Backing, claim_of};
+use super::claim::{BLOCK, Backing, claim_of};
 use super::gather::{Earlier, Gather, Growing, Wanted, fs_group, group};
 use super::growth::{Outcome, status_patch};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
 use super::usage::{Measure, Measured};
 use super::{
-    Group, VolumeError, Volumes, atomic, empty_dir, host_path, local, mounts, sub_path, teardown,
+    Group, VolumeError, Volumes, atomic, device, empty_dir, host_path, local, mounts, sub_path,
+    teardown,
 };
 use crate::csi::{Csi, CsiVolume};
 use crate::ids::{NamespacedName, PodUid};
@@ -55,9 +56,11 @@ impl Mounted {
 #[derive(Clone)]
 pub(super) struct Place {
     pub(super) path: PathBuf,
-    read_only: bool,
+    /// The pod's link to it, where it is given as a device.
+    pub(super) device: Option<PathBuf>,
+    pub(super) read_only: bool,
     /// Its files get the pod's SELinux label.
-    relabel: bool,
+    pub(super) relabel: bool,
     pub(super) claim: Option<NamespacedName>,
     pub(super) measure: Measure,
 }
@@ -321,10 +324,12 @@ impl NodeVolumes {
         let placed = placed.map_err(|source| VolumeError::Csi {
             volume: name.to_owned(),
             spec_name: volume.spec_name.clone(),
+            block: volume.block,
             source: Box::new(source),
         })?;
         let place = Place {
             path: placed.path,
+            device: placed.link,
             read_only: volume.read_only,
             relabel: !volume.read_only,
             claim: claim_named(pod, name),
@@ -392,13 +397,23 @@ impl NodeVolumes {
         match want {
             Wanted::Claimed(Backing::Local { name, read_only, .. }) => Some(Place {
                 path: self.layout.volume(uid, Plugin::Local, name),
+                device: None,
                 read_only: *read_only,
                 relabel: !read_only,
                 claim,
                 measure: Measure::FileSystem,
             }),
+            Wanted::Claimed(Backing::Device { name, path, read_only }) => Some(Place {
+                path: PathBuf::from(path),
+                device: Some(self.layout.device(uid, Plugin::Local, name)),
+                read_only: *read_only,
+                relabel: false,
+                claim,
+                measure: Measure::Nobody,
+            }),
             Wanted::Claimed(Backing::HostPath(source, read_only)) => Some(Place {
                 path: PathBuf::from(&source.path),
+                device: None,
                 read_only: *read_only,
                 // What is the node's own keeps its labels.
                 relabel: false,
@@ -510,6 +525,14 @@ impl Volumes for NodeVolumes {
             }
             let plugin = plugin_of(volume);
             let place = places.get(&volume.name);
+            if place.is_some_and(|place| place.device.is_some()) {
+                let volume = mount.name.clone();
+                return Err(VolumeError::Mode {
+                    volume,
+                    mode: BLOCK.into(),
+                    field: "volumeMounts",
+                });
+            }
             let path = match (&volume.host_path, plugin, place) {
                 (Some(host_path), ..) => PathBuf::from(&host_path.path),
                 (None, Some(plugin), _) => self.layout.volume(&uid, plugin, &volume.name),
@@ -555,6 +578,22 @@ impl Volumes for NodeVolumes {
         Ok(mounts)
     }
 
+    fn container_devices(
+        &self,
+        pod: &Pod,
+        container: &Container,
+    ) -> Result<Vec<api::Device>, VolumeError> {
+        if container.volume_devices.as_ref().is_none_or(Vec::is_empty) {
+            return Ok(Vec::new());
+        }
+        let slot = self.slot(&PodUid::of(pod));
+        let mounted = lock(&slot.mounted);
+        match mounted.as_ref() {
+            Some(mounted) => device::plan_devices(container, &mounted.places),
+            None => device::plan_devices(container, &HashMap::new()),
+        }
+    }
+
     fn pod_ends(&self, uid: &PodUid) {
         self.slot(uid).ending.send_replace(true);
     }
@@ -572,6 +611,7 @@ impl Volumes for NodeVolumes {
             csi.tear_down(uid).await.map_err(|source| VolumeError::Csi {
                 volume: uid.to_string(),
                 spec_name: uid.to_string(),
+                block: false,
                 source: Box::new(source),
             })?;
         }
@@ -717,13 +757,17 @@ fn apply_all(
                 host_path::apply(name, source)?;
             }
             Wanted::Claimed(Backing::Local { name: pv, path, options, read_only }) => {
-                if !is_file_name(pv) {
-                    let reason = format!("PersistentVolume {pv:?} cannot name a directory");
-                    return Err(VolumeError::Invalid { volume: name.clone(), reason });
-                }
+                check_name(name, pv)?;
                 let target = layout.volume(uid, Plugin::Local, pv);
                 parent_directory(&target)?;
                 local::apply(pv, path, &target, (options, *read_only), of_existing)?;
+            }
+            Wanted::Claimed(Backing::Device { name: pv, path, .. }) => {
+                check_name(name, pv)?;
+                let link = layout.device(uid, Plugin::Local, pv);
+                private_directory(&layout.devices(uid))?;
+                parent_directory(&link)?;
+                device::apply(pv, path, &link)?;
             }
             Wanted::Files { plugin, payload, .. } => {
                 let path = layout.volume(uid, *plugin, name);
@@ -742,6 +786,15 @@ fn apply_all(
         }
     }
     Ok(())
+}
+
+/// Whether the PersistentVolume of the volume `name` can name what is made of it.
+fn check_name(name: &str, pv: &str) -> Result<(), VolumeError> {
+    if is_file_name(pv) {
+        return Ok(());
+    }
+    let reason = format!("PersistentVolume {pv:?} cannot name a directory");
+    Err(VolumeError::Invalid { volume: name.to_owned(), reason })
 }
 
 /// Makes a directory that only root may enter.

@@ -1,4 +1,5 @@
-//! A CSI driver for tests: its volumes are folders of the node, bound where they are asked for.
+//! A CSI driver for tests: its volumes are folders of the node, bound where they are asked for, or
+//! files of the node behind loop devices, where a device is asked for.
 //!
 //! It holds whoever asks to the protocol: what is not staged cannot be published, what is published
 //! cannot be unstaged, a target's parent must be there, a Secret must come where the volume says so.
@@ -12,6 +13,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -69,6 +71,64 @@ impl Driver {
         fs::create_dir_all(&folder)?;
         Ok(folder)
     }
+
+    /// The file that is the volume as a device. Its name says whose it is, for a loop device outlives
+    /// all else of a test.
+    fn disk(&self, id: &str) -> Result<PathBuf, Status> {
+        let folder = self.script.0.join("disks");
+        fs::create_dir_all(&folder)?;
+        Ok(folder.join(format!("disk.{}.{id}.img", self.options.node_id)))
+    }
+
+    /// The loop device of the volume, if it is attached.
+    fn attached(&self, id: &str) -> Result<Option<PathBuf>, Status> {
+        let disk = self.disk(id)?;
+        if !disk.exists() {
+            return Ok(None);
+        }
+        let told = losetup(&["--noheadings", "--output", "NAME", "--associated"], &disk)?;
+        Ok(told.lines().next().map(|line| PathBuf::from(line.trim())))
+    }
+
+    fn attach(&self, id: &str) -> Result<PathBuf, Status> {
+        if let Some(device) = self.attached(id)? {
+            return Ok(device);
+        }
+        let disk = self.disk(id)?;
+        fs::File::options().create(true).append(true).open(&disk)?.set_len(1 << 20)?;
+        let told = losetup(&["--find", "--show"], &disk)?;
+        Ok(PathBuf::from(told.trim()))
+    }
+
+    /// Detaches the volume's device, which nothing must show any more.
+    fn detach(&self, id: &str) -> Result<(), Status> {
+        let Some(device) = self.attached(id)? else { return Ok(()) };
+        if let Some(point) = shown(&device)? {
+            let words = format!("device is still published at {}", point.display());
+            return Err(Status::failed_precondition(words));
+        }
+        losetup(&["--detach"], &device).map(drop)
+    }
+}
+
+fn losetup(options: &[&str], path: &Path) -> Result<String, Status> {
+    let output = Command::new("losetup").args(options).arg(path).output()?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Status::internal(format!("losetup: {said}")));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Where a device is bound, if it is.
+fn shown(device: &Path) -> Result<Option<PathBuf>, Status> {
+    let name = device.file_name().unwrap_or_default();
+    let is = |root: &str| Path::new(root).file_name() == Some(name);
+    Ok(mounts()?.into_iter().find(|(_, root)| is(root)).map(|(point, _)| point))
+}
+
+fn is_block(capability: Option<&csi::VolumeCapability>) -> bool {
+    capability.is_some_and(|c| matches!(c.access_type, Some(AccessType::Block(_))))
 }
 
 /// Mount points, each with the path in its file system that it shows.
@@ -116,7 +176,8 @@ fn check(capability: Option<&csi::VolumeCapability>) -> Result<Value, Status> {
     match &capability.access_type {
         Some(AccessType::Mount(mount)) => Ok(json!({"mode": mode, "fsType": mount.fs_type,
             "mountFlags": mount.mount_flags, "group": mount.volume_mount_group})),
-        _ => Err(Status::invalid_argument("no mount volume")),
+        Some(AccessType::Block(_)) => Ok(json!({"mode": mode, "block": true})),
+        None => Err(Status::invalid_argument("no access_type")),
     }
 }
 
@@ -158,6 +219,10 @@ impl Node for Driver {
         if !target.is_dir() {
             return Err(Status::failed_precondition("staging_target_path is no folder"));
         }
+        if is_block(r.volume_capability.as_ref()) {
+            self.attach(&r.volume_id)?;
+            return Ok(Response::new(csi::NodeStageVolumeResponse {}));
+        }
         bind(&source, target, false)?;
         Ok(Response::new(csi::NodeStageVolumeResponse {}))
     }
@@ -182,6 +247,7 @@ impl Node for Driver {
             return Err(Status::failed_precondition(words));
         }
         unbind(staging)?;
+        self.detach(&r.volume_id)?;
         Ok(Response::new(csi::NodeUnstageVolumeResponse {}))
     }
 
@@ -200,6 +266,22 @@ impl Node for Driver {
         )
         .await?;
         check_secret("publishSecret", &r.volume_context, &r.secrets)?;
+        let target = Path::new(&r.target_path);
+        if !target.parent().is_some_and(Path::is_dir) {
+            return Err(Status::failed_precondition("the target's parent is not there"));
+        }
+        if is_block(r.volume_capability.as_ref()) {
+            let device = match self.attached(&r.volume_id)? {
+                Some(device) => device,
+                None if self.stages() => {
+                    return Err(Status::failed_precondition("volume is not staged"));
+                }
+                None => self.attach(&r.volume_id)?,
+            };
+            fs::File::options().create(true).append(true).open(target)?;
+            bind(&device, target, false)?;
+            return Ok(Response::new(csi::NodePublishVolumeResponse {}));
+        }
         let ephemeral = r.volume_context.get("csi.storage.k8s.io/ephemeral");
         let mut source = self.volume(&r.volume_id)?;
         if self.stages() && ephemeral.is_none_or(|text| text != "true") {
@@ -207,10 +289,6 @@ impl Node for Driver {
             if !is_mounted(&source)? {
                 return Err(Status::failed_precondition("volume is not staged"));
             }
-        }
-        let target = Path::new(&r.target_path);
-        if !target.parent().is_some_and(Path::is_dir) {
-            return Err(Status::failed_precondition("the target's parent is not there"));
         }
         if !target.exists() {
             fs::create_dir(target)?;
@@ -230,10 +308,16 @@ impl Node for Driver {
         self.begin("unpublish", json!({"volume": r.volume_id, "path": r.target_path})).await?;
         let target = Path::new(&r.target_path);
         unbind(target)?;
-        match fs::remove_dir(target) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
-            _ => Ok(Response::new(csi::NodeUnpublishVolumeResponse {})),
+        let removed =
+            if target.is_dir() { fs::remove_dir(target) } else { fs::remove_file(target) };
+        match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
         }
+        if !self.stages() {
+            self.detach(&r.volume_id)?;
+        }
+        Ok(Response::new(csi::NodeUnpublishVolumeResponse {}))
     }
 
     async fn node_get_volume_stats(

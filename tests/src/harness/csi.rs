@@ -81,6 +81,12 @@ impl CsiDriver {
         self.folder.join("volumes").join(handle)
     }
 
+    /// The file that is the volume `handle` as a device, as the test reaches it.
+    pub fn disk(&self, handle: &str) -> PathBuf {
+        let node = self.options["nodeId"].as_str().unwrap_or_default();
+        self.folder.join("disks").join(format!("disk.{node}.{handle}.img"))
+    }
+
     /// What it was asked for the volume `handle`, in order.
     pub fn verbs(&self, handle: &str) -> Vec<String> {
         let of = |call: &Value| call["volume"] == handle;
@@ -153,6 +159,15 @@ impl Volumes<'_> {
         let map = csi.as_object_mut().context("an object")?;
         map.extend(source.as_object().cloned().unwrap_or_default());
         self.claim_of(name, json!({"csi": csi})).await
+    }
+
+    /// As [`Volumes::claim`], with a volume that is given as a device.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn device(&self, name: &str) -> Result<()> {
+        let csi = json!({"driver": self.driver, "volumeHandle": name});
+        self.claim_of(name, json!({"volumeMode": "Block", "csi": csi})).await
     }
 
     /// A claim `name` that is bound to a PersistentVolume of the same name made of `source`.

@@ -161,6 +161,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
+        super::leaks::detach_loops(&self.id);
         if std::thread::panicking() && std::env::var_os("LONGSHORE_TEST_KEEP").is_some() {
             return;
         }
@@ -181,6 +182,7 @@ fn sweep(id: &str) {
         }
         let _ = run(&format!("ip netns del {name}"));
     }
+    super::leaks::detach_loops(id);
     sweep_files(id);
 }
 

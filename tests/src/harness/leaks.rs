@@ -45,6 +45,22 @@ pub fn remove_cgroups(prefix: &str) {
     }
 }
 
+/// Loop devices over files of the lab `id`, which have its name before a dot.
+pub fn loops(id: &str) -> Vec<PathBuf> {
+    let of_lab = |entry: std::fs::DirEntry| {
+        let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        file.contains(&format!("{id}.")).then(|| Path::new("/dev").join(entry.file_name()))
+    };
+    std::fs::read_dir("/sys/block").into_iter().flatten().flatten().filter_map(of_lab).collect()
+}
+
+/// Detaches them: they would outlive all else of a test.
+pub fn detach_loops(id: &str) {
+    for device in loops(id) {
+        let _ = run(&format!("losetup --detach {}", device.display()));
+    }
+}
+
 fn remove_tree(path: &Path) {
     for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|t| t.is_dir()) {

@@ -12,9 +12,9 @@ use tests::harness::{eventually, eventually_within};
 
 use crate::support::{World, idle, restarts, sh, with};
 
-const DRIVER: &str = "csi.test.example";
+pub const DRIVER: &str = "csi.test.example";
 
-fn volumes(world: &World) -> Volumes<'_> {
+pub fn volumes(world: &World) -> Volumes<'_> {
     let (admin, namespace) = (&world.cluster.admin, world.cluster.namespace());
     Volumes { admin, namespace, driver: DRIVER }
 }
@@ -30,7 +30,7 @@ fn mounting(volume: Value, container: Value) -> Value {
     json!({"containers": [with(container, mount)], "volumes": [volume]})
 }
 
-fn uid(pod: &Value) -> &str {
+pub fn uid(pod: &Value) -> &str {
     pod["metadata"]["uid"].as_str().unwrap()
 }
 

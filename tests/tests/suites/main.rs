@@ -11,6 +11,7 @@
     reason = "tests: a panic is how they report"
 )]
 
+mod block;
 mod certificates;
 mod cluster;
 mod csi;

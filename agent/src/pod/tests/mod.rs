@@ -103,6 +103,18 @@ impl Volumes for World {
         };
         Ok(volumes.filter(|v| v.image.is_some() && mounted(&v.name)).map(image).collect())
     }
+    fn container_devices(
+        &self,
+        _: &Pod,
+        container: &Container,
+    ) -> Result<Vec<cri_shim::api::Device>, VolumeError> {
+        let device = |device: &k8s_openapi::api::core::v1::VolumeDevice| cri_shim::api::Device {
+            container_path: device.device_path.clone(),
+            host_path: format!("/links/{}", device.name),
+            permissions: "mrw".into(),
+        };
+        Ok(container.volume_devices.iter().flatten().map(device).collect())
+    }
     async fn unmount(&self, uid: &PodUid) -> Result<(), VolumeError> {
         self.recorded.lock().unwrap().mounted.retain(|m| m != uid);
         Ok(())

@@ -86,8 +86,9 @@ impl Worker {
             }
             Err(error) if error.is_ending() => Step::Wanted,
             Err(error) => {
-                self.deps.pod_event(&self.pod, EventType::Warning, "FailedMount", error.event());
-                Step::Failed(self.failure("FailedMount", error.to_string(), count, 1, 2 * MAX_WAIT))
+                let reason = error.reason();
+                self.deps.pod_event(&self.pod, EventType::Warning, reason, error.event());
+                Step::Failed(self.failure(reason, error.to_string(), count, 1, 2 * MAX_WAIT))
             }
         };
     }

@@ -205,6 +205,8 @@ impl Job {
             .container_mounts(&self.pod, &self.container, self.start.attempt)
             .await
             .map_err(config_failure)?;
+        let raw = self.deps.volumes.container_devices(&self.pod, &self.container);
+        devices.devices.extend(raw.map_err(config_failure)?);
         self.name_volume_images(&mut mounts)?;
         mounts.extend(self.hosts_mount(&mounts).await?);
         let message_file = self.message_file().await?;
