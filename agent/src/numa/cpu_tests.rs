@@ -1,28 +1,12 @@
 use proptest::prelude::*;
 
+use super::super::tests::pod_of;
 use super::super::topology::tests::machine;
 use super::*;
-use crate::pod::testing::pod as parse;
 
 /// A Guaranteed pod of containers such as `i:2` (init), `s:1` (sidecar), `a:4`.
 fn pod(uid: &str, containers: &str) -> Pod {
-    let (mut inits, mut mains) = (Vec::new(), Vec::new());
-    for text in containers.split_whitespace() {
-        let (name, cpus) = text.split_once(':').unwrap();
-        let policy = if name.starts_with('s') { r#","restartPolicy":"Always""# } else { "" };
-        let container = format!(
-            r#"{{"name":"{name}","resources":{{"limits":{{"cpu":"{cpus}","memory":"1Gi"}}}}{policy}}}"#
-        );
-        let list = if name.starts_with(['i', 's']) { &mut inits } else { &mut mains };
-        list.push(container);
-    }
-    let mut pod = parse(&format!(
-        r#"{{"initContainers":[{}],"containers":[{}]}}"#,
-        inits.join(","),
-        mains.join(",")
-    ));
-    pod.metadata.uid = Some(uid.to_owned());
-    pod
+    pod_of(uid, containers, |cpus| format!(r#""cpu":"{cpus}","memory":"1Gi""#))
 }
 
 fn policy(shape: [u32; 4], reserved: &str, options: CpuOptions) -> CpuPolicy {

@@ -1,36 +1,22 @@
 use proptest::prelude::*;
 
+use super::super::tests::pod_of;
 use super::super::topology::tests::machine;
 use super::*;
-use crate::pod::testing::pod as parse;
 
 const GIB: u64 = 1 << 30;
 
 /// A Guaranteed pod of containers such as `i:2` (init), `s:1` (sidecar), `a:1+1` (GiB and GiB of huge
 /// pages).
 fn pod(uid: &str, containers: &str) -> Pod {
-    let (mut inits, mut mains) = (Vec::new(), Vec::new());
-    for text in containers.split_whitespace() {
-        let (name, memory) = text.split_once(':').unwrap();
+    pod_of(uid, containers, |memory| {
         let (memory, huge) = memory.split_once('+').unwrap_or((memory, "0"));
         let huge = match huge {
             "0" => String::new(),
             huge => format!(r#","hugepages-2Mi":"{huge}Gi""#),
         };
-        let policy = if name.starts_with('s') { r#","restartPolicy":"Always""# } else { "" };
-        let container = format!(
-            r#"{{"name":"{name}","resources":{{"limits":{{"cpu":"1","memory":"{memory}Gi"{huge}}}}}{policy}}}"#
-        );
-        let list = if name.starts_with(['i', 's']) { &mut inits } else { &mut mains };
-        list.push(container);
-    }
-    let mut pod = parse(&format!(
-        r#"{{"initContainers":[{}],"containers":[{}]}}"#,
-        inits.join(","),
-        mains.join(",")
-    ));
-    pod.metadata.uid = Some(uid.to_owned());
-    pod
+        format!(r#""cpu":"1","memory":"{memory}Gi"{huge}"#)
+    })
 }
 
 /// Of two nodes with 4 GiB, of which 1 is huge pages; 1 of the first is reserved.

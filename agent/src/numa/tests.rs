@@ -29,6 +29,29 @@ pub(crate) fn on(folder: &Path, shape: [u32; 4], config: &NumaConfig) -> Arc<Num
     Arc::new(Numa::on(folder, machine(shape, 1), config, &kept()).unwrap())
 }
 
+/// A pod of containers such as `i:2` (init), `s:1` (sidecar), `a:4`; `limits` makes theirs of what
+/// follows the colon.
+pub(crate) fn pod_of(uid: &str, containers: &str, limits: impl Fn(&str) -> String) -> Pod {
+    let (mut inits, mut mains) = (Vec::new(), Vec::new());
+    for text in containers.split_whitespace() {
+        let (name, amount) = text.split_once(':').unwrap();
+        let policy = if name.starts_with('s') { r#","restartPolicy":"Always""# } else { "" };
+        let container = format!(
+            r#"{{"name":"{name}","resources":{{"limits":{{{}}}}}{policy}}}"#,
+            limits(amount)
+        );
+        let list = if name.starts_with(['i', 's']) { &mut inits } else { &mut mains };
+        list.push(container);
+    }
+    let mut pod = parse(&format!(
+        r#"{{"initContainers":[{}],"containers":[{}]}}"#,
+        inits.join(","),
+        mains.join(",")
+    ));
+    pod.metadata.uid = Some(uid.to_owned());
+    pod
+}
+
 fn pod(uid: &str, cpus: &[u32]) -> Pod {
     let container = |(at, cpus): (usize, &u32)| {
         format!(r#"{{"name":"c{at}","resources":{{"limits":{{"cpu":"{cpus}","memory":"1Gi"}}}}}}"#)
