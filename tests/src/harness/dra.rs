@@ -106,9 +106,11 @@ impl DraDriver {
 /// A claim for which the driver's devices were allocated (`request`, `device`).
 pub fn claim(name: &str, driver: &str, devices: &[(&str, &str)]) -> Value {
     let result = |(request, device): &(&str, &str)| json!({"request": request, "driver": driver, "pool": "pool", "device": device});
-    let request = |(request, _): &(&str, &str)| {
-        json!({"name": request.split('/').next().unwrap_or(request),
-            "exactly": {"deviceClassName": "test"}})
+    let request = |(request, _): &(&str, &str)| match request.split_once('/') {
+        Some((name, of_it)) => {
+            json!({"name": name, "firstAvailable": [{"name": of_it, "deviceClassName": "test"}]})
+        }
+        None => json!({"name": request, "exactly": {"deviceClassName": "test"}}),
     };
     json!({
         "metadata": {"name": name},

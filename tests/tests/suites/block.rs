@@ -208,10 +208,14 @@ async fn a_device_of_the_node_needs_no_driver_and_modes_must_fit() {
     let device = device.trim();
     // As udev names disks.
     world.node.run("ln", &["-s", device, "/var/lib/by-id"]).unwrap();
-    let local = |path: &str| json!({"volumeMode": "Block", "local": {"path": path}});
+    let here = json!({"required": {"nodeSelectorTerms": [{"matchExpressions":
+        [{"key": "kubernetes.io/hostname", "operator": "Exists"}]}]}});
+    let local =
+        |path: &str| json!({"volumeMode": "Block", "local": {"path": path}, "nodeAffinity": here});
     v.claim_of("raw", local("/var/lib/by-id")).await.unwrap();
     v.claim_of("folder", local("/var/lib/kubelet")).await.unwrap();
-    v.claim_of("files", json!({"local": {"path": "/var/lib/kubelet/plugins"}})).await.unwrap();
+    let files = json!({"local": {"path": "/var/lib/kubelet/plugins"}, "nodeAffinity": here});
+    v.claim_of("files", files).await.unwrap();
 
     let script = format!(
         "test -b {DEVICE} && echo local | dd of={DEVICE} conv=sync,fsync && \
