@@ -5,7 +5,6 @@
 //! a pod.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +23,6 @@ use super::events::{News, watch_events};
 use super::explain::{self, Explanation};
 use super::images::Images;
 use super::node_shutdown;
-use super::observed::names;
 use super::orphans;
 use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
@@ -46,8 +44,13 @@ use crate::runtime::Runtime;
 use crate::source::{PodChange, PodSource};
 use crate::volume::Volumes;
 
+mod handle;
+mod listing;
 mod resize;
 
+use handle::Question;
+pub use handle::{ExplainError, PodQuery, SyncHandle};
+use listing::{Snapshot, list};
 use resize::Grant;
 
 /// How often the runtime is listed while it sends no events.
@@ -57,135 +60,6 @@ const RUNTIME_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration
 
 /// How often resizes that wait are looked at again without a cause.
 const RESIZE_RETRY: Duration = Duration::from_secs(180);
-
-/// Read access to the sync loop: pods, their statuses, whether it is alive.
-#[derive(Clone, Debug)]
-pub struct SyncHandle {
-    table: PodTable,
-    questions: mpsc::Sender<Question>,
-}
-
-/// What the loop is asked from outside.
-#[derive(Debug)]
-enum Question {
-    /// Whether it goes round.
-    Ping(oneshot::Sender<()>),
-    /// Why a pod is as it is.
-    Explain(PodQuery, oneshot::Sender<Explanation>),
-}
-
-/// Which pod is asked about.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodQuery {
-    /// By namespace and name.
-    pub key: NamespacedName,
-    /// Or by UID.
-    pub uid: Option<PodUid>,
-}
-
-/// Why there is no explanation.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ExplainError {
-    /// No source names such a pod.
-    #[error(
-        "the node has no pod {0}; `longshore status` lists those it has, `kubectl get pod -o wide` \
-         says which node a pod is bound to"
-    )]
-    Unknown(String),
-    /// Not every source has been heard, so the pod may come yet.
-    #[error(
-        "the node does not know of a pod {pod} yet: not everything has been read since the start{}; \
-         ask again, `longshore status` says what it waits for",
-        .runtime.as_ref().map(|e| format!(" (container runtime: {e})")).unwrap_or_default()
-    )]
-    TooEarly {
-        /// The pod.
-        pod: String,
-        /// What the runtime last said, if it did not answer.
-        runtime: Option<String>,
-    },
-    /// Its worker does not answer.
-    #[error(
-        "the worker of pod {pod} has not answered for {seconds} s: it waits for the container \
-         runtime; see `longshore status` and `journalctl -u longshore`"
-    )]
-    Silent {
-        /// The pod.
-        pod: String,
-        /// For so long.
-        seconds: u64,
-    },
-}
-
-impl fmt::Display for PodQuery {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.uid {
-            Some(uid) => uid.fmt(f),
-            None => self.key.fmt(f),
-        }
-    }
-}
-
-impl SyncHandle {
-    /// Of a loop that goes round and has no pods.
-    #[cfg(test)]
-    pub(crate) fn idle() -> Self {
-        let (questions, mut asked) = mpsc::channel(8);
-        tokio::spawn(async move {
-            while let Some(question) = asked.recv().await {
-                if let Question::Ping(reply) = question {
-                    let _ = reply.send(());
-                }
-            }
-        });
-        Self { table: PodTable::default(), questions }
-    }
-
-    /// The pods of this node.
-    pub fn table(&self) -> &PodTable {
-        &self.table
-    }
-
-    /// Whether the loop goes round: it answers within `limit`.
-    pub async fn alive(&self, limit: Duration) -> bool {
-        let (reply, answer) = oneshot::channel();
-        let asked = async {
-            self.questions.send(Question::Ping(reply)).await.ok()?;
-            answer.await.ok()
-        };
-        matches!(tokio::time::timeout(limit, asked).await, Ok(Some(())))
-    }
-
-    /// Why a pod is as it is, from its worker, which has `limit` to answer.
-    ///
-    /// # Errors
-    /// There is no such pod, or its worker does not answer.
-    pub async fn explain(
-        &self,
-        query: PodQuery,
-        limit: Duration,
-    ) -> Result<Explanation, ExplainError> {
-        let pod = query.to_string();
-        let (reply, answer) = oneshot::channel();
-        let asked = async {
-            self.questions.send(Question::Explain(query, reply)).await.ok()?;
-            answer.await.ok()
-        };
-        match tokio::time::timeout(limit, asked).await {
-            Ok(Some(explanation)) => Ok(explanation),
-            // The loop lets go of a question about a pod that it does not know.
-            Ok(None) => {
-                let health = self.table.health();
-                if health.synced {
-                    Err(ExplainError::Unknown(pod))
-                } else {
-                    Err(ExplainError::TooEarly { pod, runtime: health.runtime_error })
-                }
-            }
-            Err(_) => Err(ExplainError::Silent { pod, seconds: limit.as_secs() }),
-        }
-    }
-}
 
 /// The sync loop and what it works with.
 pub struct SyncLoop {
@@ -419,48 +293,6 @@ async fn changed(news: &mut Option<watch::Receiver<u64>>) {
     if !told {
         std::future::pending::<()>().await;
     }
-}
-
-/// One sandbox or container in a listing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    uid: PodUid,
-    key: NamespacedName,
-    state: i32,
-}
-
-/// What a listing showed, by id. Only what carries a pod's UID is ours.
-#[derive(Debug, Default)]
-struct Snapshot(HashMap<String, Seen>);
-
-impl Snapshot {
-    fn add(&mut self, id: String, labels: &HashMap<String, String>, state: i32) {
-        let label = |name: &str| labels.get(name).map(String::as_str);
-        let Some(uid) = label(names::POD_UID) else { return };
-        let key = NamespacedName::new(
-            label(names::POD_NAMESPACE).unwrap_or("default"),
-            label(names::POD_NAME).unwrap_or_default(),
-        );
-        self.0.insert(id, Seen { uid: PodUid::from(uid), key, state });
-    }
-
-    fn has(&self, uid: &PodUid) -> bool {
-        self.0.values().any(|seen| seen.uid == *uid)
-    }
-}
-
-async fn list(runtime: &Arc<dyn Runtime>) -> crate::runtime::Result<Snapshot> {
-    let (sandboxes, containers) =
-        tokio::try_join!(runtime.list_pod_sandboxes(None), runtime.list_containers(None))?;
-    let mut snapshot = Snapshot::default();
-    for s in sandboxes {
-        snapshot.add(s.id, &s.labels, s.state);
-    }
-    for c in containers {
-        // Apart from the sandboxes' states.
-        snapshot.add(c.id, &c.labels, 100 + c.state);
-    }
-    Ok(snapshot)
 }
 
 /// Asks the runtime who it is and what it holds, until it answers.

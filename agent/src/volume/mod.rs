@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 
 use crate::ids::PodUid;
 
+mod apply;
 mod atomic;
 mod claim;
 mod config_map;

@@ -1,10 +1,9 @@
 //! The volumes of this node's pods, on the real file system.
 
 use std::collections::HashMap;
-use std::fs::{self, Permissions};
-use std::io::{self, Read};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -13,24 +12,23 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Volume, VolumeMount};
 use tokio::sync::{Notify, watch};
 
+use super::apply::{OnDisk, apply_all};
 use super::claim::{BLOCK, Backing, claim_of};
-use super::gather::{Earlier, Gather, Growing, Wanted, fs_group, group};
-use super::growth::{Outcome, status_patch};
+use super::gather::{Gather, Wanted, fs_group, group};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
 use super::usage::{Measure, Measured};
-use super::{
-    Group, VolumeError, Volumes, atomic, device, empty_dir, host_path, local, mounts, sub_path,
-    teardown,
-};
-use crate::csi::{Csi, CsiVolume};
+use super::{VolumeError, Volumes, device, sub_path, teardown};
+use crate::csi::Csi;
 use crate::ids::{NamespacedName, PodUid};
 use crate::node_context::NodeContext;
-use crate::objects::{ObjectError, ObjectRef, Objects};
+use crate::objects::{ObjectRef, Objects};
 use crate::pod::allocation::Allocation;
 use crate::pod::config::downward::Addresses;
 use crate::pod::config::env::{EnvInput, Sources, environment, references};
 use crate::pod::config::expand::expand;
+
+mod drivers;
 
 /// A pod whose volumes are in place.
 pub(super) struct Mounted {
@@ -304,92 +302,6 @@ impl NodeVolumes {
             self.rescheduled.notify_one();
         }
         failure.map_or(Ok(()), Err)
-    }
-
-    /// Has a driver's volume put in place; where it is, and whether the driver wants to be asked again.
-    async fn set_up(
-        &self,
-        slot: &Slot,
-        pod: &Pod,
-        name: &str,
-        volume: &CsiVolume,
-        group: Option<Group>,
-        again: bool,
-    ) -> Result<(Place, bool), VolumeError> {
-        let Some(csi) = &self.csi else {
-            let source = ObjectError::Standalone { what: "a CSI volume" };
-            return Err(VolumeError::Object { volume: name.to_owned(), source });
-        };
-        let placed = csi.set_up(pod, volume, group, again, slot.ending.subscribe()).await;
-        let placed = placed.map_err(|source| VolumeError::Csi {
-            volume: name.to_owned(),
-            spec_name: volume.spec_name.clone(),
-            block: volume.block,
-            source: Box::new(source),
-        })?;
-        let place = Place {
-            path: placed.path,
-            device: placed.link,
-            read_only: volume.read_only,
-            relabel: !volume.read_only,
-            claim: claim_named(pod, name),
-            measure: Measure::Driver(volume.driver.clone(), volume.handle.clone()),
-        };
-        Ok((place, placed.republish))
-    }
-
-    /// Whether the volume may come to grow while the pod uses it. A driver is asked when there is time:
-    /// what runs already needs none right after a restart.
-    async fn may_grow(&self, volume: &CsiVolume, ask: bool) -> bool {
-        let Some(csi) = self.csi.as_ref().filter(|_| !volume.ephemeral && !volume.read_only) else {
-            return false;
-        };
-        // One that is away now may be back then.
-        !ask || csi.expands(&volume.driver).await.unwrap_or(true)
-    }
-
-    /// Has a driver make a volume larger, and the claim say how it went. The pod does not wait for a
-    /// volume that does not grow: it is tried again.
-    async fn grow(&self, volume: &CsiVolume, path: &Path, growing: &Growing) {
-        let Some(csi) = &self.csi else { return };
-        let Growing { growth, key, claim } = growing;
-        let tell = async |outcome: Outcome<'_>| {
-            let Some(patch) = status_patch(claim, growth, outcome, Timestamp::now()) else {
-                return true;
-            };
-            let told = self.objects.patch_claim_status(key, patch).await;
-            if let Err(error) = &told {
-                tracing::warn!(claim = %key, %error, "cannot tell how a volume grows");
-            }
-            told.is_ok()
-        };
-        match csi.expands(&volume.driver).await {
-            Ok(true) => {}
-            Ok(false) => return,
-            Err(error) => {
-                tracing::warn!(claim = %key, %error, "a volume that shall grow does not yet");
-                return;
-            }
-        }
-        // The controller must not ask for less meanwhile.
-        if !tell(Outcome::Begun).await {
-            return;
-        }
-        match csi.expand(volume, path, growth.bytes).await {
-            Ok(()) => {
-                tracing::info!(claim = %key, bytes = growth.bytes, "a volume has grown");
-                tell(Outcome::Grown).await;
-            }
-            Err(error) => {
-                tracing::warn!(claim = %key, %error, "a volume that shall grow does not yet");
-                let reason = error.to_string();
-                if error.is_infeasible() {
-                    tell(Outcome::Infeasible(&reason)).await;
-                } else if error.is_final() {
-                    tell(Outcome::Failed(&reason)).await;
-                }
-            }
-        }
     }
 
     /// Where a volume is that is behind a claim and no driver's.
@@ -724,110 +636,5 @@ async fn blocking<T: Send + 'static>(
             path: PathBuf::new(),
             source: io::Error::other(cause),
         }),
-    }
-}
-
-fn apply_all(
-    layout: &Layout,
-    uid: &PodUid,
-    wanted: &[(String, Wanted)],
-    group: Option<u32>,
-    of_existing: Option<Group>,
-) -> Result<(), VolumeError> {
-    let pod = layout.pod(uid);
-    private_directory(&pod)?;
-    private_directory(&layout.volumes(uid))?;
-    for (name, want) in wanted {
-        if !is_file_name(name) {
-            let reason = "name cannot name a directory".into();
-            return Err(VolumeError::Invalid { volume: name.clone(), reason });
-        }
-        match want {
-            Wanted::EmptyDir(medium) => {
-                let path = layout.volume(uid, Plugin::EmptyDir, name);
-                parent_directory(&path)?;
-                empty_dir::apply(&path, *medium, group)?;
-            }
-            // A driver's is put in place by it, after all others.
-            Wanted::Image
-            | Wanted::Unused
-            | Wanted::Growing(..)
-            | Wanted::Claimed(Backing::Csi(_)) => {}
-            Wanted::HostPath(source) | Wanted::Claimed(Backing::HostPath(source, _)) => {
-                host_path::apply(name, source)?;
-            }
-            Wanted::Claimed(Backing::Local { name: pv, path, options, read_only }) => {
-                check_name(name, pv)?;
-                let target = layout.volume(uid, Plugin::Local, pv);
-                parent_directory(&target)?;
-                local::apply(pv, path, &target, (options, *read_only), of_existing)?;
-            }
-            Wanted::Claimed(Backing::Device { name: pv, path, .. }) => {
-                check_name(name, pv)?;
-                let link = layout.device(uid, Plugin::Local, pv);
-                private_directory(&layout.devices(uid))?;
-                parent_directory(&link)?;
-                device::apply(pv, path, &link)?;
-            }
-            Wanted::Files { plugin, payload, .. } => {
-                let path = layout.volume(uid, *plugin, name);
-                parent_directory(&path)?;
-                fs::create_dir_all(&path).map_err(VolumeError::io("create", &path))?;
-                // ConfigMaps lie on disk; what may be secret stays in memory.
-                if *plugin != Plugin::ConfigMap {
-                    mounts::mount_tmpfs(&path, None, true)?;
-                }
-                let mode = if group.is_some() { 0o2777 } else { 0o777 };
-                chown(&path, None, group).map_err(VolumeError::io("chown", &path))?;
-                fs::set_permissions(&path, Permissions::from_mode(mode))
-                    .map_err(VolumeError::io("chmod", &path))?;
-                atomic::apply_payload(&path, payload, group)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether the PersistentVolume of the volume `name` can name what is made of it.
-fn check_name(name: &str, pv: &str) -> Result<(), VolumeError> {
-    if is_file_name(pv) {
-        return Ok(());
-    }
-    let reason = format!("PersistentVolume {pv:?} cannot name a directory");
-    Err(VolumeError::Invalid { volume: name.to_owned(), reason })
-}
-
-/// Makes a directory that only root may enter.
-fn private_directory(path: &Path) -> Result<(), VolumeError> {
-    fs::create_dir_all(path).map_err(VolumeError::io("create", path))?;
-    fs::set_permissions(path, Permissions::from_mode(0o750)).map_err(VolumeError::io("chmod", path))
-}
-
-fn parent_directory(path: &Path) -> Result<(), VolumeError> {
-    match path.parent() {
-        Some(parent) => private_directory(parent),
-        None => Ok(()),
-    }
-}
-
-/// A projected volume as an earlier call left it.
-struct OnDisk(PathBuf);
-
-impl Earlier for OnDisk {
-    fn read(&self, path: &str) -> Option<Vec<u8>> {
-        // Through `..data`, which only the agent writes.
-        let data = self.0.join("..data");
-        let file = fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(data.join(path))
-            .ok()?;
-        let mut token = Vec::new();
-        file.take(64 << 10).read_to_end(&mut token).ok()?;
-        Some(token)
-    }
-
-    fn existed(&self) -> bool {
-        self.0.is_dir()
     }
 }
