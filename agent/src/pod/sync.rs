@@ -8,14 +8,12 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cri_shim::api;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use super::admit::{Share, Taken, admit, admit_extended, admit_under, share_of};
-use super::allocation::Allocation;
+use super::admit::{Share, Taken};
 use super::cgroup::{KernelCgroups, NoCgroups, PodCgroups};
 use super::clock::{Clock, SystemClock};
 use super::deps::Deps;
@@ -23,8 +21,6 @@ use super::events::{News, watch_events};
 use super::explain::{self, Explanation};
 use super::images::Images;
 use super::node_shutdown;
-use super::orphans;
-use super::status::{REJECTED, Verdict, is_terminal};
 use super::store::StatusStore;
 use super::table::PodTable;
 use super::userns::UserNamespaces;
@@ -33,19 +29,20 @@ use crate::credential::Providers;
 use crate::device::{NoDevices, PodDevices};
 use crate::dra::{NoClaims, PodClaims};
 use crate::ids::{NamespacedName, PodUid};
-use crate::metrics::METRICS;
 use crate::node::conditions::Pressure;
 use crate::node::logind::Told;
 use crate::node_context::NodeContext;
 use crate::numa::Numa;
 use crate::objects::Objects;
-use crate::report::{EventSink, EventType, StatusSink};
+use crate::report::{EventSink, StatusSink};
 use crate::runtime::Runtime;
 use crate::source::{PodChange, PodSource};
 use crate::volume::Volumes;
 
 mod handle;
 mod listing;
+mod pods;
+mod relist;
 mod resize;
 
 use handle::Question;
@@ -459,132 +456,6 @@ impl Loop {
         }
     }
 
-    async fn change(&mut self, change: PodChange) {
-        match change {
-            PodChange::Set(source, pod) => self.set(source, pod),
-            PodChange::Removed(_, uid) => {
-                self.again.remove(&uid);
-                self.held.retain(|_, pod| PodUid::of(pod) != uid);
-                if let Some(worker) = self.workers.get_mut(&uid) {
-                    worker.removing = true;
-                    let _ = worker.inbox.send(Message::Remove);
-                }
-            }
-            PodChange::Synced(source) => {
-                if self.unsynced.remove(&source) && self.unsynced.is_empty() {
-                    self.relist().await;
-                    let kept: HashSet<PodUid> = self.workers.keys().cloned().collect();
-                    self.deps.devices.retain(&kept);
-                    if let Some(numa) = &self.deps.numa {
-                        numa.retain(&kept);
-                    }
-                    orphans::clean(self.deps.clone(), kept);
-                    // Only now is known what all pods take together.
-                    self.retry_resizes();
-                    self.deps.table.update_health(|h| h.synced = true);
-                }
-            }
-        }
-    }
-
-    fn set(&mut self, source: PodSource, pod: Arc<Pod>) {
-        let uid = PodUid::of(&pod);
-        if let Some(worker) = self.workers.get(&uid) {
-            if worker.removing {
-                self.again.insert(uid, (source, pod));
-            } else {
-                self.deps.objects.retain(&pod);
-                self.changed(&uid, pod);
-            }
-            return;
-        }
-        let key = NamespacedName::of_pod(&pod);
-        if source == PodSource::File
-            && self.workers.values().any(|w| w.source == Some(source) && w.key == key)
-        {
-            // The older one of this name goes first.
-            self.held.insert(key, pod);
-            return;
-        }
-        self.deps.objects.retain(&pod);
-        let mut kept = self.deps.store.kept(&uid);
-        let allocation = kept.as_ref().and_then(|kept| kept.allocation.clone());
-        let allocation = allocation.unwrap_or_else(|| Allocation::asked(&pod));
-        let given = allocation.in_place_of(&pod);
-        let adopt = self.known.has(&uid);
-        let verdict = if adopt { self.count(&uid, &given) } else { self.admit(&uid, &given) };
-        if source == PodSource::File
-            && kept.as_ref().is_some_and(|kept| node_shutdown::ended_by(&kept.status))
-        {
-            kept = None;
-        }
-        let (given, pending) = self.grant(&uid, pod, allocation, kept.as_ref());
-        let begin = Begin {
-            pod: given,
-            source: Some(source),
-            adopt: adopt || kept.is_some(),
-            remove: false,
-            saved: kept.map(|kept| kept.status),
-            verdict,
-            pending,
-            over: self.over.clone(),
-        };
-        self.spawn(uid, key, begin);
-    }
-
-    /// Counts in a pod that runs here already.
-    fn count(&mut self, uid: &PodUid, pod: &Pod) -> Option<Verdict> {
-        let share = share_of(pod);
-        self.taken.add(&share);
-        self.shares.insert(uid.clone(), share);
-        None
-    }
-
-    /// Counts in a new pod, or says why not.
-    fn admit(&mut self, uid: &PodUid, pod: &Pod) -> Option<Verdict> {
-        let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
-        if is_terminal(phase) || pod.metadata.deletion_timestamp.is_some() {
-            return None;
-        }
-        let share = share_of(pod);
-        let object = self.deps.objects.node();
-        // Who was let in before stays, whatever became of the node since.
-        let new = !self.deps.store.exists(uid)
-            && pod.status.as_ref().is_none_or(|s| s.start_time.is_none());
-        let pressure = if new { *self.pressure.borrow() } else { Pressure::default() };
-        let leaving = *self.shutting_down.borrow();
-        let fits = if leaving { Err(node_shutdown::refusal()) } else { Ok(()) }
-            .and_then(|()| admit_under(pod, pressure))
-            .and_then(|()| admit(pod, &share, &self.taken, &self.deps.node, object.as_deref()))
-            .and_then(|()| {
-                let allocatable = |name: &str| self.deps.devices.allocatable(uid, name);
-                admit_extended(&share, &self.taken, allocatable, object.as_deref())
-            });
-        match fits {
-            Ok(()) => {
-                self.taken.add(&share);
-                self.shares.insert(uid.clone(), share);
-                None
-            }
-            Err(verdict) => {
-                METRICS.pod_rejected(&verdict.reason);
-                let (reason, message) = (&verdict.reason, verdict.message.clone());
-                self.deps.pod_event(pod, EventType::Warning, reason, message);
-                let message = format!("{REJECTED}{}", verdict.message);
-                Some(Verdict { message, ..verdict })
-            }
-        }
-    }
-
-    fn give_back(&mut self, uid: &PodUid) {
-        self.grants.remove(uid);
-        self.waiting.remove(uid);
-        if let Some(share) = self.shares.remove(uid) {
-            self.taken.subtract(&share);
-            self.retry_resizes();
-        }
-    }
-
     fn tell_of_devices(&self, news: Result<PodUid, broadcast::error::RecvError>) {
         let tell = |worker: &Handle| {
             let _ = worker.inbox.send(Message::Devices);
@@ -615,110 +486,5 @@ impl Loop {
             worker.run().await;
             uid
         });
-    }
-
-    fn worker_ended(&mut self, ended: Result<PodUid, tokio::task::JoinError>) {
-        let uid = match ended {
-            Ok(uid) => uid,
-            Err(error) => {
-                // Its handle stays; the process is not worth more than an error in the log.
-                tracing::error!(%error, "a pod worker ended badly");
-                return;
-            }
-        };
-        self.give_back(&uid);
-        self.known.0.retain(|_, seen| seen.uid != uid);
-        let Some(handle) = self.workers.remove(&uid) else { return };
-        if let Some((source, pod)) = self.again.remove(&uid) {
-            self.set(source, pod);
-        } else if handle.source == Some(PodSource::File)
-            && let Some(pod) = self.held.remove(&handle.key)
-        {
-            self.set(PodSource::File, pod);
-        }
-    }
-
-    fn event(&mut self, event: &api::ContainerEventResponse) {
-        use api::ContainerEventType as Kind;
-        let sandbox = event.pod_sandbox_status.as_ref();
-        let uid = sandbox
-            .and_then(|s| s.metadata.as_ref())
-            .map(|m| PodUid::from(&*m.uid))
-            .or_else(|| self.known.0.get(&event.container_id).map(|seen| seen.uid.clone()));
-        let told = match &uid {
-            Some(uid) => self.workers.get(uid),
-            None => None,
-        };
-        match (told, event.container_event_type()) {
-            // What the worker begins it hears of from the runtime's answer.
-            (Some(_), Kind::ContainerCreatedEvent | Kind::ContainerStartedEvent) => {}
-            (Some(worker), _) => {
-                let _ = worker.inbox.send(Message::Look(event.container_id.clone()));
-            }
-            // An event that does not say whose it is concerns anybody.
-            (None, Kind::ContainerStoppedEvent) if uid.is_none() => {
-                for worker in self.workers.values() {
-                    let _ = worker.inbox.send(Message::LookAtAll);
-                }
-            }
-            (None, _) => {}
-        }
-    }
-
-    /// Lists the runtime and passes on what differs from the listing before.
-    async fn relist(&mut self) {
-        let began = Instant::now();
-        let listed = list(&self.deps.runtime).await;
-        let last = self.relisted.replace(began);
-        METRICS.relisted(began.elapsed(), last.map(|last| began.duration_since(last)));
-        let snapshot = match listed {
-            Ok(snapshot) => snapshot,
-            Err(error) => {
-                tracing::warn!(%error, "cannot list what the container runtime holds");
-                self.deps.table.update_health(|h| h.runtime_error = Some(error.to_string()));
-                return;
-            }
-        };
-        self.deps.table.update_health(|h| h.runtime_error = None);
-        let before = std::mem::replace(&mut self.known, snapshot);
-        let now = &self.known.0;
-        let gone = before.0.iter().filter(|(id, _)| !now.contains_key(*id));
-        let news = now.iter().filter(|(id, seen)| before.0.get(*id) != Some(seen));
-        for (id, seen) in gone.chain(news) {
-            if let Some(worker) = self.workers.get(&seen.uid) {
-                let _ = worker.inbox.send(Message::Look(id.clone()));
-            }
-        }
-        if self.unsynced.is_empty() {
-            let strangers: HashMap<PodUid, NamespacedName> = now
-                .values()
-                .filter(|seen| !self.workers.contains_key(&seen.uid))
-                .map(|seen| (seen.uid.clone(), seen.key.clone()))
-                .collect();
-            for (uid, key) in strangers {
-                self.end_orphan(uid, key);
-            }
-            self.deps.claims.retain(&self.workers.keys().cloned().collect());
-        }
-    }
-
-    /// Ends what runs for a pod that no source knows.
-    fn end_orphan(&mut self, uid: PodUid, key: NamespacedName) {
-        tracing::info!(pod = %key, %uid, "no source names this pod: its containers are ended");
-        let mut pod = Pod::default();
-        pod.metadata.name = Some(key.name.to_string());
-        pod.metadata.namespace = Some(key.namespace.to_string());
-        pod.metadata.uid = Some(uid.to_string());
-        let begin = Begin {
-            pod: Arc::new(pod),
-            source: None,
-            adopt: true,
-            remove: true,
-            saved: self.deps.store.load(&uid),
-            verdict: None,
-            pending: None,
-            over: self.over.clone(),
-        };
-        self.spawn(uid, key, begin);
     }
 }

@@ -18,12 +18,9 @@ use super::deps::Deps;
 use super::explain::Explanation;
 use super::facts::{Facts, Failure, ProbeKind, Step};
 use super::observed::{ContainerId, Observed};
-use super::plan::{Action, BackingOff, KillCause, deadline, plan, plan_end};
+use super::plan::{Action, BackingOff, deadline, plan};
 use super::spec::{find_container, grace_seconds, spec_of};
-use super::status::{
-    Ending, PULL_ERROR_SHOWN_SECONDS, StatusInput, Verdict, is_terminal, pod_status,
-};
-use super::table::PodView;
+use super::status::{Ending, Verdict, is_terminal};
 use crate::ids::{NamespacedName, PodUid};
 use crate::metrics::{METRICS, volume_plugin};
 use crate::objects::ObjectRef;
@@ -33,11 +30,13 @@ use crate::traces::{self, FutureExt};
 
 mod devices;
 mod done;
+mod end;
 mod explain;
 mod kill;
 mod observe;
 mod placement;
 mod probes;
+mod publish;
 mod resize;
 mod sandbox;
 mod start;
@@ -338,21 +337,6 @@ impl Worker {
         }
     }
 
-    fn evict(&mut self, Eviction { verdict, grace, event }: Eviction) {
-        if self.state == State::Terminating {
-            self.kill_within(grace);
-        }
-        if self.state != State::Running || self.verdict.is_some() {
-            return;
-        }
-        if event {
-            let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
-            self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
-        }
-        self.grace_limit = Some(grace);
-        self.verdict = Some(verdict);
-    }
-
     fn pod_changed(&mut self, pod: Arc<Pod>, pending: Option<Pending>) {
         self.facts.resize.pending = pending;
         if !Allocation::asked(&self.pod).is_asked_by(&pod) {
@@ -363,17 +347,6 @@ impl Worker {
         if self.state == State::Terminating && self.pod.metadata.deletion_timestamp.is_some() {
             // A second deletion may shorten the time, never lengthen it.
             self.kill_within(SignedDuration::from_secs(grace_seconds(&self.pod)));
-        }
-    }
-
-    /// Leaves a pod that ends no more than `grace` from now on.
-    fn kill_within(&mut self, grace: SignedDuration) {
-        let sooner = self.deps.clock.now() + grace;
-        if self.kill_at.is_some_and(|at| sooner < at) {
-            self.kill_at = Some(sooner);
-            for id in self.facts.killing.clone() {
-                self.hasten(id);
-            }
         }
     }
 
@@ -529,159 +502,6 @@ impl Worker {
         };
         let pull = self.begin_task(task);
         self.pulls.insert(name.to_owned(), pull);
-    }
-
-    /// Turns to ending the pod.
-    fn begin_end(&mut self, now: Timestamp) {
-        self.state = State::Terminating;
-        let grace = SignedDuration::from_secs(grace_seconds(&self.pod));
-        let grace = self.grace_limit.map_or(grace, |limit| grace.min(limit));
-        self.kill_at = now.checked_add(grace).ok();
-        self.ends_since = Some(now);
-        self.ending.send_replace(true);
-        self.deps.volumes.pod_ends(&self.uid);
-        for (_, pull) in self.pulls.drain() {
-            pull.abort();
-        }
-        if let Some(allocating) = &self.allocating {
-            allocating.abort();
-        }
-        self.stop_probes(|kind| kind != ProbeKind::Readiness);
-        self.backing_off.clear();
-    }
-
-    /// One step of the end: kills what is next, and goes on once nothing runs.
-    fn end(&mut self, now: Timestamp) -> Option<Timestamp> {
-        for id in plan_end(&self.pod, &self.observed, &self.facts) {
-            let name = self.observed.container(&id).map(|c| c.name.to_string());
-            self.kill(id, &name.unwrap_or_default(), KillCause::PodEnds);
-        }
-        let patience = self.ends_since.and_then(|t| t.checked_add(SANDBOX_PATIENCE).ok());
-        if self.facts.sandbox == Step::Busy
-            && patience.is_some_and(|until| until <= now)
-            && let Some(making) = self.making.take()
-        {
-            // A network plugin that hangs does not keep the pod; what it left is looked for.
-            making.abort();
-            self.facts.sandbox = Step::Wanted;
-            self.stale.all = true;
-            return Some(now);
-        }
-        let busy = !self.facts.killing.is_empty()
-            || !self.facts.starting.is_empty()
-            || self.facts.sandbox == Step::Busy
-            || self.facts.volumes == Step::Busy
-            || self.facts.devices == Step::Busy
-            || self.observed.any_alive();
-        if busy {
-            // What takes its time to end must leave CPUs that are somebody's own by now.
-            let move_at = self.reconcile_placement(now);
-            self.publish(now, Ending::Terminating);
-            let patience = patience.filter(|_| self.facts.sandbox == Step::Busy);
-            return [patience, move_at].into_iter().flatten().min();
-        }
-        // Before the status says that the pod is over: the scheduler gives its devices to others then.
-        if !self.has_no_claims(now) {
-            self.publish(now, Ending::Terminating);
-            return self.facts.claims.retry_at();
-        }
-        self.stop_probes(|_| true);
-        self.give_back();
-        self.publish(now, Ending::Terminated);
-        self.state = State::TearingDown { everything: self.deleted() };
-        self.teardown = Step::Wanted;
-        None
-    }
-
-    /// Computes the status and tells it where it is news.
-    fn publish(&mut self, now: Timestamp, ending: Ending) -> PodStatus {
-        let devices = self.device_statuses();
-        let status = pod_status(StatusInput {
-            devices: &devices,
-            pod: &self.pod,
-            observed: &self.observed,
-            facts: &self.facts,
-            backing_off: &self.backing_off,
-            previous: self.previous.as_ref(),
-            ending,
-            verdict: self.verdict.as_ref(),
-            node: &self.deps.node,
-            runtime_name: &self.deps.runtime_name,
-            start_time: self.start_time,
-            now,
-        });
-        let view = PodView {
-            pod: self.pod.clone(),
-            status: status.clone(),
-            source: self.source,
-            containers: self
-                .observed
-                .containers
-                .iter()
-                .rev()
-                .map(|c| (c.name.to_string(), c.id.to_string()))
-                .collect(),
-            sandbox: self.observed.sandboxes.first().map(|s| s.id.to_string()),
-            finished: self.state == State::Finished,
-        };
-        self.deps.table.set(&self.uid, view);
-        if !self.told || self.previous.as_ref() != Some(&status) {
-            self.told = true;
-            if self.source.is_some() {
-                self.deps.statuses.publish(&self.pod, status.clone());
-                self.deps.store.save(&self.uid, &status, Allocation::asked(&self.pod));
-            }
-            self.previous = Some(status.clone());
-        }
-        status
-    }
-
-    /// An Event for each container that has begun to wait.
-    fn tell_backing_off(&mut self) {
-        for waiting in &self.backing_off {
-            let latest = self.observed.latest(&waiting.name);
-            let attempt = latest.map_or(0, |i| u64::from(i.attempt) + 1);
-            if self.shown_backing_off.insert(waiting.name.clone(), attempt) == Some(attempt) {
-                continue;
-            }
-            let Some((_, kind)) = find_container(spec_of(&self.pod), &waiting.name) else {
-                continue;
-            };
-            let message = format!(
-                "Back-off restarting failed container {} in pod {}",
-                waiting.name,
-                super::status::pod_label(&self.pod)
-            );
-            let whom = (kind, waiting.name.as_str());
-            self.deps.container_event(&self.pod, whom, EventType::Warning, "BackOff", message);
-        }
-    }
-
-    /// The same for images, once the status has turned from the error to the wait.
-    fn tell_pulls_backing_off(&mut self, now: Timestamp) {
-        for (name, (step, _)) in &self.facts.images {
-            let Step::Failed(failure) = step else { continue };
-            let shown = now.duration_since(failure.since).as_secs();
-            if failure.reason != "ErrImagePull" || shown < PULL_ERROR_SHOWN_SECONDS {
-                continue;
-            }
-            let count = u64::from(failure.count);
-            let key = format!("pull of {name}");
-            if self.shown_backing_off.insert(key, count) == Some(count) {
-                continue;
-            }
-            let Some((container, kind)) = find_container(spec_of(&self.pod), name) else {
-                continue;
-            };
-            let image = container.image.unwrap_or_default();
-            let whom = (kind, name.as_str());
-            for (event, reason, message) in [
-                (EventType::Normal, "BackOff", format!("Back-off pulling image \"{image}\"")),
-                (EventType::Warning, "Failed", "Error: ImagePullBackOff".to_owned()),
-            ] {
-                self.deps.container_event(&self.pod, whom, event, reason, message);
-            }
-        }
     }
 
     /// A failure that is tried again after `seconds` times two to the power of earlier failures.

@@ -12,17 +12,19 @@ use tokio::task::JoinHandle;
 use crate::backend::{Backend, Concerns, Environment};
 use crate::choose::{choose, sweep_other};
 use crate::config::{Config, Mode};
-use crate::conntrack::Stale;
-use crate::job::{Done, Job, Worked, blocking, foreign, join, work};
+use crate::job::{Done, Job, Worked, foreign, join, work};
 use crate::metrics::Metrics;
 use crate::model::{Model, PlanChange};
 use crate::object::{Change, NamespacedName, NodeState};
-use crate::plan::ServicePlan;
 use crate::question::{Describe, Question, Rules};
-use crate::server::{HealthCheck, HealthCheckPorts, Shared, serve_health, serve_metrics};
-use crate::status::{ProxyError, ProxyStatus};
+use crate::server::{HealthCheckPorts, Shared, serve_health, serve_metrics};
+use crate::status::ProxyStatus;
 use crate::sysctl;
 use crate::{Error, Proxy};
+
+mod done;
+mod foreign;
+mod publish;
 
 /// The loop turns at least so often.
 const TURN: Duration = Duration::from_secs(5);
@@ -258,88 +260,6 @@ impl Loop {
         }));
     }
 
-    fn chosen(&mut self, chosen: Result<(Box<dyn Backend>, bool), Error>) {
-        const BACKEND: &str = "backend";
-        match chosen {
-            Ok((backend, found)) => {
-                let mode = backend.mode();
-                tracing::info!(%mode, took_over = found, "the proxy starts");
-                self.errors.remove(BACKEND);
-                self.shared.set_mode(mode);
-                self.retry = RETRY_MIN;
-                self.taken_over = found;
-                self.programs = mode == Mode::Iptables;
-                self.backend = Some(backend);
-                // Nothing of an earlier process is touched before everything has been told.
-                self.state =
-                    if found && !self.model.synced { State::Holding } else { State::Repairing };
-                self.watch_kernel();
-            }
-            Err(error) => {
-                self.errors.insert(BACKEND.to_owned(), error.to_string());
-                let waiting = Timestamp::now();
-                self.shared.update_health(|health| {
-                    health.pending_since.get_or_insert(waiting);
-                });
-                self.back_off();
-            }
-        }
-    }
-
-    /// Subscribes to others' changes.
-    fn watch_kernel(&mut self) {
-        let Some(backend) = &self.backend else { return };
-        let Some((client, concerns)) = backend.monitored() else { return };
-        match nft::Monitor::new(client) {
-            Ok(monitor) => self.monitor = Some((monitor, concerns)),
-            Err(error) => {
-                let message = format!("{error}; foreign changes are found by polling only");
-                self.errors.insert("nf_tables notifications".to_owned(), message);
-            }
-        }
-    }
-
-    fn foreign_change(&mut self, told: Result<nft::Notification, nft::Error>) {
-        let ours = match (&told, &self.monitor) {
-            (Ok(nft::Notification::Commit { by, changes }), Some((_, concerns))) => {
-                !(self.busy.is_some() && self.own_program(by)) && changes.iter().any(concerns)
-            }
-            (Ok(nft::Notification::Overflow), _) => true,
-            (Err(error), _) => {
-                tracing::warn!(%error, "subscribing to nf_tables changes again");
-                self.monitor = None;
-                true
-            }
-            _ => false,
-        };
-        if ours && self.state == State::Serving {
-            tracing::warn!("somebody else changed the proxy's rules; repairing them");
-            self.state = State::Repairing;
-        }
-    }
-
-    /// Whether a change by a program of that name may be the iptables backend's own.
-    fn own_program(&self, by: &str) -> bool {
-        const PROGRAMS: [&str; 4] = ["iptables-restor", "ip6tables-resto", "iptables", "ip6tables"];
-        self.programs && PROGRAMS.iter().any(|own| by.starts_with(own))
-    }
-
-    /// What was told while a job ran: the changes of its own programs are no news.
-    fn told_meanwhile(&mut self) {
-        let Some((monitor, concerns)) = &mut self.monitor else { return };
-        let (told, concerns) = (monitor.told(), *concerns);
-        let foreign = told.iter().any(|told| match told {
-            nft::Notification::Commit { by, changes } => {
-                !self.own_program(by) && changes.iter().any(concerns)
-            }
-            nft::Notification::Overflow => true,
-        });
-        if foreign && self.state == State::Serving {
-            tracing::warn!("somebody else changed the proxy's rules; repairing them");
-            self.state = State::Repairing;
-        }
-    }
-
     /// Changes have been taken in.
     fn told(&mut self) {
         let node = self.model.node();
@@ -508,192 +428,6 @@ impl Loop {
         }));
     }
 
-    /// Keeps what hangs on a plan besides rules.
-    fn note(&mut self, change: &PlanChange) {
-        let plan = change.new.as_deref();
-        let of_family = |p: &ServicePlan, ipv4| p.ports.iter().any(|port| port.is_ipv4() == ipv4);
-        let wants = plan.map_or(HealthCheck::default(), |plan| HealthCheck {
-            port: plan.health_check_node_port,
-            families: [of_family(plan, true), of_family(plan, false)],
-            local_ready: plan.local_ready,
-        });
-        self.health_ports.set(&change.service, wants);
-        let mut counts = [0; 4];
-        for port in plan.iter().flat_map(|p| &p.ports).filter(|p| p.has_endpoints) {
-            let family = if port.is_ipv4() { 0 } else { 2 };
-            let external = port.node_port != 0 || !port.external_ips.is_empty();
-            counts[family] += i64::from(port.internal_local && !port.has_internal_endpoints());
-            counts[family + 1] +=
-                i64::from(external && port.external_local && !port.has_external_endpoints());
-            if !port.is_ipv4() {
-                self.ipv6 = true;
-            }
-        }
-        if counts == [0; 4] {
-            self.no_local.remove(&change.service);
-        } else {
-            self.no_local.insert(change.service.clone(), counts);
-        }
-        if self.ipv6 && self.config.set_sysctls {
-            const NAME: &str = "sysctl net.ipv6.conf.all.forwarding";
-            match sysctl::forward_ipv6() {
-                Ok(()) => self.errors.remove(NAME),
-                Err(error) => self.errors.insert(error.object, error.message),
-            };
-            self.ipv6 = false;
-        }
-    }
-
-    /// Takes note of what a job came to.
-    async fn finish(&mut self, done: Result<Done, tokio::task::JoinError>) {
-        self.busy = None;
-        match done {
-            Ok(Done::Chosen(chosen)) => self.chosen(chosen),
-            Ok(Done::Worked(worked)) => self.worked(worked).await,
-            Ok(Done::Described(backend)) => self.backend = Some(backend),
-            Ok(Done::Trimmed) => {}
-            Err(error) => {
-                tracing::error!(%error, "a backend ended unexpectedly; starting it again");
-                self.errors.insert("backend".to_owned(), error.to_string());
-                self.monitor = None;
-                self.state = State::Choosing;
-                self.back_off();
-            }
-        }
-    }
-
-    async fn worked(&mut self, done: Worked) {
-        let iptables = done.backend.mode() == Mode::Iptables;
-        self.backend = Some(done.backend);
-        let pause = self.config.min_sync_period;
-        self.paced = (!pause.is_zero()).then(|| Instant::now() + pause);
-        if iptables {
-            self.told_meanwhile();
-        }
-        if self.monitor.is_none() {
-            self.watch_kernel();
-            if self.backend.as_mut().is_some_and(|backend| !backend.undisturbed()) {
-                self.recheck_later();
-            } else if self.refused.is_empty() {
-                self.recheck_wait = RETRY_MIN;
-            }
-        }
-        for change in &done.changes {
-            let kept = self.unclean.entry(change.service.clone());
-            kept.or_insert_with(|| change.clone()).new = change.new.clone();
-        }
-        const KERNEL: &str = "kernel rules";
-        let now = Timestamp::now();
-        match done.result {
-            Ok(outcome) => {
-                let again = outcome.repair;
-                self.metrics.batches(&outcome.batches);
-                self.metrics.iptables_rules(&outcome.rules);
-                self.metrics.cleanups_failed(outcome.cleanup_failures);
-                if iptables && again && !done.full {
-                    self.metrics.partial_restore_failed();
-                }
-                if done.full {
-                    self.refused.clear();
-                    self.last_repair = Instant::now();
-                }
-                for change in &done.changes {
-                    self.refused.remove(&change.service);
-                }
-                for (service, why) in outcome.refused {
-                    tracing::error!(%service, why, "the kernel refuses a Service");
-                    self.refused.insert(service, why);
-                }
-                // What others changed meanwhile by programs of the same names cannot be told from own
-                // changes: rules that had to be written are looked at once more.
-                let unsure = iptables && outcome.written > 0;
-                if done.full && (unsure || !self.refused.is_empty()) {
-                    self.recheck_later();
-                }
-                if outcome.errors.is_empty() {
-                    self.errors.remove(KERNEL);
-                } else {
-                    self.errors.insert(KERNEL.to_owned(), outcome.errors.join("; "));
-                }
-                if outcome.repair {
-                    self.state = State::Repairing;
-                    if done.full {
-                        self.back_off();
-                    }
-                } else {
-                    let reached = now.as_millisecond();
-                    for triggered in self.triggers.drain(..) {
-                        self.metrics.programmed((reached - triggered).max(0) as f64 / 1000.0);
-                    }
-                    self.retry = RETRY_MIN;
-                    let pending = self.model.is_dirty();
-                    self.shared.update_health(|health| {
-                        health.last_updated = Some(now);
-                        health.pending_since = pending.then_some(now);
-                    });
-                    self.metrics.synced(seconds(now), done.took, done.full);
-                    let took = done.took;
-                    self.status.send_modify(|status| {
-                        status.last_sync = Some(now);
-                        status.last_sync_duration = took;
-                    });
-                    tracing::debug!(
-                        full = done.full,
-                        changes = done.changes.len(),
-                        written = outcome.written,
-                        ?took,
-                        "programmed"
-                    );
-                }
-                self.sweep_when_programmed();
-                if !again {
-                    self.clean_flows(done.full).await;
-                }
-            }
-            Err(error) => {
-                tracing::error!(%error, "the kernel's rules could not be changed; trying again");
-                self.metrics.failed(iptables);
-                self.errors.insert(KERNEL.to_owned(), error.to_string());
-                self.state = State::Repairing;
-                self.back_off();
-            }
-        }
-    }
-
-    fn recheck_later(&mut self) {
-        self.recheck = Some(Instant::now() + self.recheck_wait);
-        self.recheck_wait = (self.recheck_wait * 2).min(RETRY_MAX);
-    }
-
-    fn back_off(&mut self) {
-        self.not_before = Some(Instant::now() + self.retry);
-        self.retry = (self.retry * 2).min(RETRY_MAX);
-    }
-
-    /// Deletes the flows that changes made stale. What a restart finds is left alone.
-    async fn clean_flows(&mut self, full: bool) {
-        let changes: Vec<PlanChange> = std::mem::take(&mut self.unclean).into_values().collect();
-        if full && std::mem::take(&mut self.taken_over) {
-            return;
-        }
-        let stale = Stale::of(&changes);
-        if stale.is_empty() {
-            return;
-        }
-        const FLOWS: &str = "stale UDP flows";
-        let node = self.model.node().addresses.clone();
-        let begin = Instant::now();
-        let deleted = blocking(move || stale.delete(&node)).await;
-        match deleted {
-            Ok(Ok(count)) => {
-                self.errors.remove(FLOWS);
-                self.metrics.flows_deleted(count, begin.elapsed());
-            }
-            Ok(Err(error)) => drop(self.errors.insert(FLOWS.to_owned(), error.to_string())),
-            Err(error) => drop(self.errors.insert(FLOWS.to_owned(), error.to_string())),
-        }
-    }
-
     fn periodic(&mut self) {
         let period = if self.monitor.is_none() {
             // Nobody tells of foreign changes.
@@ -706,53 +440,5 @@ impl Loop {
         }
         // Addresses come and go without anybody telling.
         self.health_ports.refresh(self.environment.node_ports.clone());
-    }
-
-    /// Makes the status known.
-    fn publish(&mut self) {
-        let mut ipv4 = (0, 0);
-        let mut ipv6 = (0, 0);
-        for [a, b, c, d] in self.no_local.values() {
-            ipv4 = (ipv4.0 + a, ipv4.1 + b);
-            ipv6 = (ipv6.0 + c, ipv6.1 + d);
-        }
-        self.metrics.no_local_endpoints(ipv4, ipv6);
-        let mut errors: Vec<ProxyError> = Vec::new();
-        let mut add = |object: String, message: String| errors.push(ProxyError { object, message });
-        for (object, message) in self.errors.iter().chain(&self.shared.errors()) {
-            add(object.clone(), message.clone());
-        }
-        for (service, messages) in self.model.errors() {
-            for message in messages {
-                add(format!("Service {service}"), message.clone());
-            }
-        }
-        for (service, message) in &self.refused {
-            add(format!("Service {service}"), message.clone());
-        }
-        let pending = usize::from(self.model.is_dirty() || self.busy.is_some());
-        let now = Timestamp::now();
-        let awaited = self.started.elapsed() >= NODE_AWAITED;
-        self.shared.update_health(|health| {
-            health.last_turn = Some(now);
-            health.node_known |= awaited;
-        });
-        let mode = self.backend.as_ref().map(|backend| backend.mode());
-        let model = &self.model;
-        self.status.send_modify(|status| {
-            if let Some(mode) = mode {
-                status.mode = mode;
-            }
-            for error in errors.iter().filter(|e| !status.errors.contains(e)) {
-                tracing::warn!(object = error.object, "{}", error.message);
-            }
-            status.services = model.services();
-            status.endpoints = model.endpoints();
-            status.synced = model.synced;
-            status.pending = pending;
-            status.source_error = model.source_error.clone();
-            status.errors = errors;
-            status.last_turn = Instant::now();
-        });
     }
 }

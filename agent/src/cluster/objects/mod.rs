@@ -5,49 +5,38 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::authentication::v1::{TokenRequest, TokenRequestSpec, TokenRequestStatus};
+use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
-    ServicePort, ServiceSpec,
 };
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::resource::v1::ResourceClaim;
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
-use kube::api::{Patch, PatchParams, PostParams};
-use kube::{Client, Resource};
+use kube::Resource;
+use kube::api::{Patch, PatchParams};
 use serde::de::DeserializeOwned;
 use tokio::sync::{broadcast, watch};
 use tokio::task::AbortHandle;
 
+use self::one::{Known, One, answer};
+pub use self::services::Services;
+use self::tokens::{expiry, must_renew, request_token, token_key};
 use super::references;
 use super::storage::Storage;
 use super::store::Store;
-use crate::api::backoff::Backoff;
-use crate::api::watch::{Failure, Seen, Watch};
 use crate::api::{self, Api, ApiError, REQUEST_TIMEOUT};
 use crate::ids::{NamespacedName, PodUid};
 use crate::objects::{ObjectError, ObjectRef, Objects};
 
-/// How long a caller waits for the first answer of a watch.
-const FIRST_ANSWER: Duration = Duration::from_secs(10);
-/// A token is asked anew when this share of its life is left.
-const TOKEN_RENEW_SHARE: f64 = 0.2;
-/// A refused token request is tried again this often before the refusal counts.
-const TOKEN_REFUSALS: u32 = 5;
+mod one;
+mod services;
+mod tokens;
+
 /// Tokens kept beyond those of running pods.
 const MAX_TOKENS: usize = 4096;
-
-/// What a watch of one object knows.
-#[derive(Clone)]
-enum Known<K> {
-    Nothing,
-    Failed(ObjectError),
-    Value(Option<Arc<K>>),
-}
 
 enum Held {
     ConfigMap(watch::Receiver<Known<ConfigMap>>),
@@ -64,98 +53,6 @@ struct Entry {
 struct Retained {
     entries: HashMap<ObjectRef, Entry>,
     by_pod: HashMap<PodUid, Vec<ObjectRef>>,
-}
-
-/// By name.
-type InNamespace = HashMap<Arc<str>, Linked>;
-
-/// What environment variables tell of a Service: a node knows all of them, and starts pods of few.
-struct Linked {
-    cluster_ip: Box<str>,
-    ports: Box<[LinkedPort]>,
-}
-
-struct LinkedPort {
-    name: Option<Box<str>>,
-    protocol: Option<Box<str>>,
-    port: i32,
-}
-
-impl Linked {
-    /// `None` for one that variables do not tell of.
-    fn of(service: &Service) -> Option<Linked> {
-        let spec = service.spec.as_ref()?;
-        let cluster_ip = spec.cluster_ip.as_deref().filter(|ip| !matches!(*ip, "" | "None"))?;
-        let ports = spec.ports.iter().flatten().map(|port| LinkedPort {
-            name: port.name.as_deref().map(Box::from),
-            protocol: port.protocol.as_deref().filter(|p| *p != "TCP").map(Box::from),
-            port: port.port,
-        });
-        Some(Linked { cluster_ip: cluster_ip.into(), ports: ports.collect() })
-    }
-
-    fn service(&self, namespace: &str, name: &str) -> Arc<Service> {
-        let ports = self.ports.iter().map(|port| ServicePort {
-            name: port.name.as_deref().map(str::to_owned),
-            protocol: Some(port.protocol.as_deref().unwrap_or("TCP").to_owned()),
-            port: port.port,
-            ..ServicePort::default()
-        });
-        let spec = ServiceSpec {
-            cluster_ip: Some(self.cluster_ip.to_string()),
-            ports: Some(ports.collect()),
-            ..ServiceSpec::default()
-        };
-        let mut service = Service { spec: Some(spec), ..Service::default() };
-        service.metadata.namespace = Some(namespace.to_owned());
-        service.metadata.name = Some(name.to_owned());
-        Arc::new(service)
-    }
-}
-
-/// Services by namespace, for the service environment variables.
-#[derive(Default)]
-pub struct Services(Mutex<HashMap<Arc<str>, InNamespace>>);
-
-impl Services {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<str>, InNamespace>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    /// Holds what of `service` containers are told.
-    pub fn put(&self, key: &NamespacedName, service: &Service) {
-        match Linked::of(service) {
-            Some(linked) => {
-                let mut all = self.lock();
-                all.entry(key.namespace.clone()).or_default().insert(key.name.clone(), linked);
-            }
-            None => self.remove(key),
-        }
-    }
-
-    /// Forgets it.
-    pub fn remove(&self, key: &NamespacedName) {
-        let mut all = self.lock();
-        if let Some(services) = all.get_mut(&key.namespace) {
-            services.remove(&key.name);
-            if services.is_empty() {
-                all.remove(&key.namespace);
-            }
-        }
-    }
-
-    fn of(&self, namespace: &str) -> Vec<Arc<Service>> {
-        let all = self.lock();
-        let own = all.get(namespace).into_iter().flatten();
-        let mut found: Vec<_> =
-            own.map(|(name, service)| service.service(namespace, name)).collect();
-        if namespace != "default"
-            && let Some(api) = all.get("default").and_then(|s| s.get("kubernetes"))
-        {
-            found.push(api.service("default", "kubernetes"));
-        }
-        found
-    }
 }
 
 /// Objects from an API server.
@@ -320,101 +217,6 @@ pub(super) fn object_error(
     match error.code() {
         Some(403) => ObjectError::Forbidden { kind, key, cause },
         _ => ObjectError::Unavailable { kind, key, cause },
-    }
-}
-
-/// The watch of one object.
-struct One<K> {
-    key: NamespacedName,
-    reference: ObjectRef,
-    kind: &'static str,
-    before: Option<Arc<K>>,
-    tx: watch::Sender<Known<K>>,
-    changes: broadcast::Sender<ObjectRef>,
-    store: Store,
-}
-
-impl<K> One<K>
-where
-    K: Resource + Clone + serde::Serialize + DeserializeOwned + std::fmt::Debug + Send + 'static,
-{
-    async fn run(self, objects: kube::Api<K>) {
-        // The Node authorizer learns of a new pod a moment after we do: be quick at first.
-        let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(30));
-        let fields = format!("metadata.name={}", self.key.name);
-        let mut watch = Watch::with_backoff(objects, &fields, backoff);
-        let mut listed = None;
-        loop {
-            match watch.next().await {
-                Seen::Restarted => listed = None,
-                Seen::Listed(object) => listed = Some(object),
-                Seen::Complete => self.tell(listed.take()),
-                Seen::Applied(object) => self.tell(Some(object)),
-                Seen::Deleted(_) => self.tell(None),
-                Seen::Failed(failure) => self.fail(failure),
-            }
-        }
-    }
-
-    fn tell(&self, mut object: Option<K>) {
-        if let Some(object) = &mut object {
-            object.meta_mut().managed_fields = None;
-        }
-        let version = |k: &K| k.meta().resource_version.clone();
-        let same = match (&*self.tx.borrow(), &object) {
-            (Known::Value(Some(old)), Some(new)) => version(old) == version(new),
-            (Known::Value(None), None) => true,
-            _ => false,
-        };
-        if same {
-            return;
-        }
-        match &object {
-            Some(object) => self.store.put(&self.key.to_string(), object),
-            None => self.store.remove(&self.key.to_string()),
-        }
-        self.tx.send_replace(Known::Value(object.map(Arc::new)));
-        // Nobody listening is fine.
-        let _ = self.changes.send(self.reference.clone());
-    }
-
-    fn fail(&self, failure: Failure) {
-        if matches!(&*self.tx.borrow(), Known::Value(_)) {
-            return;
-        }
-        let (kind, key, cause) = (self.kind, self.key.clone(), failure.message);
-        let error = match (failure.forbidden, &self.before) {
-            (false, Some(before)) => {
-                self.tx.send_replace(Known::Value(Some(before.clone())));
-                return;
-            }
-            (true, _) => ObjectError::Forbidden { kind, key, cause },
-            (false, None) => ObjectError::Unavailable { kind, key, cause },
-        };
-        self.tx.send_replace(Known::Failed(error));
-    }
-}
-
-/// The first answer of a watch; a failure counts only when time is up.
-async fn answer<K>(
-    mut rx: watch::Receiver<Known<K>>,
-    kind: &'static str,
-    key: &NamespacedName,
-) -> Result<Option<Arc<K>>, ObjectError> {
-    let wait = rx.wait_for(|known| matches!(known, Known::Value(_)));
-    if let Ok(Ok(known)) = tokio::time::timeout(FIRST_ANSWER, wait).await
-        && let Known::Value(value) = &*known
-    {
-        return Ok(value.clone());
-    }
-    match &*rx.borrow() {
-        Known::Failed(error) => Err(error.clone()),
-        Known::Value(value) => Ok(value.clone()),
-        Known::Nothing => Err(ObjectError::Unavailable {
-            kind,
-            key: key.clone(),
-            cause: format!("no answer within {} s", FIRST_ANSWER.as_secs()),
-        }),
     }
 }
 
@@ -630,83 +432,5 @@ impl ClusterObjects {
 impl Drop for ClusterObjects {
     fn drop(&mut self) {
         self.retained().entries.values().for_each(|entry| entry.task.abort());
-    }
-}
-
-/// What makes two requests the same; ends in the UID of the bound pod.
-fn token_key(account: &NamespacedName, spec: &TokenRequestSpec) -> String {
-    let bound = spec.bound_object_ref.as_ref().and_then(|b| b.uid.as_deref()).unwrap_or_default();
-    let life = spec.expiration_seconds.unwrap_or_default();
-    // Audiences are free text: keep the key free of quotes.
-    let audiences: String = spec
-        .audiences
-        .as_deref()
-        .unwrap_or_default()
-        .join(",")
-        .chars()
-        .map(|c| if c == '"' || c == '\\' || c.is_control() { '_' } else { c })
-        .collect();
-    format!("{account}/{life}/{audiences}/{bound}")
-}
-
-/// Seconds since the epoch; 0 if it is not told.
-fn expiry(token: &TokenRequestStatus) -> i64 {
-    token.expiration_timestamp.as_ref().map_or(0, |t| t.0.as_second())
-}
-
-fn must_renew(expires: i64, life: i64, now: i64) -> bool {
-    ((expires - now) as f64) < life as f64 * TOKEN_RENEW_SHARE
-}
-
-async fn request_token(
-    client: Client,
-    account: &NamespacedName,
-    spec: TokenRequestSpec,
-) -> Result<TokenRequestStatus, ApiError> {
-    let accounts: kube::Api<ServiceAccount> = kube::Api::namespaced(client, &account.namespace);
-    let request = TokenRequest { spec: Some(spec), ..TokenRequest::default() };
-    let (params, what) =
-        (PostParams::default(), format!("request a token of service account {account}"));
-    let mut backoff = Backoff::new(Duration::from_millis(20), Duration::from_millis(500));
-    let mut refusals = 0;
-    loop {
-        let answer = accounts.create_token_request(&account.name, &params, &request);
-        match api::timed(&what, REQUEST_TIMEOUT, answer).await {
-            Ok(answer) => return Ok(answer.status.unwrap_or_default()),
-            // The Node authorizer learns of a new pod a moment after we do.
-            Err(error) if error.code() == Some(403) && refusals < TOKEN_REFUSALS => {
-                refusals += 1;
-                tokio::time::sleep(backoff.next_delay()).await;
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_are_renewed_in_the_last_fifth_of_their_life() {
-        assert!(!must_renew(3600, 3600, 0));
-        assert!(!must_renew(3600, 3600, 2879));
-        assert!(must_renew(3600, 3600, 2881));
-        assert!(must_renew(3600, 3600, 9999));
-    }
-
-    #[test]
-    fn token_keys_tell_pods_apart() {
-        let account = NamespacedName::new("n", "sa");
-        let spec = |uid: &str| TokenRequestSpec {
-            audiences: Some(vec!["a\"b".to_owned()]),
-            expiration_seconds: Some(3607),
-            bound_object_ref: Some(k8s_openapi::api::authentication::v1::BoundObjectReference {
-                uid: Some(uid.to_owned()),
-                ..Default::default()
-            }),
-        };
-        assert_eq!(token_key(&account, &spec("u1")), "n/sa/3607/a_b/u1");
-        assert_ne!(token_key(&account, &spec("u1")), token_key(&account, &spec("u2")));
     }
 }
