@@ -1,7 +1,7 @@
 //! A CRI client that does what a kubelet does for a pod of one container.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use cri_shim::api::runtime_service_client::RuntimeServiceClient;
@@ -22,6 +22,8 @@ pub(crate) fn log_directory(name: &str) -> String {
 pub(crate) struct Pod {
     pub(crate) sandbox: String,
     pub(crate) container: String,
+    /// What RunPodSandbox, CreateContainer and StartContainer took.
+    pub(crate) took: [Duration; 3],
 }
 
 impl Client {
@@ -83,8 +85,10 @@ impl Client {
             }),
             ..Default::default()
         };
+        let begin = Instant::now();
         let request = RunPodSandboxRequest { config: Some(config.clone()), ..Default::default() };
         let sandbox = runtime.run_pod_sandbox(request).await?.into_inner().pod_sandbox_id;
+        let ran = begin.elapsed();
         let container = ContainerConfig {
             metadata: Some(ContainerMetadata { name: "main".into(), attempt: 0 }),
             image: Some(ImageSpec { image: IMAGE.into(), ..Default::default() }),
@@ -111,9 +115,11 @@ impl Client {
             sandbox_config: Some(config),
         };
         let container = runtime.create_container(request).await?.into_inner().container_id;
+        let created = begin.elapsed();
         let request = StartContainerRequest { container_id: container.clone() };
         runtime.start_container(request).await?;
-        Ok(Pod { sandbox, container })
+        let took = [ran, created - ran, begin.elapsed() - created];
+        Ok(Pod { sandbox, container, took })
     }
 
     /// Waits until the container has ended, and says well.
