@@ -27,6 +27,12 @@ pub enum CsiError {
     /// The volume, its driver or its objects do not fit together.
     #[error("{0}")]
     Invalid(String),
+    /// It is for one pod, and another has it.
+    #[error(
+        "volume uses the ReadWriteOncePod access mode and is already in use by another pod; it is mounted \
+         once nothing of that pod is left"
+    )]
+    InUse,
     /// The volume is not attached to this node.
     #[error("{0}")]
     NotAttached(String),

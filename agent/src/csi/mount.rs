@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use super::client::Client;
 use super::record::{Record, absent};
 use super::request::{self, Capabilities};
+use super::unmount::users;
 use super::volume::Key;
 use super::wire::csi::{NodePublishVolumeRequest, NodeStageVolumeRequest};
 use super::{Csi, CsiError, CsiVolume, blocking, device, is_mount_point};
@@ -102,6 +103,12 @@ impl Csi {
         }
         let attachment = if attach { self.attached(volume).await? } else { BTreeMap::new() };
         let _only = self.only(key).await;
+        if volume.is_for_one_pod() && !again {
+            let (layout, key, folder) = (self.layout.clone(), key.clone(), folder.clone());
+            if blocking(move || users(&layout, &key, &folder)).await? {
+                return Err(CsiError::InUse);
+            }
+        }
         let client = self.drivers.client(&volume.driver)?;
         let capabilities = client.capabilities().await?;
         // A device has no files to give.
@@ -229,7 +236,7 @@ impl Csi {
         let (folder, placed) = (job.folder.to_owned(), job.placed.clone());
         let forgotten = blocking(move || {
             let global = layout.staging(&key);
-            let used = super::unmount::users(&layout, &key, &folder)?;
+            let used = users(&layout, &key, &folder)?;
             if !used && !is_mount_point(&global)? {
                 absent(fs::remove_dir(&global)).map_err(CsiError::io("remove", &global))?;
                 Record::remove(&layout.stage(&key))?;

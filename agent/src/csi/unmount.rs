@@ -32,7 +32,7 @@ pub(super) fn users(layout: &Layout, key: &Key, except: &Path) -> Result<bool, C
                 Ok(Some(record)) if !record.is_of(&key.driver, &key.handle) => {}
                 Ok(Some(_)) => return Ok(true),
                 Err(error) => {
-                    tracing::warn!(%error, "a volume may be staged for longer than it is used");
+                    tracing::warn!(%error, "a volume counts as used by a pod whose record cannot be read");
                     return Ok(true);
                 }
             }

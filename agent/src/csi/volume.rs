@@ -88,6 +88,12 @@ impl CsiVolume {
         })
     }
 
+    /// Only one pod may have it at a time (KEP-2485). With other modes beside that, it is not known which
+    /// one the pod wants.
+    pub(super) fn is_for_one_pod(&self) -> bool {
+        self.access_modes.as_deref().is_some_and(|modes| *modes == ["ReadWriteOncePod"])
+    }
+
     /// By what its files are found.
     pub(super) fn key(&self) -> Key {
         Key {

@@ -254,6 +254,34 @@ async fn a_claim_that_cannot_be_used_says_why_and_is_used_once_it_can() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_volume_for_one_pod_is_mounted_for_another_once_that_has_gone() {
+    let world = World::new("csi-one-pod").await;
+    let v = volumes(&world);
+    v.driver_object(json!({"attachRequired": false})).await.unwrap();
+    let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE]).await.unwrap();
+    for (name, modes) in [
+        ("one", json!(["ReadWriteOncePod"])),
+        ("any", json!(["ReadWriteOnce", "ReadWriteOncePod"])),
+    ] {
+        let csi = json!({"driver": DRIVER, "volumeHandle": name});
+        v.claim_of(name, json!({"accessModes": modes, "csi": csi})).await.unwrap();
+    }
+    for pod in ["any-1", "any-2"] {
+        world.ready_pod(pod, claiming("any", idle("c"))).await;
+    }
+    world.ready_pod("first", claiming("one", idle("c"))).await;
+    world.cluster.pod(&world.node, "second", claiming("one", idle("c"))).await.unwrap();
+    let said = world.event("second", "FailedMount").await;
+    let words = "MountVolume.SetUp failed for volume \"one\" : volume uses the ReadWriteOncePod access \
+                 mode and is already in use by another pod";
+    assert!(said.starts_with(words), "{said}");
+    assert_eq!(driver.verbs("one"), ["stage", "publish"]);
+    world.cluster.delete_pod("first").await.unwrap();
+    world.cluster.pod_ready("second").await;
+    end(world, driver, &["second", "any-1", "any-2"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inline_volumes_know_their_pod_and_are_brought_up_to_date() {
     let world = World::new("csi-inline").await;
     let driver = CsiDriver::start(&world.node, DRIVER, &[STAGE, MOUNT_GROUP]).await.unwrap();
