@@ -14,6 +14,8 @@ const USER_HZ: u64 = 100;
 pub struct Detail {
     pub cpu_user_nanoseconds: u64,
     pub cpu_system_nanoseconds: u64,
+    /// The CPU time is limited, so that there are periods.
+    pub cfs_quota: bool,
     pub cfs_periods: u64,
     pub cfs_throttled_periods: u64,
     pub cfs_throttled_nanoseconds: u64,
@@ -72,6 +74,7 @@ fn unified(file: impl Fn(&str, &str) -> String) -> Detail {
     Detail {
         cpu_user_nanoseconds: of(&cpu, "user_usec") * 1000,
         cpu_system_nanoseconds: of(&cpu, "system_usec") * 1000,
+        cfs_quota: limited(&file("", "cpu.max")),
         cfs_periods: of(&cpu, "nr_periods"),
         cfs_throttled_periods: of(&cpu, "nr_throttled"),
         cfs_throttled_nanoseconds: of(&cpu, "throttled_usec") * 1000,
@@ -89,6 +92,11 @@ fn unified(file: impl Fn(&str, &str) -> String) -> Detail {
     }
 }
 
+/// Whether a quota of CPU time is a number: without one it is `max` on v2 and -1 on v1.
+fn limited(quota: &str) -> bool {
+    quota.split_whitespace().next().is_some_and(|first| first.parse::<u64>().is_ok())
+}
+
 fn per_controller(file: impl Fn(&str, &str) -> String) -> Detail {
     let (cpu, times, memory) =
         (file("cpu", "cpu.stat"), file("cpuacct", "cpuacct.stat"), file("memory", "memory.stat"));
@@ -98,6 +106,7 @@ fn per_controller(file: impl Fn(&str, &str) -> String) -> Detail {
     Detail {
         cpu_user_nanoseconds: of(&times, "user") * ticks,
         cpu_system_nanoseconds: of(&times, "system") * ticks,
+        cfs_quota: limited(&file("cpu", "cpu.cfs_quota_us")),
         cfs_periods: of(&cpu, "nr_periods"),
         cfs_throttled_periods: of(&cpu, "nr_throttled"),
         cfs_throttled_nanoseconds: of(&cpu, "throttled_time"),
@@ -179,6 +188,7 @@ mod tests {
                     "anon 1\nfile 4096\nkernel 64\nfile_mapped 10\ninactive_file 5\nactive_file 6\n"
                 }
                 "memory.events" => "low 0\nhigh 0\nmax 3\noom 1\noom_kill 1\n",
+                "cpu.max" => "50000 100000\n",
                 "memory.peak" => "9999\n",
                 "pids.current" => "4\n",
                 "io.stat" => "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
@@ -189,6 +199,7 @@ mod tests {
         let v1 = per_controller(|controller, name| {
             let text = match (controller, name) {
                 ("cpu", "cpu.stat") => "nr_periods 7\nnr_throttled 2\nthrottled_time 90000\n",
+                ("cpu", "cpu.cfs_quota_us") => "50000\n",
                 ("cpuacct", "cpuacct.stat") => "user 1\nsystem 2\n",
                 ("memory", "memory.stat") => {
                     "cache 0\ntotal_cache 4096\ntotal_mapped_file 10\ntotal_inactive_file 5\ntotal_active_file 6\n"
@@ -209,6 +220,7 @@ mod tests {
         });
         assert_eq!((v2.cpu_user_nanoseconds, v2.cpu_system_nanoseconds), (3_000_000, 2_000_000));
         assert_eq!((v1.cpu_user_nanoseconds, v1.cpu_system_nanoseconds), (10_000_000, 20_000_000));
+        assert!(v2.cfs_quota && !limited("max 100000\n") && !limited("-1\n") && !limited(""));
         let same = |detail: Detail| Detail {
             cpu_user_nanoseconds: 0,
             cpu_system_nanoseconds: 0,

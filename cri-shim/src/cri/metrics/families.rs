@@ -162,8 +162,8 @@ pub fn of_cgroup(usage: &Usage, detail: &Detail) -> Vec<Sample> {
             samples.push(labelled("container_memory_failures_total", &[kind, scope], value));
         }
     }
-    // Without a quota there are no periods, and no series either.
-    if detail.cfs_periods > 0 {
+    // Without a quota there are no series either; with one there are before its first period ends.
+    if detail.cfs_quota || detail.cfs_periods > 0 {
         let throttled = detail.cfs_throttled_nanoseconds / SECOND;
         samples.extend([
             sample("container_cpu_cfs_periods_total", detail.cfs_periods),
@@ -284,7 +284,8 @@ mod tests {
             io_pressure: Some(Pressure::default()),
             ..Usage::default()
         };
-        let detail = Detail { cfs_periods: 1, io: vec![DeviceIo::default()], ..Detail::default() };
+        // A limit without a period that has ended.
+        let detail = Detail { cfs_quota: true, io: vec![DeviceIo::default()], ..Detail::default() };
         let network = "eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16";
         let resources = api::LinuxContainerResources {
             cpu_period: 1,
