@@ -180,7 +180,8 @@ mod tests {
             (BLOCK, 1, 8, 0, true),         // mknod of a disk
             (BLOCK, 2, 8, 0, false),        // reading it
             (BLOCK, 6, 1, 3, false),        // a number of the other kind
-            (CHARACTER, 7, 10, 200, false), // all at once
+            (CHARACTER, 7, 10, 200, true),  // a tunnel
+            (CHARACTER, 7, 10, 229, false), // FUSE
         ] {
             assert_eq!(ask(&program, typ, access, major, minor), allowed, "{typ} {major}:{minor}");
         }

@@ -27,9 +27,9 @@ pub struct HostDevice {
     pub access: String,
 }
 
-/// Devices every container may use: null, zero, full, random, urandom, tty, console, ptmx, pts,
-/// as (major, minor); `None` is any.
-const DEFAULT: [(i64, Option<i64>); 9] = [
+/// Devices every container may use: null, zero, full, random, urandom, tty, console, ptmx, pts, and
+/// net/tun, which VPNs make for themselves, as (major, minor); `None` is any.
+const DEFAULT: [(i64, Option<i64>); 10] = [
     (1, Some(3)),
     (1, Some(5)),
     (1, Some(7)),
@@ -39,6 +39,7 @@ const DEFAULT: [(i64, Option<i64>); 9] = [
     (5, Some(1)),
     (5, Some(2)),
     (136, None),
+    (10, Some(200)),
 ];
 
 impl HostDevice {

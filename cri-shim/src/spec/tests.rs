@@ -488,3 +488,12 @@ fn a_pod_with_users_of_its_own() {
     let expected = userns::UsernsError::Ranges { kind: "GID", count: 0 };
     assert_eq!(refused, SpecError::Userns(expected));
 }
+#[test]
+fn every_container_may_make_itself_a_tunnel() {
+    let spec = spec_of(&secured(Default::default()), &Pod::default(), &host()).unwrap();
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap();
+    let tun = |rule: &oci_spec::runtime::LinuxDeviceCgroup| {
+        rule.allow() && rule.major() == Some(10) && rule.minor() == Some(200)
+    };
+    assert!(resources.devices().iter().flatten().any(tun));
+}
