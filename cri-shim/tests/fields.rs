@@ -429,18 +429,23 @@ async fn what_a_container_may_do() -> anyhow::Result<()> {
 
     let masked = |config: &mut ContainerConfig| {
         let security = security(config);
-        security.masked_paths = vec!["/proc/interrupts".into(), "/sys/firmware".into()];
+        security.masked_paths =
+            vec!["/proc/interrupts".into(), "/sys/firmware".into(), "/link/file".into()];
         security.readonly_paths = vec!["/proc/sys".into()];
         security.readonly_rootfs = true;
         security.no_new_privs = true;
     };
-    let script = "cat /proc/interrupts | wc -c; busybox ls /sys/firmware | wc -l; \
+    let script = "cat /proc/interrupts | wc -c; busybox ls /sys/firmware | wc -l; cat /link/file | wc -c; \
+        grep -E '^Sig(Ign|Blk):' /proc/self/status | tr '\\t\\n' '  '; \
         echo x 2>/dev/null > /proc/sys/kernel/sem || echo ro-sys; \
         echo x 2>/dev/null > /x || echo ro-root; \
         grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status | tr '\\t\\n' '  '; \
         busybox unshare -m true 2>/dev/null || echo no-unshare";
     let said = output(&mut node, &pod, "masked", script, masked).await?;
-    assert_eq!(said, "0\n0\nro-sys\nro-root\nNoNewPrivs: 1 Seccomp: 2 no-unshare\n");
+    assert_eq!(
+        said,
+        "0\n0\n0\nSigBlk: 0000000000000000 SigIgn: 0000000000000000 ro-sys\nro-root\nNoNewPrivs: 1 Seccomp: 2 no-unshare\n"
+    );
 
     // procMount: Unmasked, and an unconfined filter with a capability.
     let unmasked = |config: &mut ContainerConfig| {
@@ -528,7 +533,10 @@ async fn who_a_container_is() -> anyhow::Result<()> {
                 s.supplemental_groups = vec![77];
             }),
             "1000\n5 77 2000\n/home/web\n1000 5\n",
+    let layers = [vec![Entry::File("plain/file", "text"), Entry::Link("link", "plain")]];
+    node.add_image("localhost/linked:1", &layers).await?;
         ),
+        config.image = Some(ImageSpec { image: "localhost/linked:1".into(), ..Default::default() });
         ("unknown", Box::new(move |s| s.run_as_user = number(4242)), "4242\n0\n/\n4242 0\n"),
     ];
     for (name, change, expected) in cases {

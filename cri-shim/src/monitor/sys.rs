@@ -75,12 +75,28 @@ pub fn exit(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+/// The kernel's highest signal (`_NSIG`).
+const LAST_SIGNAL: libc::c_int = 64;
+
 /// Undoes what the monitor set for itself: a container starts with default signals, none blocked.
 pub fn reset_signals() {
     let _ = SigSet::empty().thread_set_mask();
-    for signal in Signal::iterator() {
-        // SAFETY: the default action runs no code of ours.
-        let _ = unsafe { nix::sys::signal::signal(signal, SigHandler::SigDfl) };
+    // The kernel's own struct is smaller on every architecture; all zero is the default action.
+    let default = [0u64; 8];
+    // By the system call: the C library keeps two real-time signals for itself and, as it starts a
+    // process, leaves them ignored.
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: rt_sigaction(2) reads the struct, which outlives the call; the default action runs
+        // no code of ours.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null::<u8>(),
+                size_of::<u64>(),
+            )
+        };
     }
 }
 

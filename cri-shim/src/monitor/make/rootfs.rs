@@ -197,7 +197,7 @@ pub(super) fn restrict(root: &Root, spec: &Spec) -> Result<()> {
 
 /// `None` where there is nothing, which is as good.
 fn existing(root: &Root, path: &Path) -> io::Result<Option<OwnedFd>> {
-    match root.locate_plain(path) {
+    match root.locate(path) {
         Ok(found) => Ok(Some(found)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) if e.raw_os_error() == Some(libc::ENOTDIR) => Ok(None),
