@@ -53,10 +53,13 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
             None => plan_volume(volume)?,
         });
     }
-    let whole_dev = volumes.iter().any(|v| same_place(v.destination(), Path::new("/dev")));
+    // What the node has at these places comes whole.
+    let whole = ["/dev", "/sys/fs/cgroup"].map(Path::new);
+    let whole =
+        whole.map(|place| (place, volumes.iter().any(|v| same_place(v.destination(), place))));
     let replaced = |m: &Mount| {
-        let below_dev = m.destination().starts_with("/dev") && whole_dev;
-        below_dev || volumes.iter().any(|v| same_place(v.destination(), m.destination()))
+        let below = whole.iter().any(|(place, given)| *given && m.destination().starts_with(place));
+        below || volumes.iter().any(|v| same_place(v.destination(), m.destination()))
     };
     kernel.retain(|m| !replaced(m));
     bound.retain(|m| !replaced(m));

@@ -489,6 +489,25 @@ fn a_pod_with_users_of_its_own() {
     assert_eq!(refused, SpecError::Userns(expected));
 }
 #[test]
+#[test]
+fn what_a_volume_replaces_comes_whole() {
+    let host = Host { cgroup_v1: vec!["cpu".into(), "memory".into()], ..host() };
+    let volume = |path: &str| api::Mount {
+        host_path: path.into(),
+        container_path: path.into(),
+        ..Default::default()
+    };
+    let below = |volumes: Vec<api::Mount>| {
+        let config = api::ContainerConfig { mounts: volumes, ..secured(Default::default()) };
+        let spec = spec_of(&config, &Pod::default(), &host).unwrap();
+        let targets = spec.mounts().iter().flatten().map(|mount| mount.destination().clone());
+        targets.filter(|path| path.starts_with("/sys/fs/cgroup")).collect::<Vec<_>>()
+    };
+    assert_eq!(below(vec![volume("/sys/fs/cgroup")]), [PathBuf::from("/sys/fs/cgroup")]);
+    assert_eq!(below(vec![volume("/sys")]).len(), 3);
+    assert_eq!(below(Vec::new()).len(), 3);
+}
+
 fn every_container_may_make_itself_a_tunnel() {
     let spec = spec_of(&secured(Default::default()), &Pod::default(), &host()).unwrap();
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap();
