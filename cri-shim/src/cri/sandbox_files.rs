@@ -24,8 +24,9 @@ pub(super) fn write(
     let hosts = if host_network { fs::read_to_string("/etc/hosts").ok() } else { None };
     fs::write(directory.join("hosts"), hosts.unwrap_or_else(|| plan_hosts(hostname)))?;
     let resolv = match &config.dns_config {
-        Some(dns) if *dns != api::DnsConfig::default() => plan_resolv(dns),
-        _ => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
+        // Also one that says nothing: a pod with `dnsPolicy: None` has what it says.
+        Some(dns) => plan_resolv(dns),
+        None => fs::read_to_string("/etc/resolv.conf").unwrap_or_default(),
     };
     fs::write(directory.join("resolv.conf"), resolv)
 }
@@ -88,6 +89,18 @@ mod tests {
             plan_resolv(&dns),
             "search default.svc.cluster.local svc.cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n"
         );
+    }
+
+    #[test]
+    fn a_dns_configuration_that_says_nothing_is_not_the_nodes() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = || fs::read_to_string(folder.path().join("resolv.conf")).unwrap_or_default();
+        let mut config = api::PodSandboxConfig::default();
+        write(folder.path(), &config, "h", false).unwrap();
+        assert_eq!(read(), fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+        config.dns_config = Some(api::DnsConfig::default());
+        write(folder.path(), &config, "h", false).unwrap();
+        assert_eq!(read(), "");
     }
 
     #[test]
