@@ -5,7 +5,7 @@ use tonic::Status;
 use super::{Shim, blocking, internal};
 use crate::api::{self, ContainerState};
 use crate::cgroup::{create, limits};
-use crate::spec::resources::plan_limits;
+use crate::spec::resources::{check, plan_limits};
 
 impl Shim {
     pub(super) async fn update_container_resources(
@@ -20,6 +20,7 @@ impl Shim {
         let linux = config.linux.get_or_insert_default();
         let resources = linux.resources.get_or_insert_default();
         merge(resources, &asked);
+        check(&config, &self.host).map_err(|e| Status::invalid_argument(e.to_string()))?;
         if state == ContainerState::ContainerRunning {
             let cgroups = self.cgroups.clone();
             let planned = plan_limits(&asked, &self.host)

@@ -24,7 +24,7 @@ pub(super) fn plan(
 }
 
 /// Refuses what this machine's cgroups cannot do.
-pub(super) fn check(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecError> {
+pub fn check(config: &api::ContainerConfig, host: &Host) -> Result<(), SpecError> {
     let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref());
     if resources.is_some_and(|r| !r.unified.is_empty()) && !host.cgroup_v2 {
         return Err(SpecError::NeedsCgroupV2("unified cgroup settings"));
