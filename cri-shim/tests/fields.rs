@@ -411,6 +411,25 @@ async fn volumes_of_every_shape() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn calls_that_name_nothing_are_refused() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    let pod = node.sandbox(NamespaceMode::Container).await?;
+    let id = node.create(&pod, "c", "exec sleep 1000").await?;
+    let runtime = &mut node.runtime;
+    let refused = [
+        runtime.stop_container(StopContainerRequest::default()).await.unwrap_err(),
+        runtime.remove_container(RemoveContainerRequest::default()).await.unwrap_err(),
+        runtime.stop_pod_sandbox(StopPodSandboxRequest::default()).await.unwrap_err(),
+        runtime.remove_pod_sandbox(RemovePodSandboxRequest::default()).await.unwrap_err(),
+    ];
+    assert_eq!(refused.map(|e| e.code()), [tonic::Code::InvalidArgument; 4]);
+    let gone = RemoveContainerRequest { container_id: "f".repeat(64) };
+    runtime.remove_container(gone).await?;
+    assert_eq!(node.status(&id).await?.state(), ContainerState::ContainerCreated);
+    Ok(())
+}
+
+#[tokio::test]
 async fn what_a_container_may_do() -> anyhow::Result<()> {
     let mut node = Node::start().await?;
     let mut pod = node.sandbox(NamespaceMode::Container).await?;

@@ -15,7 +15,7 @@ impl Shim {
         self: &Arc<Self>,
         request: api::RemoveContainerRequest,
     ) -> Result<api::RemoveContainerResponse, Status> {
-        if let Some(container) = self.store.find_container(&request.container_id) {
+        if let Some(container) = self.store.named_container(&request.container_id)? {
             let this = self.clone();
             tokio::spawn(async move { this.remove_one(&container).await })
                 .await

@@ -17,7 +17,7 @@ impl Shim {
         self: &Arc<Self>,
         request: api::StopContainerRequest,
     ) -> Result<api::StopContainerResponse, Status> {
-        let Some(container) = self.store.find_container(&request.container_id) else {
+        let Some(container) = self.store.named_container(&request.container_id)? else {
             return Ok(api::StopContainerResponse {});
         };
         let grace = Duration::from_secs(u64::try_from(request.timeout).unwrap_or(0));

@@ -28,7 +28,7 @@ impl Shim {
         self: &Arc<Self>,
         request: api::StopPodSandboxRequest,
     ) -> Result<api::StopPodSandboxResponse, Status> {
-        if let Some(sandbox) = self.store.find_sandbox(&request.pod_sandbox_id) {
+        if let Some(sandbox) = self.store.named_sandbox(&request.pod_sandbox_id)? {
             let this = self.clone();
             tokio::spawn(async move { this.stop_sandbox(&sandbox).await })
                 .await
@@ -152,7 +152,7 @@ impl Shim {
         self: &Arc<Self>,
         request: api::RemovePodSandboxRequest,
     ) -> Result<api::RemovePodSandboxResponse, Status> {
-        if let Some(sandbox) = self.store.find_sandbox(&request.pod_sandbox_id) {
+        if let Some(sandbox) = self.store.named_sandbox(&request.pod_sandbox_id)? {
             let this = self.clone();
             tokio::spawn(async move { this.remove_sandbox(&sandbox).await })
                 .await

@@ -285,6 +285,16 @@ impl Store {
         find(&self.read().containers, id)
     }
 
+    /// A sandbox that may be gone, which is no reason to answer a call that names none.
+    pub fn named_sandbox(&self, id: &str) -> Result<Option<Arc<Sandbox>>, Status> {
+        named(&self.read().sandboxes, id)
+    }
+
+    /// The same of a container.
+    pub fn named_container(&self, id: &str) -> Result<Option<Arc<Container>>, Status> {
+        named(&self.read().containers, id)
+    }
+
     /// A sandbox that has to be there.
     pub fn sandbox(&self, id: &str) -> Result<Arc<Sandbox>, Status> {
         self.find_sandbox(id).ok_or_else(|| Status::not_found(format!("no pod sandbox {id:?}")))
@@ -328,6 +338,16 @@ fn reserve<K: std::hash::Hash + Eq>(
             free.insert(id.to_owned());
             Ok(())
         }
+    }
+}
+
+fn named<T>(all: &HashMap<String, Arc<T>>, id: &str) -> Result<Option<Arc<T>>, Status> {
+    match find(all, id) {
+        None if id.len() < 64 && all.keys().any(|full| full.starts_with(id)) => Err(
+            Status::invalid_argument(format!("{id:?} begins more than one id; give more of it")),
+        ),
+        None if id.is_empty() => Err(Status::invalid_argument("no id is given")),
+        found => Ok(found),
     }
 }
 
