@@ -411,6 +411,88 @@ async fn volumes_of_every_shape() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn volumes_that_an_image_declares_are_the_containers_own() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    let layers = [vec![Entry::File("data/deep/file", "of the image")]];
+    let volumes = ["/data", "new/../volume", "/given", "/proc"];
+    node.add_declaring("localhost/declaring:1", &layers, &volumes).await?;
+    let given = node.root.path().join("given");
+    fs::create_dir(&given)?;
+    fs::write(given.join("file"), "of the pod")?;
+    let host = given.display().to_string();
+    let declaring = move |config: &mut ContainerConfig| {
+        let name = "localhost/declaring:1".to_owned();
+        config.image = Some(ImageSpec { image: name, ..Default::default() });
+        config.mounts.push(volume(&host, "/given"));
+        security(config).readonly_rootfs = true;
+    };
+    let script = "cat /data/deep/file /given/file; echo; \
+        for f in /data/deep/file /new/volume/x /x; do echo changed 2>/dev/null > $f || echo no $f; done; \
+        cat /data/deep/file; [ -e /proc/self/status ] && echo proc";
+    let expected = "of the imageof the pod\nno /x\nchanged\nproc\n";
+    let pod = node.sandbox(NamespaceMode::Container).await?;
+    // Each has its own, under an OCI runtime's program too.
+    for name in ["first", "second"] {
+        let said = output(&mut node, &pod, name, script, declaring.clone()).await?;
+        assert_eq!(said, expected, "{name}");
+    }
+    let pod = node
+        .sandbox_of(
+            "by-runc",
+            NamespaceOption {
+                network: NamespaceMode::Node as i32,
+                pid: NamespaceMode::Container as i32,
+                ..Default::default()
+            },
+            "runc",
+            |_| {},
+        )
+        .await?;
+    assert_eq!(output(&mut node, &pod, "runc", script, declaring).await?, expected);
+    for sandbox in
+        node.runtime.list_pod_sandbox(ListPodSandboxRequest::default()).await?.into_inner().items
+    {
+        let request = RemovePodSandboxRequest { pod_sandbox_id: sandbox.id };
+        node.runtime.remove_pod_sandbox(request).await?;
+    }
+    assert_eq!(node.leftovers(), Vec::<std::path::PathBuf>::new());
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_could_never_start_is_not_created() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    let pod = node.sandbox(NamespaceMode::Container).await?;
+    let device = |config: &mut ContainerConfig| {
+        config.devices = vec![Device { host_path: "/dev/absent".into(), ..Default::default() }];
+    };
+    let target = |config: &mut ContainerConfig| {
+        security(config).namespace_options = Some(NamespaceOption {
+            pid: NamespaceMode::Target as i32,
+            target_id: "absent".into(),
+            ..Default::default()
+        });
+    };
+    let profile = |config: &mut ContainerConfig| {
+        security(config).seccomp = Some(SecurityProfile {
+            profile_type: security_profile::ProfileType::Localhost as i32,
+            localhost_ref: "/absent.json".into(),
+        });
+    };
+    let refused = [
+        node.create_with(&pod, "d", "true", device).await,
+        node.create_with(&pod, "t", "true", target).await,
+        node.create_with(&pod, "p", "true", profile).await,
+    ];
+    for refused in refused {
+        assert!(refused.unwrap_err().to_string().contains("absent"));
+    }
+    let left = node.runtime.list_containers(ListContainersRequest::default()).await?;
+    assert_eq!(left.into_inner().containers, []);
+    Ok(())
+}
+
+#[tokio::test]
 async fn calls_that_name_nothing_are_refused() -> anyhow::Result<()> {
     let mut node = Node::start().await?;
     let pod = node.sandbox(NamespaceMode::Container).await?;
@@ -446,7 +528,10 @@ async fn what_a_container_may_do() -> anyhow::Result<()> {
     let said = output(&mut node, &pod, "privileged", script, privileged).await?;
     assert!(said.contains("sys\nopen\nmounts\n"), "{said}");
 
+    let layers = [vec![Entry::File("plain/file", "text"), Entry::Link("link", "plain")]];
+    node.add_image("localhost/linked:1", &layers).await?;
     let masked = |config: &mut ContainerConfig| {
+        config.image = Some(ImageSpec { image: "localhost/linked:1".into(), ..Default::default() });
         let security = security(config);
         security.masked_paths =
             vec!["/proc/interrupts".into(), "/sys/firmware".into(), "/link/file".into()];
@@ -552,10 +637,7 @@ async fn who_a_container_is() -> anyhow::Result<()> {
                 s.supplemental_groups = vec![77];
             }),
             "1000\n5 77 2000\n/home/web\n1000 5\n",
-    let layers = [vec![Entry::File("plain/file", "text"), Entry::Link("link", "plain")]];
-    node.add_image("localhost/linked:1", &layers).await?;
         ),
-        config.image = Some(ImageSpec { image: "localhost/linked:1".into(), ..Default::default() });
         ("unknown", Box::new(move |s| s.run_as_user = number(4242)), "4242\n0\n/\n4242 0\n"),
     ];
     for (name, change, expected) in cases {

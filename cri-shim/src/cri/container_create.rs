@@ -6,11 +6,11 @@ use std::sync::Arc;
 use tonic::Status;
 
 use super::store::{Container, ContainerName, ContainerStatus, Sandbox};
-use super::{Shim, blocking, internal, mount_sources};
+use super::{Shim, blocking, declared, devices, internal, mount_sources};
 use crate::api::{self, ContainerEventType};
 use crate::crash::point;
 use crate::image::Image;
-use crate::spec::{ImageDefaults, cgroup_path, stop_signal};
+use crate::spec::{ImageDefaults, cgroup_path, mounts, stop_signal};
 use crate::state::{ContainerRecord, new_id, remove_directory};
 
 impl Shim {
@@ -92,20 +92,27 @@ impl Shim {
         record.cgroup = cgroup_path::container(&parent, id, self.config.cgroup_driver);
         record.log_path = log_path(&sandbox.config.log_directory, &config.log_path);
 
+        let declared = mounts::declared(&defaults.volumes, &config.mounts);
+        self.check_target(&sandbox, &config)?;
         let handler = sandbox.record().runtime_handler.clone();
         let (this, directory, written) = (self.clone(), self.layout.container(id), record.clone());
         let (owned, given) = (id.to_owned(), config.clone());
         blocking(move || {
             // Again when it is started: both may change until then.
             this.cdi_edits(&given)?;
+            devices::look_up(&given.devices, false)?;
+            this.localhost_seccomp(security(&given))?;
             this.apparmor_profile(&given, this.base_spec(&handler)?.as_ref())?;
             mount_sources::prepare(&given.mounts)?;
             std::fs::create_dir_all(&directory)
                 .map_err(|e| internal("making the container's directory", e))?;
             point("create container: directory made");
-            this.snapshots
+            let rootfs = this
+                .snapshots
                 .prepare_with(&owned, &image, &volumes)
                 .map_err(|e| internal("preparing the container's root file system", e))?;
+            declared::make(&directory, &rootfs.lowerdirs, &declared)
+                .map_err(|e| internal("making the volumes that the image declares", e))?;
             point("create container: snapshot prepared");
             written.write(&directory).map_err(|e| internal("recording the container", e))
         })
@@ -160,9 +167,12 @@ impl Shim {
     }
 }
 
+fn security(config: &api::ContainerConfig) -> Option<&api::LinuxContainerSecurityContext> {
+    config.linux.as_ref().and_then(|l| l.security_context.as_ref())
+}
+
 fn privileged(config: &api::ContainerConfig) -> bool {
-    let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
-    security.is_some_and(|s| s.privileged)
+    security(config).is_some_and(|s| s.privileged)
 }
 
 fn privileged_sandbox(config: &api::PodSandboxConfig) -> bool {
@@ -180,6 +190,7 @@ pub(super) fn defaults(image: &Image) -> ImageDefaults {
         cmd: config.cmd().clone().unwrap_or_default(),
         working_dir: config.working_dir().clone().unwrap_or_default(),
         stop_signal: config.stop_signal().clone().unwrap_or_default(),
+        volumes: config.volumes().clone().unwrap_or_default(),
     }
 }
 

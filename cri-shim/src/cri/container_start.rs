@@ -9,7 +9,9 @@ use tonic::Status;
 
 use super::container_create::defaults;
 use super::store::{Container, Sandbox};
-use super::{Shim, blocking, edits, internal, labels, mount_sources, poststop, sandbox_files};
+use super::{
+    Shim, blocking, declared, edits, internal, labels, mount_sources, poststop, sandbox_files,
+};
 use crate::api::{self, ContainerEventType, NamespaceMode};
 use crate::crash::point;
 use crate::monitor::protocol::{
@@ -141,8 +143,11 @@ impl Shim {
         };
         mount_sources::prepare(&config.mounts)?;
         let labels = self.container_labels(sandbox, security);
+        let targets = mounts::declared(&defaults.volumes, &config.mounts);
+        let declared = declared::find(&self.layout.container(&container.id), targets);
         if let Some(labels) = &labels {
-            labels::relabel(labels, &config.mounts, pod.files.values().map(PathBuf::as_path))?;
+            let own = pod.files.values().chain(declared.iter().map(|volume| &volume.source));
+            labels::relabel(labels, &config.mounts, own.map(PathBuf::as_path))?;
         }
         let handler = sandbox.record().runtime_handler.clone();
         let base = self.base_spec(&handler)?;
@@ -160,6 +165,7 @@ impl Shim {
             labels,
             devices: edits::all_devices(&config, &added)?,
             image_volumes: self.layout.image_volumes(),
+            declared,
             base: base.as_ref(),
         };
         let refused = |e: SpecError| Status::invalid_argument(e.to_string());
@@ -243,6 +249,20 @@ impl Shim {
             .collect())
     }
 
+    /// Refuses a container for the PID namespace of another that is not there.
+    pub(super) fn check_target(
+        &self,
+        sandbox: &Sandbox,
+        config: &api::ContainerConfig,
+    ) -> Result<(), Status> {
+        let security = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+        let options = security.and_then(|s| s.namespace_options.as_ref());
+        match options.map(api::NamespaceOption::pid) {
+            Some(NamespaceMode::Target) => self.pid_namespace(sandbox, security).map(drop),
+            _ => Ok(()),
+        }
+    }
+
     fn pid_namespace(
         &self,
         sandbox: &Sandbox,
@@ -274,7 +294,7 @@ impl Shim {
         }
     }
 
-    fn localhost_seccomp(
+    pub(super) fn localhost_seccomp(
         &self,
         security: Option<&api::LinuxContainerSecurityContext>,
     ) -> Result<Option<LinuxSeccomp>, Status> {

@@ -35,6 +35,7 @@ mod container_remove;
 mod container_start;
 mod container_stop;
 mod criu;
+mod declared;
 mod devices;
 mod edits;
 mod events;

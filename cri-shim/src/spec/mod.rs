@@ -55,6 +55,15 @@ pub struct Host {
     pub max_open_files: u64,
 }
 
+/// A volume that an image declares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Declared {
+    /// The folder on the node.
+    pub source: PathBuf,
+    /// Where it appears in the container.
+    pub target: PathBuf,
+}
+
 /// Everything a container's spec is decided from.
 pub struct Inputs<'a> {
     /// The container's config as the kubelet gave it.
@@ -71,6 +80,8 @@ pub struct Inputs<'a> {
     pub cgroup: PathBuf,
     /// Where the monitor mounts its image volumes (see [`mounts::staged`]).
     pub image_volumes: PathBuf,
+    /// The volumes that its image declares, already made.
+    pub declared: Vec<Declared>,
     /// The base spec of the pod's runtime handler.
     pub base: Option<&'a Spec>,
     /// The `Localhost` seccomp profile it asks for, already read.

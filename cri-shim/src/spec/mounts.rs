@@ -1,6 +1,6 @@
 //! The mounts of a container: the kernel's file systems, the sandbox's files, the pod's volumes.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{Mount, MountBuilder};
 
@@ -36,6 +36,14 @@ pub(super) fn plan(inputs: &Inputs<'_>, privileged: bool) -> Result<Vec<Mount>, 
             map_ids(&mut file, &userns.map)?;
         }
         bound.push(file);
+    }
+    for volume in &inputs.declared {
+        let options = ["rbind", "rprivate", "rw"];
+        let mut declared = bind(&volume.source, &volume.target, &options)?;
+        if let Some(userns) = &pod.userns {
+            map_ids(&mut declared, &userns.map)?;
+        }
+        bound.push(declared);
     }
     if pod.userns.is_some() {
         for device in &inputs.devices {
@@ -103,6 +111,28 @@ pub(crate) fn place(mounts: &mut Vec<Mount>, mount: Mount) {
 
 fn same_place(a: &Path, b: &Path) -> bool {
     a.components().eq(b.components())
+}
+
+/// Where the volumes go that an image declares: not where the pod has a volume of its own, nor where
+/// every container has what is the runtime's.
+pub fn declared(image: &[String], volumes: &[api::Mount]) -> Vec<PathBuf> {
+    const RUNTIMES: [&str; 6] =
+        ["/proc", "/sys", "/dev", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
+    let taken = |path: &Path| {
+        let given = |volume: &api::Mount| Path::new("/").join(&volume.container_path);
+        path == Path::new("/")
+            || RUNTIMES.iter().any(|place| path.starts_with(place))
+            || volumes.iter().any(|volume| same_place(&given(volume), path))
+    };
+    let paths = image.iter().map(|path| {
+        let plain = |part: &Component| matches!(part, Component::Normal(_));
+        let parts = Path::new(path).components().filter(plain);
+        Path::new("/").join(parts.collect::<PathBuf>())
+    });
+    let mut paths: Vec<PathBuf> = paths.filter(|path| !taken(path)).collect();
+    paths.sort();
+    paths.dedup();
+    paths
 }
 
 /// Refuses volumes that cannot be mounted on this machine.

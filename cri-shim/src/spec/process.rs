@@ -24,6 +24,8 @@ pub struct ImageDefaults {
     pub cmd: Vec<String>,
     pub working_dir: String,
     pub stop_signal: String,
+    /// Paths that are volumes where the pod has none of its own.
+    pub volumes: Vec<String>,
 }
 
 pub(super) fn plan(

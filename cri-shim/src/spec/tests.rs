@@ -43,6 +43,7 @@ pub(super) fn inputs<'a>(
         rootfs: PathBuf::from("/rootfs"),
         cgroup: PathBuf::from("/kubepods/pod1/c1"),
         image_volumes: PathBuf::from("/images"),
+        declared: Vec::new(),
         base: None,
         localhost_seccomp: None,
         apparmor: None,
@@ -488,7 +489,7 @@ fn a_pod_with_users_of_its_own() {
     let expected = userns::UsernsError::Ranges { kind: "GID", count: 0 };
     assert_eq!(refused, SpecError::Userns(expected));
 }
-#[test]
+
 #[test]
 fn what_a_volume_replaces_comes_whole() {
     let host = Host { cgroup_v1: vec!["cpu".into(), "memory".into()], ..host() };
@@ -508,6 +509,24 @@ fn what_a_volume_replaces_comes_whole() {
     assert_eq!(below(Vec::new()).len(), 3);
 }
 
+#[test]
+fn an_images_volumes_are_where_nothing_else_is() {
+    let given = api::Mount { container_path: "/given/".into(), ..Default::default() };
+    let image =
+        ["/b", "a/", "/a", "/given", "/proc/x", "/sys", "/", "/etc/hosts", "/../up", "/etc"];
+    let image = image.map(str::to_owned);
+    let expected = ["/a", "/b", "/etc", "/up"].map(PathBuf::from);
+    assert_eq!(mounts::declared(&image, std::slice::from_ref(&given)), expected);
+    let config = secured(Default::default());
+    let declared = vec![Declared { source: "/c/volumes/0".into(), target: "/a".into() }];
+    let (pod, host, image) = (Pod::default(), host(), self::image());
+    let spec = plan_spec(&Inputs { declared, ..inputs(&config, &image, &pod, &host) }).unwrap();
+    let at = spec.mounts().iter().flatten().find(|m| m.destination() == Path::new("/a")).unwrap();
+    assert_eq!(at.source().as_deref(), Some(Path::new("/c/volumes/0")));
+    assert!(at.options().iter().flatten().any(|option| option == "rw"));
+}
+
+#[test]
 fn every_container_may_make_itself_a_tunnel() {
     let spec = spec_of(&secured(Default::default()), &Pod::default(), &host()).unwrap();
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().clone()).unwrap();

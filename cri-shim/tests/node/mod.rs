@@ -149,9 +149,19 @@ impl Node {
 
     /// Puts an image on the node: busybox with one more layer for each list of entries.
     pub async fn add_image(&self, name: &str, layers: &[Vec<Entry<'_>>]) -> anyhow::Result<()> {
+        self.add_declaring(name, layers, &[]).await
+    }
+
+    /// The same, with volumes that the image declares.
+    pub async fn add_declaring(
+        &self,
+        name: &str,
+        layers: &[Vec<Entry<'_>>],
+        volumes: &[&str],
+    ) -> anyhow::Result<()> {
         let store = ImageStore::open_shared(StoreConfig::new(self.root.path().join("state")))?;
         let archive = self.root.path().join("more.tar");
-        write_layers(&archive, name, layers)?;
+        write_layers(&archive, name, layers, volumes)?;
         store.import(ImportSource::File(archive)).await?;
         Ok(())
     }
@@ -495,7 +505,7 @@ pub enum Entry<'a> {
 
 /// A docker-archive with busybox alone.
 fn write_image(path: &Path) -> anyhow::Result<()> {
-    write_layers(path, IMAGE, &[])
+    write_layers(path, IMAGE, &[], &[])
 }
 
 fn layer_of(entries: &[Entry<'_>]) -> anyhow::Result<Vec<u8>> {
@@ -518,7 +528,12 @@ fn layer_of(entries: &[Entry<'_>]) -> anyhow::Result<Vec<u8>> {
     Ok(layer.into_inner()?)
 }
 
-fn write_layers(path: &Path, name: &str, more: &[Vec<Entry<'_>>]) -> anyhow::Result<()> {
+fn write_layers(
+    path: &Path,
+    name: &str,
+    more: &[Vec<Entry<'_>>],
+    volumes: &[&str],
+) -> anyhow::Result<()> {
     let mut layer = tar::Builder::new(Vec::new());
     layer.append_path_with_name("/bin/busybox", "bin/busybox")?;
     for applet in [
@@ -558,10 +573,12 @@ fn write_layers(path: &Path, name: &str, more: &[Vec<Entry<'_>>]) -> anyhow::Res
     };
     let digests: Vec<String> = layers.iter().map(digest).collect();
     let names: Vec<String> = (0..layers.len()).map(|at| format!("layer{at}.tar")).collect();
+    let declared: std::collections::HashMap<_, _> =
+        volumes.iter().map(|volume| (*volume, serde_json::json!({}))).collect();
     let config = serde_json::json!({
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"], "WorkingDir": "/work/here"},
+        "config": {"Env": ["PATH=/bin"], "Cmd": ["sh"], "WorkingDir": "/work/here", "Volumes": declared},
         "rootfs": {"type": "layers", "diff_ids": digests},
         "history": [],
     });
