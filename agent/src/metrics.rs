@@ -116,6 +116,7 @@ pub struct Metrics {
     dra: dra::DraMetrics,
     numa: numa::NumaMetrics,
     evictions: Family<Eviction, Gauge>,
+    eviction_ages: Histograms<Eviction>,
     rejections: Family<Rejection, Counter>,
     shutdown_start: Gauge,
     shutdown_end: Gauge,
@@ -233,6 +234,7 @@ impl Metrics {
             dra: dra::DraMetrics::default(),
             numa: numa::NumaMetrics::default(),
             evictions: Family::default(),
+            eviction_ages: Family::new_with_constructor(histogram),
             rejections: Family::default(),
             pods_started: Counter::default(),
             pods_not_started: Counter::default(),
@@ -357,6 +359,11 @@ impl Metrics {
             self.evictions.clone(),
         );
         all.register(
+            "kubelet_eviction_stats_age_seconds",
+            "Time between when stats are collected, and when pod is evicted based on those stats by eviction signal",
+            self.eviction_ages.clone(),
+        );
+        all.register(
             "kubelet_admission_rejections",
             "Cumulative number of pods that were not let in",
             self.rejections.clone(),
@@ -420,6 +427,11 @@ impl Metrics {
     /// A pod must go for what it uses.
     pub fn evicted(&self, eviction_signal: &'static str) {
         self.evictions.get_or_create(&Eviction { eviction_signal }).inc();
+    }
+
+    /// A pod goes for a signal that was measured so long ago.
+    pub fn eviction_stats_aged(&self, eviction_signal: &'static str, age: Duration) {
+        self.eviction_ages.get_or_create(&Eviction { eviction_signal }).observe(age.as_secs_f64());
     }
 
     /// When the node's last graceful shutdown began, and ended if it has.

@@ -90,6 +90,10 @@ pub struct GcLimits {
     pub image_max_age: Option<Duration>,
     /// Dead instances kept for each container, for `lastState` and `kubectl logs --previous`.
     pub dead_per_container: usize,
+    /// Dead instances kept of all containers together; `None` is no limit.
+    pub dead_in_all: Option<usize>,
+    /// A dead instance that was made later than this ago stays.
+    pub dead_min_age: Duration,
 }
 
 impl Default for GcLimits {
@@ -100,6 +104,8 @@ impl Default for GcLimits {
             image_min_age: Duration::from_secs(120),
             image_max_age: None,
             dead_per_container: 1,
+            dead_in_all: None,
+            dead_min_age: Duration::ZERO,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Where the agent tells what it sees: pod statuses and Events.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, PodStatus};
@@ -29,6 +30,28 @@ pub enum EventType {
 pub trait EventSink: Send + Sync + 'static {
     /// Records that `reason` happened to `regarding`.
     fn record(&self, regarding: ObjectReference, kind: EventType, reason: &str, message: String);
+
+    /// As [`EventSink::record`], with annotations for programs that read Events.
+    fn record_annotated(
+        &self,
+        regarding: ObjectReference,
+        kind: EventType,
+        reason: &str,
+        message: String,
+        _annotations: BTreeMap<String, String>,
+    ) {
+        self.record(regarding, kind, reason, message);
+    }
+}
+
+/// A reference to the node, as Events carry it: kubelet knows no other UID than the name.
+pub fn node_reference(name: &str) -> ObjectReference {
+    ObjectReference {
+        kind: Some("Node".into()),
+        name: Some(name.to_owned()),
+        uid: Some(name.to_owned()),
+        ..ObjectReference::default()
+    }
 }
 
 /// A reference to `pod`, or to one of its containers by `field_path`

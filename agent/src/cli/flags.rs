@@ -157,6 +157,15 @@ pub struct NodeFlags {
     /// Pods that may run here at once
     #[arg(long, value_name = "N")]
     pub max_pods: Option<u32>,
+    /// Dead instances of each container that are kept, no limit if negative [default: 1]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub maximum_dead_containers_per_container: Option<i32>,
+    /// Dead instances of all containers together that are kept, no limit if negative [default: -1]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub maximum_dead_containers: Option<i32>,
+    /// Age before which a dead container is kept [default: 0s]
+    #[arg(long, value_name = "TIME")]
+    pub minimum_container_ttl_duration: Option<kube::core::Duration>,
     /// Address of the agent's /healthz; with --only proxy, address and port of the proxy's
     #[arg(long, value_name = "IP[:PORT]")]
     pub healthz_bind_address: Option<String>,
@@ -307,6 +316,9 @@ impl NodeFlags {
             cgroup_root,
             cgroup_driver,
             max_pods,
+            maximum_dead_containers_per_container,
+            maximum_dead_containers,
+            minimum_container_ttl_duration,
             healthz_bind_address,
             healthz_port,
             address,

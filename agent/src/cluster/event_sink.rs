@@ -1,6 +1,6 @@
 //! Events to the API server, as kubelet writes them: core/v1, repeats counted, floods cut off.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
@@ -36,6 +36,7 @@ struct Recorded {
     kind: EventType,
     reason: String,
     message: String,
+    annotations: BTreeMap<String, String>,
     at: jiff::Timestamp,
 }
 
@@ -64,10 +65,21 @@ impl ClusterEvents {
 
 impl EventSink for ClusterEvents {
     fn record(&self, regarding: ObjectReference, kind: EventType, reason: &str, message: String) {
-        let at = jiff::Timestamp::now();
-        let recorded = Recorded { regarding, kind, reason: reason.to_owned(), message, at };
+        self.record_annotated(regarding, kind, reason, message, BTreeMap::new());
+    }
+
+    fn record_annotated(
+        &self,
+        regarding: ObjectReference,
+        kind: EventType,
+        reason: &str,
+        message: String,
+        annotations: BTreeMap<String, String>,
+    ) {
+        let (at, reason) = (jiff::Timestamp::now(), reason.to_owned());
+        let recorded = Recorded { regarding, kind, reason, message, annotations, at };
         if self.queue.try_send(recorded).is_err() {
-            tracing::debug!(reason, "too many Events wait for the API server; one is dropped");
+            tracing::debug!("too many Events wait for the API server; one is dropped");
         }
     }
 }
@@ -220,6 +232,7 @@ fn new_event(event: &Recorded, host: &str) -> Event {
         metadata: ObjectMeta {
             name: Some(format!("{}.{nanos:x}", object.name.as_deref().unwrap_or_default())),
             namespace: Some(namespace),
+            annotations: Some(event.annotations.clone()).filter(|all| !all.is_empty()),
             ..ObjectMeta::default()
         },
         involved_object: object.clone(),
@@ -256,6 +269,7 @@ mod tests {
             kind: EventType::Normal,
             reason: "R".into(),
             message: message.into(),
+            annotations: BTreeMap::new(),
             at: jiff::Timestamp::from_second(1).unwrap(),
         }
     }

@@ -81,6 +81,8 @@ pub struct ClusterConfig {
     pub local_storage_isolation: bool,
     /// `kubeReserved` and `systemReserved`, resource name to quantity.
     pub reserved: Vec<(String, String)>,
+    /// The cgroup of all pods, relative to the hierarchies; `None` where pods have none.
+    pub pods_cgroup: Option<String>,
     /// When the node is under pressure.
     pub eviction: crate::eviction::EvictionConfig,
     /// `--provider-id`.
@@ -128,6 +130,7 @@ impl ClusterConfig {
             max_pods: 110,
             local_storage_isolation: true,
             reserved: Vec::new(),
+            pods_cgroup: None,
             eviction: crate::eviction::EvictionConfig::default(),
             provider_id: None,
             external_cloud_provider: false,

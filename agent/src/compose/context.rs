@@ -17,10 +17,10 @@ use crate::credential::{self, Exec, Loaded, Programs, Providers};
 use crate::eviction::Signal;
 use crate::metrics::METRICS;
 use crate::node::{machine, object};
-use crate::node_context::{self, GcLimits, NodeContext, PullLimits};
+use crate::node_context::{self, NodeContext, PullLimits};
 use crate::numa::{Kept, Numa, OpenError};
 use crate::pod::cgroup::node::{Capacity, plan_node_limits};
-use crate::pod::cgroup::{Group, GroupLimits};
+use crate::pod::cgroup::{self, Group, GroupLimits};
 use crate::runtime::Runtime;
 use crate::user_ids::UserIds;
 
@@ -50,10 +50,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         cluster_domain: config.cluster_domain.clone(),
         resolv_conf: config.resolv_conf.clone(),
         cgroup_root: config.cgroup_root.clone(),
-        cgroup_driver: match config.cgroup_driver {
-            CgroupDriver::Cgroupfs => node_context::CgroupDriver::Cgroupfs,
-            CgroupDriver::Systemd => node_context::CgroupDriver::Systemd,
-        },
+        cgroup_driver: driver(config),
         cgroups_per_qos: config.cgroups_per_qos,
         cpu_cfs_quota: config.cpu_cfs_quota,
         cpu_cfs_period_us: u64::try_from(config.cpu_cfs_period.as_micros()).unwrap_or(100_000),
@@ -85,13 +82,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
             registry_burst: config.registry_burst,
             verification: config.pull_verification.clone(),
         },
-        gc: GcLimits {
-            image_high_percent: config.image_gc_high_threshold_percent,
-            image_low_percent: config.image_gc_low_threshold_percent,
-            image_min_age: config.image_minimum_gc_age,
-            image_max_age: config.image_maximum_gc_age,
-            ..GcLimits::default()
-        },
+        gc: config.gc.clone(),
         max_restart_backoff: config.max_container_restart_period,
         shutdown_grace: config.shutdown_grace.clone(),
         oom_group: config.resources.single_process_oom_kill != Some(true),
@@ -108,6 +99,13 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         allowed_unsafe_sysctls: config.allowed_unsafe_sysctls.clone(),
         runtime_request_timeout: config.runtime_request_timeout,
         ..NodeContext::new(config.node_name.clone(), node_ips(config, standalone))
+    }
+}
+
+fn driver(config: &NodeConfig) -> node_context::CgroupDriver {
+    match config.cgroup_driver {
+        CgroupDriver::Cgroupfs => node_context::CgroupDriver::Cgroupfs,
+        CgroupDriver::Systemd => node_context::CgroupDriver::Systemd,
     }
 }
 
@@ -158,7 +156,7 @@ fn node_limits(config: &NodeConfig, cpus: u64, memory: u64) -> Vec<(Group, Group
     let capacity = Capacity {
         cpu: number(cpus.saturating_mul(1000)),
         memory: number(memory),
-        pids: machine::Measured::read(&config.root_dir, None).pid_max.map(number),
+        pids: machine::pid_max().map(number),
     };
     let resources = &config.resources;
     let (system, kube) = (&resources.system_reserved, &resources.kube_reserved);
@@ -280,6 +278,9 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
             .cloned()
             .collect(),
         local_storage_isolation: !config.resources.no_storage_isolation,
+        pods_cgroup: config
+            .cgroups_per_qos
+            .then(|| cgroup::pods_folder(driver(config), &config.cgroup_root)),
         eviction: config.eviction.clone(),
         status_update_frequency: config.node_status_update_frequency,
         status_report_frequency: config.node_status_report_frequency,

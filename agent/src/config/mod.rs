@@ -5,6 +5,7 @@
 mod configz;
 mod documents;
 mod fields;
+mod garbage;
 mod kube_proxy;
 mod kubelet;
 mod longshore;

@@ -11,12 +11,12 @@ use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_
 use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, ProxyPages, ResourceConfig, RuntimeHandler,
-    configz, node_api, proxy, proxy_pages, pulls, resources, shutdown,
+    configz, garbage, node_api, proxy, proxy_pages, pulls, resources, shutdown,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::credential::Places;
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
-use crate::node_context::ShutdownGrace;
+use crate::node_context::{GcLimits, ShutdownGrace};
 use crate::pod::sysctls;
 use crate::pulled::decide::Policy;
 use crate::source::url::PodUrl;
@@ -112,7 +112,6 @@ pub struct NodeConfig {
     pub cpu_cfs_period: Duration,
     pub allowed_unsafe_sysctls: Vec<String>,
     pub container_log_monitor_interval: Duration,
-    pub image_maximum_gc_age: Option<Duration>,
     pub max_pods: u32,
     pub ids_per_pod: Option<i64>,
     pub pod_pids_limit: Option<u64>,
@@ -132,9 +131,8 @@ pub struct NodeConfig {
     pub node_lease_duration: Duration,
     pub event_qps: u32,
     pub event_burst: u32,
-    pub image_minimum_gc_age: Duration,
-    pub image_gc_high_threshold_percent: u8,
-    pub image_gc_low_threshold_percent: u8,
+    /// When unused images and dead containers go.
+    pub gc: GcLimits,
     pub container_log_max_size: u64,
     pub container_log_max_files: u32,
     pub seccomp_default: bool,
@@ -204,6 +202,7 @@ pub fn resolve(
     let node_api_config = node_api::resolve(&kubelet, node_api_address, shown)?;
     let shutdown_grace = shutdown::resolve(&kubelet)?;
     let resources = resources::resolve(&kubelet)?;
+    let gc = garbage::resolve(flags, &kubelet)?;
     let static_pod_url = static_pod_url(&kubelet)?;
     let credential_providers = pulls::credential_providers(flags, &kubelet)?;
     let pull_verification = pulls::verification(&kubelet)?;
@@ -285,14 +284,6 @@ pub fn resolve(
         &mut notes,
     )?;
 
-    let high = kubelet.image_gc_high_threshold_percent.unwrap_or(85);
-    let low = kubelet.image_gc_low_threshold_percent.unwrap_or(80);
-    if high > 100 || low >= high {
-        return Err(ConfigError::invalid(
-            "KubeletConfiguration.imageGCHighThresholdPercent",
-            format!("{high} must be at most 100 and above imageGCLowThresholdPercent ({low})"),
-        ));
-    }
     let log_size = kubelet.container_log_max_size.unwrap_or_else(|| "10Mi".into());
     // What is given replaces the defaults as a whole, unless it is to join them.
     let joins = kubelet.merge_default_eviction_settings == Some(true);
@@ -304,6 +295,7 @@ pub fn resolve(
         soft: kubelet.eviction_soft.unwrap_or_default(),
         grace: kubelet.eviction_soft_grace_period.unwrap_or_default(),
         reclaim: kubelet.eviction_minimum_reclaim.unwrap_or_default(),
+        pods_bounded: resources.enforced.pods,
     };
     let eviction = EvictionConfig {
         thresholds: settings.thresholds().map_err(|(field, reason)| {
@@ -435,10 +427,6 @@ pub fn resolve(
             .unwrap_or(Duration::from_millis(100)),
         allowed_unsafe_sysctls: unsafe_sysctls(kubelet.allowed_unsafe_sysctls)?,
         container_log_monitor_interval: period(kubelet.container_log_monitor_interval, 10),
-        image_maximum_gc_age: kubelet
-            .image_maximum_gc_age
-            .map(Duration::from)
-            .filter(|age| !age.is_zero()),
         max_pods: flags.max_pods.or(kubelet.max_pods).filter(|pods| *pods > 0).unwrap_or(110),
         ids_per_pod: ids_per_pod(kubelet.user_namespaces)?,
         pod_pids_limit: kubelet.pod_pids_limit.and_then(|limit| u64::try_from(limit).ok()),
@@ -470,9 +458,7 @@ pub fn resolve(
         ),
         event_qps: kubelet.event_record_qps.unwrap_or(50),
         event_burst: kubelet.event_burst.filter(|n| *n > 0).unwrap_or(100),
-        image_minimum_gc_age: period(kubelet.image_minimum_gc_age, 120),
-        image_gc_high_threshold_percent: high,
-        image_gc_low_threshold_percent: low,
+        gc,
         container_log_max_size: parse_bytes(&log_size).ok_or_else(|| {
             ConfigError::invalid(
                 "KubeletConfiguration.containerLogMaxSize",

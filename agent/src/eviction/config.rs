@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::Signal;
 use crate::config::Threshold;
+use crate::pod::quantity::Notation;
 
 /// What `evictionHard` is where it is not written down (kubelet's on Linux).
 const DEFAULT_HARD: [(&str, &str); 5] = [
@@ -26,6 +27,8 @@ pub struct EvictionThreshold {
     pub grace: Duration,
     /// What must be free on top before it counts as resolved.
     pub min_reclaim: Option<Threshold>,
+    /// How its amount was written, which is how it is told.
+    pub notation: Notation,
 }
 
 /// All that decides about evictions.
@@ -41,7 +44,7 @@ pub struct EvictionConfig {
 
 impl Default for EvictionConfig {
     fn default() -> Self {
-        let usual = Settings { hard: usual_hard(), ..Settings::default() };
+        let usual = Settings { hard: usual_hard(), pods_bounded: true, ..Settings::default() };
         Self {
             thresholds: usual.thresholds().unwrap_or_default(),
             max_pod_grace: 0,
@@ -80,6 +83,8 @@ pub struct Settings {
     pub grace: Written,
     /// `evictionMinimumReclaim`.
     pub reclaim: Written,
+    /// Whether pods together are held to what is theirs (`pods` in `enforceNodeAllocatable`).
+    pub pods_bounded: bool,
 }
 
 impl Settings {
@@ -112,11 +117,6 @@ impl Settings {
         {
             let wrong = |reason| (format!("{field}.{name}"), reason);
             let soft = field == "evictionSoft";
-            // The node knows no file system of containers apart; upstream takes what it has for the
-            // others in place of what is written.
-            if name.starts_with("containerfs.") {
-                continue;
-            }
             let signal = known(name).map_err(wrong)?;
             let grace = match graces.get(&signal) {
                 _ if !soft => Duration::ZERO,
@@ -139,8 +139,21 @@ impl Settings {
                 }
                 _ => {}
             }
+            // Layers lie with the images or with the volumes, whose thresholds count for them; upstream
+            // puts those in place of what is written, too.
+            if matches!(signal, Signal::ContainerFs | Signal::ContainerFsInodes) {
+                continue;
+            }
             let min_reclaim = reclaims.get(&signal).copied();
-            thresholds.push(EvictionThreshold { signal, value, grace, min_reclaim });
+            let notation = Notation::of(text);
+            thresholds.push(EvictionThreshold { signal, value, grace, min_reclaim, notation });
+        }
+        if self.pods_bounded {
+            // What is bounded is ended by the kernel, whatever it is, unless a pod goes before.
+            let memory = |t: &&EvictionThreshold| t.signal == Signal::Memory && t.grace.is_zero();
+            let pods: Vec<_> = thresholds.iter().filter(memory).copied().collect();
+            let of_pods = |t| EvictionThreshold { signal: Signal::PodsMemory, ..t };
+            thresholds.extend(pods.into_iter().map(of_pods));
         }
         Ok(thresholds)
     }
@@ -166,12 +179,14 @@ mod tests {
             soft: written(&[("memory.available", "20%"), ("pid.available", "100%")]),
             grace: written(&[("memory.available", "1m30s"), ("pid.available", "1s")]),
             reclaim: written(&[("memory.available", "10Mi")]),
+            pods_bounded: false,
         };
         let hard = EvictionThreshold {
             signal: Signal::Memory,
             value: Threshold::Absolute(100 << 20),
             grace: Duration::ZERO,
             min_reclaim: Some(Threshold::Absolute(10 << 20)),
+            notation: Notation::Binary,
         };
         let soft = EvictionThreshold {
             value: Threshold::Share(0.2),
@@ -179,6 +194,24 @@ mod tests {
             ..hard
         };
         assert_eq!(settings.thresholds(), Ok(vec![hard, soft]));
+        let bounded = Settings { pods_bounded: true, ..settings };
+        let pods = EvictionThreshold { signal: Signal::PodsMemory, ..hard };
+        assert_eq!(bounded.thresholds(), Ok(vec![hard, soft, pods]));
+    }
+
+    #[test]
+    fn signals_of_containers_layers_are_checked_and_left_to_those_beside_them() {
+        let settings = Settings {
+            hard: written(&[("containerfs.available", "5%")]),
+            soft: written(&[("containerfs.inodesFree", "10%")]),
+            grace: written(&[("containerfs.inodesFree", "1m")]),
+            reclaim: written(&[("containerfs.available", "1Gi")]),
+            pods_bounded: true,
+        };
+        assert_eq!(settings.thresholds(), Ok(vec![]));
+        let without_grace = Settings { grace: Written::new(), ..settings };
+        let (field, _) = without_grace.thresholds().unwrap_err();
+        assert_eq!(field, "evictionSoft.containerfs.inodesFree");
     }
 
     #[test]

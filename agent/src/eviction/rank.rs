@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Pod;
 
 use super::{EvictionThreshold, Observations, Resource};
-use crate::pod::quantity::{amount, bytes_text};
+use crate::pod::quantity::{Notation, ResourceList, amount};
 use crate::pod::spec::spec_of;
 
 /// What one container uses.
@@ -40,12 +40,15 @@ pub struct Candidate {
     pub pod: std::sync::Arc<Pod>,
     /// What it requests of the resource that is short, 0 where it cannot be requested.
     pub request: i64,
+    /// What it requests of local disk, bytes.
+    pub disk_request: i64,
     /// What it uses; `None` where that is not known.
     pub usage: Option<PodUsage>,
 }
 
 /// Puts the candidates in the order in which they go: those of which nothing is known, those over
-/// their requests, those of lower priority, those further over. Processes are not requested.
+/// their requests, those of lower priority, those further over. Processes are not requested, nor are
+/// inodes; but whoever requests local disk goes after those who did not, as under kubelet.
 pub fn plan_victims(resource: Resource, candidates: &mut [Candidate]) {
     candidates.sort_by_key(|candidate| {
         let used = candidate.usage.as_ref().map(|usage| match resource {
@@ -55,38 +58,42 @@ pub fn plan_victims(resource: Resource, candidates: &mut [Candidate]) {
             Resource::Pids => usage.processes,
         });
         let priority = spec_of(&candidate.pod).priority.unwrap_or(0);
-        let over = used.map(|used| i128::from(used) - i128::from(candidate.request));
-        let class = match over {
+        let beyond = |request: i64| used.map(|used| i128::from(used) - i128::from(request));
+        let class = match beyond(candidate.request) {
             _ if resource == Resource::Pids => 0,
             None => 0,
             Some(over) if over > 0 => 1,
             Some(_) => 2,
         };
+        let over = match resource {
+            Resource::Inodes => beyond(candidate.disk_request),
+            _ => beyond(candidate.request),
+        };
         (class, priority, Reverse(over.unwrap_or(i128::MAX)))
     });
 }
 
-/// A number with the largest suffix of a power of 1000 that leaves a whole number.
-fn count_text(count: u64) -> String {
-    let mut rest = count;
-    let mut suffix = "";
-    for larger in ["k", "M", "G", "T", "P", "E"] {
-        if rest == 0 || !rest.is_multiple_of(1000) {
-            break;
-        }
-        rest /= 1000;
-        suffix = larger;
-    }
-    format!("{rest}{suffix}")
+/// What a pod that goes is told, and annotations that tell programs the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Words {
+    /// For people.
+    pub message: String,
+    /// On the Event.
+    pub annotations: BTreeMap<String, String>,
 }
 
 fn text(resource: Resource, amount: u64) -> String {
     match resource {
-        Resource::Memory | Resource::Disk => {
-            bytes_text(i64::try_from(amount).unwrap_or(i64::MAX)).0
-        }
-        Resource::Inodes | Resource::Pids => count_text(amount),
+        Resource::Memory | Resource::Disk => Notation::Binary.text(amount),
+        Resource::Inodes | Resource::Pids => Notation::Decimal.text(amount),
     }
+}
+
+/// What `list` requests of `resource`, and as it is written.
+fn requested(list: Option<&ResourceList>, resource: Resource) -> Option<(u64, String)> {
+    let written = list?.get(resource.name())?;
+    let amount = u64::try_from(amount(list, resource.name())?).ok()?;
+    Some((amount, Notation::of(&written.0).text(amount)))
 }
 
 /// Kubelet's words for a pod that goes for `threshold`.
@@ -94,15 +101,37 @@ pub fn words(
     threshold: &EvictionThreshold,
     observed: &Observations,
     candidate: &Candidate,
-) -> String {
+) -> Words {
     let resource = threshold.signal.resource();
     let mut said = format!("The node was low on resource: {}. ", resource.name());
     if let Some((left, capacity)) = observed.get(&threshold.signal) {
-        let (wanted, left) = (text(resource, threshold.value.of(*capacity)), text(resource, *left));
+        let wanted = threshold.notation.text(threshold.value.of(*capacity));
+        let left = text(resource, *left);
         said += &format!("Threshold quantity: {wanted}, available: {left}. ");
     }
-    let Some(usage) = &candidate.usage else { return said };
+    let mut annotations = BTreeMap::new();
+    let mut annotate = |name: &str, value: String| annotations.insert(name.to_owned(), value);
+    let Some(usage) = &candidate.usage else {
+        return Words { message: said, ..Words::default() };
+    };
+    let larger = |what: &str, name: &str, used: &str, request: &str| {
+        let resource = resource.name();
+        format!(
+            "{what} {name} was using {used}, request is {request}, has larger consumption of {resource}. "
+        )
+    };
     let spec = spec_of(&candidate.pod);
+    let of_pod = spec.resources.as_ref().and_then(|r| r.requests.as_ref());
+    if resource == Resource::Memory
+        && let Some((_, request)) = requested(of_pod, resource)
+    {
+        let name = candidate.pod.metadata.name.clone().unwrap_or_default();
+        let used = text(resource, usage.memory);
+        said += &larger("Pod", &name, &used, &request);
+        annotate("offending_pod", name);
+        annotate("offending_pod_usage", used);
+    }
+    let (mut names, mut usages) = (Vec::new(), Vec::new());
     for container in spec.containers.iter().chain(spec.init_containers.iter().flatten()) {
         let Some(used) = usage.containers.get(&container.name) else { continue };
         let used = match resource {
@@ -111,18 +140,18 @@ pub fn words(
             Resource::Inodes | Resource::Pids => continue,
         };
         let requests = container.resources.as_ref().and_then(|r| r.requests.as_ref());
-        let request = amount(requests, resource.name()).unwrap_or(0);
-        if i128::from(used) > i128::from(request) {
-            said += &format!(
-                "Container {} was using {}, request is {}, has larger consumption of {}. ",
-                container.name,
-                text(resource, used),
-                bytes_text(request).0,
-                resource.name()
-            );
+        let (request, written) = requested(requests, resource).unwrap_or((0, "0".to_owned()));
+        if used > request {
+            let used = text(resource, used);
+            said += &larger("Container", &container.name, &used, &written);
+            names.push(container.name.as_str());
+            usages.push(used);
         }
     }
-    said
+    annotate("offending_containers", names.join(","));
+    annotate("offending_containers_usage", usages.join(","));
+    annotate("starved_resource", resource.name().to_owned());
+    Words { message: said, annotations }
 }
 
 #[cfg(test)]
@@ -143,7 +172,7 @@ mod tests {
             processes: memory,
             ..PodUsage::default()
         });
-        Candidate { pod: Arc::new(pod(&spec)), request, usage }
+        Candidate { pod: Arc::new(pod(&spec)), request, disk_request: 0, usage }
     }
 
     #[test]
@@ -166,6 +195,17 @@ mod tests {
     }
 
     #[test]
+    fn where_inodes_are_short_those_go_last_that_request_local_disk() {
+        let of = |inodes, disk_request| {
+            let usage = PodUsage { inodes, ..PodUsage::default() };
+            Candidate { usage: Some(usage), disk_request, ..candidate(0, 0, None) }
+        };
+        let mut all = [of(90, 1 << 20), of(10, 0), of(50, 0)];
+        plan_victims(Resource::Inodes, &mut all);
+        assert_eq!(all.map(|c| c.usage.unwrap().inodes), [50, 10, 90]);
+    }
+
+    #[test]
     fn a_pod_is_told_what_was_short_and_which_containers_used_more_than_they_asked_for() {
         let spec = r#"{"containers":[{"name":"a","image":"i"},
             {"name":"b","image":"i","resources":{"requests":{"memory":"2Mi"}}},
@@ -176,27 +216,69 @@ mod tests {
             containers: containers.map(|(name, m)| (name.to_owned(), used(m))).into(),
             ..PodUsage::default()
         };
-        let candidate = Candidate { pod: Arc::new(pod(spec)), request: 0, usage: Some(usage) };
+        let candidate =
+            Candidate { pod: Arc::new(pod(spec)), request: 0, disk_request: 0, usage: Some(usage) };
         let of = |signal, value| EvictionThreshold {
             signal,
             value,
             grace: Duration::ZERO,
             min_reclaim: None,
+            notation: Notation::Binary,
         };
         let observed = [(Signal::Memory, (50 << 20, 1 << 30)), (Signal::Pids, (4000, 30_000))];
+        let told = words(
+            &of(Signal::Memory, Threshold::Absolute(100 << 20)),
+            &observed.into(),
+            &candidate,
+        );
         assert_eq!(
-            words(
-                &of(Signal::Memory, Threshold::Absolute(100 << 20)),
-                &observed.into(),
-                &candidate
-            ),
+            told.message,
             "The node was low on resource: memory. Threshold quantity: 100Mi, available: 50Mi. \
              Container a was using 1Ki, request is 0, has larger consumption of memory. \
              Container b was using 3Mi, request is 2Mi, has larger consumption of memory. "
         );
+        let annotations = [
+            ("offending_containers", "a,b"),
+            ("offending_containers_usage", "1Ki,3Mi"),
+            ("starved_resource", "memory"),
+        ];
+        let annotations = annotations.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(told.annotations, annotations.into());
+        // A share is told by powers of 1024, whatever it is a share of.
         assert_eq!(
-            words(&of(Signal::Pids, Threshold::Share(0.5)), &observed.into(), &candidate),
-            "The node was low on resource: pids. Threshold quantity: 15k, available: 4k. "
+            words(&of(Signal::Pids, Threshold::Share(0.5)), &observed.into(), &candidate).message,
+            "The node was low on resource: pids. Threshold quantity: 15000, available: 4k. "
         );
+        let unknown = Candidate { usage: None, ..candidate.clone() };
+        assert_eq!(
+            words(&of(Signal::Memory, Threshold::Absolute(1)), &[].into(), &unknown),
+            Words { message: "The node was low on resource: memory. ".into(), ..Words::default() }
+        );
+    }
+
+    #[test]
+    fn a_pod_that_requests_memory_as_a_whole_is_told_of_that() {
+        let spec = r#"{"resources":{"requests":{"memory":"100M"}},
+            "containers":[{"name":"a","image":"i"}]}"#;
+        let mut pod = pod(spec);
+        pod.metadata.name = Some("p".into());
+        let usage = PodUsage { memory: 1 << 30, ..PodUsage::default() };
+        let candidate =
+            Candidate { pod: Arc::new(pod), usage: Some(usage), ..candidate(0, 0, None) };
+        let threshold = EvictionThreshold {
+            signal: Signal::PodsMemory,
+            value: Threshold::Absolute(1),
+            grace: Duration::ZERO,
+            min_reclaim: None,
+            notation: Notation::Decimal,
+        };
+        let told = words(&threshold, &[].into(), &candidate);
+        assert_eq!(
+            told.message,
+            "The node was low on resource: memory. \
+             Pod p was using 1Gi, request is 100M, has larger consumption of memory. "
+        );
+        assert_eq!(told.annotations["offending_pod_usage"], "1Gi");
+        assert_eq!(told.annotations["offending_containers"], "");
     }
 }

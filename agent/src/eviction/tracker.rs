@@ -17,6 +17,9 @@ pub fn observe(measured: &Measured, memory: u64) -> Observations {
     if let Some(available) = measured.memory_available {
         all.insert(Signal::Memory, (available, memory));
     }
+    if let Some(pods) = measured.pods_memory {
+        all.insert(Signal::PodsMemory, pods);
+    }
     let mut file_system = |fs: Option<FileSystem>, bytes: Signal, inodes: Signal| {
         let Some(fs) = fs else { return };
         all.insert(bytes, (fs.available, fs.capacity));
@@ -79,7 +82,7 @@ impl Tracker {
         let mut pressure = Pressure::default();
         for at in crossed {
             match all[at].signal {
-                Signal::Memory => pressure.memory = true,
+                Signal::Memory | Signal::PodsMemory => pressure.memory = true,
                 Signal::Pids => pressure.pid = true,
                 _ => pressure.disk = true,
             }
@@ -111,6 +114,7 @@ mod tests {
 
     use super::*;
     use crate::config::Threshold;
+    use crate::pod::quantity::Notation;
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -127,6 +131,7 @@ mod tests {
             value: Threshold::Absolute(value),
             grace: Duration::from_secs(grace),
             min_reclaim: reclaim.map(Threshold::Absolute),
+            notation: Notation::Binary,
         }
     }
 
@@ -190,6 +195,7 @@ mod tests {
         let fs = FileSystem { capacity: 1000, available: 500, inodes: 100, inodes_free: 50 };
         Measured {
             memory_available: Some(4 << 30),
+            pods_memory: Some((2 << 30, 3 << 30)),
             nodefs: Some(fs),
             imagefs: Some(fs),
             pid_max: Some(1000),
@@ -208,6 +214,8 @@ mod tests {
             (Measured { memory_available: Some((100 << 20) - 1), ..healthy() }, memory),
             (Measured { memory_available: Some(100 << 20), ..healthy() }, none),
             (Measured { memory_available: None, ..healthy() }, none),
+            (Measured { pods_memory: Some(((100 << 20) - 1, 3 << 30)), ..healthy() }, memory),
+            (Measured { pods_memory: None, ..healthy() }, none),
             (Measured { nodefs: full(99, 50), ..healthy() }, disk),
             (Measured { nodefs: full(100, 50), ..healthy() }, none),
             (Measured { nodefs: full(500, 4), ..healthy() }, disk),

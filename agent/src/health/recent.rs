@@ -1,7 +1,7 @@
 //! The last Events of a node in a cluster, for `longshore status` and `longshore top`: the API
 //! server may be away, and then nobody else has them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
@@ -33,6 +33,17 @@ impl RecentEvents {
 
 impl EventSink for RecentEvents {
     fn record(&self, regarding: ObjectReference, kind: EventType, reason: &str, message: String) {
+        self.record_annotated(regarding, kind, reason, message, BTreeMap::new());
+    }
+
+    fn record_annotated(
+        &self,
+        regarding: ObjectReference,
+        kind: EventType,
+        reason: &str,
+        message: String,
+        annotations: BTreeMap<String, String>,
+    ) {
         let part = |part: &Option<String>| part.clone().unwrap_or_default();
         let mut line = EventLine {
             last: Timestamp::now().to_string(),
@@ -64,7 +75,7 @@ impl EventSink for RecentEvents {
             }
             kept.push_back(line);
         }
-        self.onward.record(regarding, kind, reason, message);
+        self.onward.record_annotated(regarding, kind, reason, message, annotations);
     }
 }
 

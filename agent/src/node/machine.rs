@@ -3,11 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use cri_shim::api::ImageFsInfoResponse;
 use nix::sys::statvfs::statvfs;
 
 use super::cpu_set::CpuSet;
+use crate::eviction::Disks;
+use crate::pod::cgroup::usage::Mounts;
+use crate::runtime::{Runtime, image_dir, layer_dir};
 
 /// What does not change while the machine runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -50,8 +55,12 @@ pub struct FileSystem {
 /// What changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Measured {
-    /// Memory that can be had without swapping, bytes; `None` where it cannot be read.
+    /// Memory that nobody uses or that could be dropped at once, bytes: what kubelet tells of a node.
+    /// `None` where it cannot be read.
     pub memory_available: Option<u64>,
+    /// Memory that all pods together may use still, and may use at all, bytes; `None` where nothing
+    /// bounds them.
+    pub pods_memory: Option<(u64, u64)>,
     /// File system of the root dir.
     pub nodefs: Option<FileSystem>,
     /// File system of images.
@@ -77,6 +86,11 @@ fn meminfo(text: &str) -> BTreeMap<&str, u64> {
             Some((field, number * unit))
         })
         .collect()
+}
+
+/// What a node has left of its memory by kubelet's count, which takes files in use for used.
+fn available(meminfo: &BTreeMap<&str, u64>) -> Option<u64> {
+    Some(meminfo.get("MemFree")? + meminfo.get("Inactive(file)").copied().unwrap_or(0))
 }
 
 impl Machine {
@@ -177,6 +191,13 @@ pub fn swap_controller() -> bool {
     own.map(|own| root.join(own)).into_iter().chain(others).any(|dir| dir.join(file).exists())
 }
 
+/// Most processes and threads at once.
+pub fn pid_max() -> Option<u64> {
+    let number = |path| text(path).and_then(|t| t.parse::<u64>().ok());
+    let most = ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"].map(number);
+    most.into_iter().flatten().min()
+}
+
 /// Room on the file system that holds `path`, or its nearest existing parent.
 pub fn file_system(path: &Path) -> Option<FileSystem> {
     let stat = path.ancestors().find_map(|p| statvfs(p).ok())?;
@@ -189,18 +210,68 @@ pub fn file_system(path: &Path) -> Option<FileSystem> {
     })
 }
 
+/// Where to measure.
+#[derive(Clone, Debug)]
+pub struct Places {
+    root_dir: PathBuf,
+    /// The cgroup of all pods, relative to the hierarchies.
+    pods: Option<(Mounts, String)>,
+    /// Where the runtime keeps images.
+    image_dir: Option<PathBuf>,
+    /// Where the runtime keeps the containers' writable layers, if it says.
+    layer_dir: Option<PathBuf>,
+}
+
+impl Places {
+    /// The root directory, and the cgroup of all pods where there is one.
+    pub fn new(root_dir: &Path, pods: Option<String>) -> Self {
+        let pods = pods.map(|folder| (Mounts::find(), folder));
+        Self { root_dir: root_dir.to_owned(), pods, image_dir: None, layer_dir: None }
+    }
+
+    /// Learns of `runtime` where it keeps images and layers, once.
+    pub async fn find(&mut self, runtime: &dyn Runtime) {
+        if self.image_dir.is_none()
+            && let Ok(info) = runtime.image_fs_info().await
+        {
+            self.learn(&info);
+        }
+    }
+
+    /// Takes what the runtime says of where it keeps images and layers.
+    pub fn learn(&mut self, info: &ImageFsInfoResponse) {
+        (self.image_dir, self.layer_dir) = (image_dir(info), layer_dir(info));
+    }
+
+    /// On which file systems what lies, by their devices.
+    pub fn disks(&self) -> Disks {
+        let device = |path: &Path| path.metadata().ok().map(|meta| meta.dev());
+        let node = device(&self.root_dir);
+        let Some(images) = self.image_dir.as_deref().and_then(device) else { return Disks::One };
+        let layers = self.layer_dir.as_deref().and_then(device).unwrap_or(images);
+        match (Some(images) == node, images == layers) {
+            (true, _) => Disks::One,
+            (false, true) => Disks::ImagesApart,
+            (false, false) => Disks::ImagesAlone,
+        }
+    }
+}
+
 impl Measured {
-    /// Measures now. `imagefs` is where the runtime keeps images.
-    pub fn read(root_dir: &Path, imagefs: Option<&PathBuf>) -> Self {
+    /// Measures now.
+    pub fn read(places: &Places) -> Self {
         let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let number = |path: &str| text(path).and_then(|t| t.parse::<u64>().ok());
-        let pid_max = [number("/proc/sys/kernel/pid_max"), number("/proc/sys/kernel/threads-max")];
         Self {
-            memory_available: meminfo(&memory).get("MemAvailable").copied(),
-            nodefs: file_system(root_dir),
-            imagefs: imagefs.and_then(|path| file_system(path)),
-            pid_max: pid_max.into_iter().flatten().min(),
+            memory_available: available(&meminfo(&memory)),
+            pods_memory: places.pods.as_ref().and_then(|(mounts, folder)| {
+                let usage = mounts.read(folder)?;
+                let limit = usage.memory_limit?;
+                Some((limit.saturating_sub(usage.working_set()), limit))
+            }),
+            nodefs: file_system(&places.root_dir),
+            imagefs: places.image_dir.as_deref().and_then(file_system),
+            pid_max: pid_max(),
             pids: load
                 .split_whitespace()
                 .nth(3)
@@ -232,7 +303,7 @@ mod tests {
         let machine = Machine::read();
         assert!(machine.cpus > 0 && machine.memory > 1 << 20, "{machine:?}");
         assert!(!machine.kernel_version.is_empty() && !machine.boot_id.is_empty());
-        let measured = Measured::read(Path::new("/no/such/folder"), None);
+        let measured = Measured::read(&Places::new(Path::new("/no/such/folder"), None));
         assert!(measured.memory_available.is_some_and(|m| m < machine.memory));
         assert!(measured.nodefs.is_some_and(|fs| fs.capacity > 0));
         assert!(measured.pids.is_some() && measured.pid_max.is_some());

@@ -11,7 +11,6 @@ pub mod serving;
 mod volumes;
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,15 +21,15 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use self::conditions::Pressure;
-use self::machine::{Machine, Measured};
+use self::machine::{Machine, Measured, Places};
 use self::object::RuntimeFacts;
 use crate::api::backoff::Backoff;
 use crate::api::{self, ApiError, REQUEST_TIMEOUT};
 use crate::cluster::ClusterConfig;
 use crate::device::Capacities;
 use crate::eviction::{self, Tracker};
-use crate::report::{EventSink, EventType};
-use crate::runtime::{Runtime, image_dir};
+use crate::report::{EventSink, EventType, node_reference};
+use crate::runtime::Runtime;
 use crate::source::cluster::Errors;
 
 /// How often a node that is not ready yet looks whether it is now.
@@ -102,7 +101,7 @@ pub struct NodeLoop {
     machine: Machine,
     facts: RuntimeFacts,
     images_at: Option<Instant>,
-    image_dir: Option<PathBuf>,
+    places: Places,
     pressure: Tracker,
     /// Pod CIDRs that the runtime was told.
     told_cidrs: String,
@@ -127,6 +126,7 @@ impl NodeLoop {
         told: Told,
     ) -> Self {
         let pressure = Tracker::new(config.eviction.clone());
+        let places = Places::new(&config.root_dir, config.pods_cgroup.clone());
         Self {
             config,
             nodes: Api::all(client),
@@ -139,7 +139,7 @@ impl NodeLoop {
             machine: Machine::read(),
             facts: RuntimeFacts::default(),
             images_at: None,
-            image_dir: None,
+            places,
             pressure,
             told_cidrs: String::new(),
             runtime_down: false,
@@ -205,12 +205,7 @@ impl NodeLoop {
     }
 
     fn reference(&self) -> ObjectReference {
-        ObjectReference {
-            kind: Some("Node".to_owned()),
-            name: Some(self.config.node_name.clone()),
-            uid: Some(self.config.node_name.clone()),
-            ..ObjectReference::default()
-        }
+        node_reference(&self.config.node_name)
     }
 
     /// Takes what the watch shows; whether it calls for action.
@@ -334,7 +329,7 @@ impl NodeLoop {
                 self.images_at = Some(Instant::now());
             }
             if let Ok(info) = self.runtime.image_fs_info().await {
-                self.image_dir = image_dir(&info);
+                self.places.learn(&info);
             }
         }
         object::not_ready(&status)
@@ -342,7 +337,7 @@ impl NodeLoop {
 
     fn status(&mut self, not_ready: &[String]) -> NodeStatus {
         let now = jiff::Timestamp::now();
-        let measured = Measured::read(&self.config.root_dir, self.image_dir.as_ref());
+        let measured = Measured::read(&self.places);
         let observed = eviction::observe(&measured, self.machine.memory);
         let pressure = self.pressure.look(&observed, now).pressure;
         self.told.pressure.send_if_modified(|told| std::mem::replace(told, pressure) != pressure);

@@ -34,6 +34,7 @@ fn touch() {
     METRICS.relisted(second, Some(second));
     METRICS.volumes_mounted(["kubernetes.io/empty-dir"].into_iter(), second, false);
     METRICS.evicted("emptydirfs.limit");
+    METRICS.eviction_stats_aged("memory.available", second);
     METRICS.pod_rejected("Evicted");
     METRICS.container_started("container", Some("RunContainerError"));
     METRICS.device_plugin_registered("a.example/b");

@@ -34,6 +34,9 @@ pub(super) fn spawn(
     tasks.spawn(super::storage::watch(deps.clone(), evictions.clone()));
     tasks.spawn(super::pressure::watch(deps.clone(), reclaim, evictions));
     tasks.spawn(collect_images(deps.clone(), reclaims));
+    if super::garbage::is_due(&deps.node.gc) {
+        tasks.spawn(super::garbage::watch(deps.clone()));
+    }
     if !deps.node.runtime_rotates_logs && deps.node.container_log_max_size > 0 {
         tasks.spawn(rotate_logs(deps.clone()));
     }

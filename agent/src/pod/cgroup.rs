@@ -12,6 +12,7 @@ use crate::node_context::CgroupDriver;
 mod fs;
 pub mod node;
 mod slices;
+pub(crate) mod usage;
 
 pub use fs::KernelCgroups;
 pub use node::{Group, GroupLimits};
@@ -122,6 +123,21 @@ pub fn slice_folders(slice: &str) -> Vec<String> {
         folders.push(format!("{so_far}.slice"));
     }
     folders
+}
+
+/// The folder of the cgroup that `path` below `root` leads to, relative to the hierarchies' mounts.
+pub fn folder(driver: CgroupDriver, root: &str, path: &[String]) -> String {
+    match driver {
+        CgroupDriver::Cgroupfs => {
+            parent_name(driver, root, path).trim_start_matches('/').to_owned()
+        }
+        CgroupDriver::Systemd => slice_folders(&slice_name(root, path)).join("/"),
+    }
+}
+
+/// The folder of the cgroup that all pods are in.
+pub fn pods_folder(driver: CgroupDriver, root: &str) -> String {
+    folder(driver, root, &["kubepods".to_owned()])
 }
 
 /// CPU shares (2 to 262144) as a v2 weight (1 to 10000), the linear map that runc and systemd use.

@@ -14,6 +14,7 @@ mod deps;
 mod events;
 pub mod explain;
 pub mod facts;
+mod garbage;
 mod hooks;
 pub mod image_name;
 pub mod images;

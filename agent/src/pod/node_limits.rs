@@ -6,24 +6,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::ObjectReference;
-
 use super::cgroup::Group;
 use super::deps::Deps;
-use crate::report::EventType;
+use crate::report::{EventType, node_reference};
 
 /// How long to wait before a limit that was refused is tried again, as kubelet does.
 const AGAIN: Duration = Duration::from_secs(60);
 
 /// Sets all limits; ends once they are set.
 pub(super) async fn enforce(deps: Arc<Deps>) {
-    let name = Some(deps.node.node_name.clone());
-    let node = ObjectReference {
-        kind: Some("Node".into()),
-        uid: name.clone(),
-        name,
-        ..Default::default()
-    };
+    let node = node_reference(&deps.node.node_name);
     let mut left = deps.node.node_limits.clone();
     loop {
         let mut refused = Vec::new();

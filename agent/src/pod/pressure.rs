@@ -1,36 +1,36 @@
 //! Ends pods where the node is short of memory, disk or process ids.
 //!
 //! It looks at the node by itself, so that a control plane that is away delays nothing. What is unused
-//! goes before pods do, pods go one at a time, and the next look waits for the last one's end.
+//! goes before pods do (without a control plane it is all that goes: static pods stay), pods go one at
+//! a time, and the next look waits until the last one holds nothing.
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cri_shim::api::{LinuxPodSandboxStats, MemoryUsage};
 use jiff::SignedDuration;
-use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
 use super::admit::share_of;
+use super::cgroup::pods_folder;
 use super::deps::Deps;
+use super::garbage;
 use super::spec::grace_seconds;
 use super::status::{Verdict, is_terminal};
 use super::storage::{self, may_be_evicted};
 use super::table::PodView;
 use super::worker::Eviction;
 use crate::eviction::{
-    Candidate, ContainerUsage, EvictionThreshold, PodUsage, Resource, Signal, Tracker, observe,
-    plan_victims, words,
+    Candidate, ContainerUsage, EvictionThreshold, Leftovers, PodUsage, Resource, Signal, Tracker,
+    Words, observe, plan_victims, words,
 };
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
-use crate::node::machine::Measured;
-use crate::report::EventType;
-use crate::runtime::image_dir;
+use crate::node::machine::{Measured, Places};
+use crate::report::{EventType, node_reference};
 
 /// How often the node is looked at: kubelet's monitoring interval.
 const PERIOD: Duration = Duration::from_secs(10);
@@ -53,18 +53,17 @@ fn plan_grace(threshold: &EvictionThreshold, max: i64, pod: &Pod) -> i64 {
     }
 }
 
-/// Whether the pod may go: it holds something, nobody ends it yet, and it would come back elsewhere.
+/// Whether the pod may go: it holds something, and it would come back elsewhere. One that ends already
+/// is given less time, so that no other goes in its place.
 fn is_candidate(view: &PodView) -> bool {
-    may_be_evicted(&view.pod, view.source)
-        && !is_terminal(view.status.phase.as_deref())
-        && view.pod.metadata.deletion_timestamp.is_none()
+    may_be_evicted(&view.pod, view.source) && !is_terminal(view.status.phase.as_deref())
 }
 
 struct Watch {
     deps: Arc<Deps>,
     tracker: Tracker,
     reclaim: Reclaim,
-    image_dir: Option<PathBuf>,
+    places: Places,
     /// Told to go already.
     told: HashSet<PodUid>,
 }
@@ -75,12 +74,14 @@ pub(super) async fn watch(
     reclaim: Reclaim,
     evictions: mpsc::UnboundedSender<(PodUid, Eviction)>,
 ) {
-    // Static pods are all there are without a control plane, and none of them may go.
-    if deps.node.eviction.thresholds.is_empty() || !deps.node.cluster {
+    if deps.node.eviction.thresholds.is_empty() {
         return;
     }
     let tracker = Tracker::new(deps.node.eviction.clone());
-    let mut watch = Watch { deps, tracker, reclaim, image_dir: None, told: HashSet::new() };
+    let node = &deps.node;
+    let pods = node.cgroups_per_qos.then(|| pods_folder(node.cgroup_driver, &node.cgroup_root));
+    let places = Places::new(&node.root_dir, pods);
+    let mut watch = Watch { deps, tracker, reclaim, places, told: HashSet::new() };
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -94,35 +95,28 @@ pub(super) async fn watch(
         if tokio::time::timeout(patience, watch.gone(&uid)).await.is_err() {
             tracing::warn!(uid = %uid, "an evicted pod does not end; looking for another");
         }
+        // What it held is free by now, or will not be soon.
+        ticks.reset_immediately();
     }
 }
 
 impl Watch {
     /// One look; the pod that goes, if one must.
     async fn look(&mut self) -> Option<(PodUid, Eviction)> {
-        if self.image_dir.is_none()
-            && let Ok(info) = self.deps.runtime.image_fs_info().await
-        {
-            self.image_dir = image_dir(&info);
-        }
+        self.places.find(&*self.deps.runtime).await;
         let memory = self.deps.node.capacity_memory;
-        let measure = |watch: &Self| {
-            observe(&Measured::read(&watch.deps.node.root_dir, watch.image_dir.as_ref()), memory)
-        };
-        let mut observed = measure(self);
+        let measure = |watch: &Self| observe(&Measured::read(&watch.places), memory);
+        let (mut observed, observed_at) = (measure(self), Instant::now());
         let turn = self.tracker.look(&observed, self.deps.clock.now());
         let threshold = *turn.starved.first()?;
         let resource = threshold.signal.resource();
+        let disks = self.places.disks();
         self.say(resource);
-        if self.reclaims_images(threshold.signal) {
-            let (done, over) = oneshot::channel();
-            if self.reclaim.send(done).await.is_ok() {
-                // An answer that never comes is no room either.
-                let _ = over.await;
-            }
+        if self.remove_leftovers(threshold.signal.leftovers(disks)).await {
             observed = measure(self);
             if self.tracker.relieved(&observed) {
-                tracing::info!(resource = resource.name(), "unused images made room enough");
+                let resource = resource.name();
+                tracing::info!(resource, "dead containers and unused images made room enough");
                 return None;
             }
         }
@@ -132,38 +126,38 @@ impl Watch {
             tracing::warn!(resource = resource.name(), "no pod may be evicted to make room");
             return None;
         };
+        for starved in &turn.starved {
+            METRICS.eviction_stats_aged(starved.signal.name(), observed_at.elapsed());
+        }
         METRICS.evicted(threshold.signal.name());
-        let message = words(&threshold, &observed, victim);
+        let Words { message, annotations } = words(&threshold, &observed, victim);
         let grace = plan_grace(&threshold, self.deps.node.eviction.max_pod_grace, &victim.pod);
         let verdict = Verdict { reason: "Evicted".to_owned(), message, disrupts: true };
         let grace = SignedDuration::from_secs(grace);
-        Some((PodUid::of(&victim.pod), Eviction { verdict, grace, event: true }))
+        Some((PodUid::of(&victim.pod), Eviction { verdict, grace, event: Some(annotations) }))
     }
 
     fn say(&self, resource: Resource) {
-        let node = ObjectReference {
-            kind: Some("Node".into()),
-            name: Some(self.deps.node.node_name.clone()),
-            uid: Some(self.deps.node.node_name.clone()),
-            ..Default::default()
-        };
+        let node = node_reference(&self.deps.node.node_name);
         let message = format!("Attempting to reclaim {}", resource.name());
         self.deps.events.record(node, EventType::Warning, "EvictionThresholdMet", message);
     }
 
-    /// Whether images lie on a file system of their own.
-    fn images_apart(&self) -> bool {
-        let device = |path: &Path| path.metadata().ok().map(|meta| meta.dev());
-        let images = self.image_dir.as_deref().and_then(device);
-        images.is_some() && images != device(&self.deps.node.root_dir)
-    }
-
-    fn reclaims_images(&self, signal: Signal) -> bool {
-        match signal {
-            Signal::Memory | Signal::Pids => false,
-            Signal::ImageFs | Signal::ImageFsInodes => true,
-            Signal::NodeFs | Signal::NodeFsInodes => !self.images_apart(),
+    /// Removes what nobody needs; whether anything was to be.
+    async fn remove_leftovers(&self, leftovers: Leftovers) -> bool {
+        if leftovers.containers
+            && let Err(error) = garbage::collect_all(&self.deps).await
+        {
+            tracing::warn!(error, "dead containers make no room");
         }
+        if leftovers.images {
+            let (done, over) = oneshot::channel();
+            if self.reclaim.send(done).await.is_ok() {
+                // An answer that never comes is no room either.
+                let _ = over.await;
+            }
+        }
+        leftovers != Leftovers::default()
     }
 
     async fn candidates(&mut self, signal: Signal) -> Vec<Candidate> {
@@ -184,12 +178,13 @@ impl Watch {
             }
             Resource::Disk | Resource::Inodes => Vec::new(),
         };
+        let disks = self.places.disks();
         for view in views {
             let sums = share_of(&view.pod).sums;
             let (request, usage) = match resource {
                 Resource::Disk | Resource::Inodes => {
                     let usage = storage::measure(&self.deps, &view).await;
-                    let usage = usage.on(signal, self.images_apart());
+                    let usage = usage.on(signal, disks);
                     (if resource == Resource::Disk { sums.ephemeral } else { 0 }, Some(usage))
                 }
                 Resource::Memory | Resource::Pids => {
@@ -202,18 +197,17 @@ impl Watch {
                     (request, linux.map(usage_of))
                 }
             };
-            all.push(Candidate { pod: view.pod, request, usage });
+            all.push(Candidate { pod: view.pod, request, disk_request: sums.ephemeral, usage });
         }
         all
     }
 
-    /// Waits for the end of a pod.
+    /// Waits until a pod holds nothing any more.
     async fn gone(&self, uid: &PodUid) {
         let mut changes = self.deps.table.changes();
         loop {
             changes.borrow_and_update();
-            let view = self.deps.table.pod(uid);
-            if view.is_none_or(|view| is_terminal(view.status.phase.as_deref())) {
+            if self.deps.table.pod(uid).is_none_or(|view| view.finished) {
                 return;
             }
             if changes.changed().await.is_err() {
@@ -243,6 +237,7 @@ fn usage_of(stats: &LinuxPodSandboxStats) -> PodUsage {
 mod tests {
     use super::*;
     use crate::config::Threshold;
+    use crate::pod::quantity::Notation;
     use crate::pod::testing::pod;
 
     #[test]
@@ -252,6 +247,7 @@ mod tests {
             value: Threshold::Absolute(1),
             grace: Duration::from_secs(5),
             min_reclaim: None,
+            notation: Notation::Binary,
         };
         let hard = EvictionThreshold { grace: Duration::ZERO, ..soft };
         let pod = pod(r#"{"terminationGracePeriodSeconds":20,"containers":[]}"#);

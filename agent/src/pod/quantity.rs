@@ -97,18 +97,44 @@ pub fn milli_text(milli: i64) -> Quantity {
     Quantity(if milli % 1000 == 0 { (milli / 1000).to_string() } else { format!("{milli}m") })
 }
 
+/// How an amount is written: by powers of 1024 or of 1000.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Notation {
+    /// `Ki`, `Mi`, ...
+    #[default]
+    Binary,
+    /// `k`, `M`, ...
+    Decimal,
+}
+
+impl Notation {
+    /// The notation of `text`; that of a share is binary.
+    pub fn of(text: &str) -> Self {
+        if text.ends_with(['i', '%']) { Self::Binary } else { Self::Decimal }
+    }
+
+    /// `amount` with the largest suffix that leaves a whole number, as apimachinery writes it.
+    pub fn text(self, amount: u64) -> String {
+        let (step, suffixes) = match self {
+            Self::Binary => (1024, ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"]),
+            Self::Decimal => (1000, ["k", "M", "G", "T", "P", "E"]),
+        };
+        let (mut rest, mut suffix) = (amount, "");
+        for larger in suffixes {
+            if rest == 0 || !rest.is_multiple_of(step) {
+                break;
+            }
+            rest /= step;
+            suffix = larger;
+        }
+        format!("{rest}{suffix}")
+    }
+}
+
 /// `bytes` with the largest suffix of a power of 1024 that leaves a whole number.
 pub fn bytes_text(bytes: i64) -> Quantity {
-    let mut rest = bytes;
-    let mut suffix = "";
-    for larger in ["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"] {
-        if rest == 0 || rest % 1024 != 0 {
-            break;
-        }
-        rest /= 1024;
-        suffix = larger;
-    }
-    Quantity(format!("{rest}{suffix}"))
+    let sign = if bytes < 0 { "-" } else { "" };
+    Quantity(format!("{sign}{}", Notation::Binary.text(bytes.unsigned_abs())))
 }
 
 #[cfg(test)]
@@ -122,6 +148,14 @@ mod tests {
         {
             assert_eq!(bytes_text(bytes).0, text);
             assert_eq!(value(&bytes_text(bytes)), Some(bytes));
+        }
+        for (written, amount, text) in [
+            ("1.5Gi", 3 << 29, "1536Mi"),
+            ("1000M", 1_000_000_000, "1G"),
+            ("5", 5, "5"),
+            ("10%", 2048, "2Ki"),
+        ] {
+            assert_eq!(Notation::of(written).text(amount), text);
         }
         for (milli, text) in [(0, "0"), (100, "100m"), (2000, "2"), (1500, "1500m")] {
             assert_eq!(milli_text(milli).0, text);

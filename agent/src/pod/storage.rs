@@ -15,15 +15,17 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
+use super::config::resources::ephemeral_limit;
 use super::deps::Deps;
-use super::quantity::amount;
+use super::quantity::{Notation, amount};
 use super::spec::{has_critical_priority, spec_of};
 use super::status::Verdict;
 use super::table::PodView;
 use super::worker::Eviction;
-use crate::eviction::{ContainerUsage, PodUsage, Signal};
+use crate::eviction::{ContainerUsage, Disks, PodUsage, Signal};
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
+use crate::node::machine::Places;
 use crate::source::PodSource;
 
 /// How often usage is measured: kubelet's monitoring interval of evictions.
@@ -50,16 +52,16 @@ pub(super) struct Usage {
 }
 
 impl Usage {
-    /// What lies on the file system of `signal`; `images_apart` says that layers are not where
-    /// volumes and logs are.
-    pub(super) fn on(&self, signal: Signal, images_apart: bool) -> PodUsage {
+    /// What lies on the file system of `signal`.
+    pub(super) fn on(&self, signal: Signal, disks: Disks) -> PodUsage {
         let layers: u64 = self.layers.values().sum();
         let all: u64 = self.empty_dirs.values().chain(self.containers.values()).sum();
         let all = all + self.other;
-        let (disk, inodes) = match signal {
-            _ if !images_apart => (all, self.inodes + self.layer_inodes),
-            Signal::ImageFs | Signal::ImageFsInodes => (layers, self.layer_inodes),
-            _ => (all.saturating_sub(layers), self.inodes),
+        let (disk, inodes) = match (disks, signal.is_of_images()) {
+            (Disks::One, _) | (Disks::ImagesAlone, false) => (all, self.inodes + self.layer_inodes),
+            (Disks::ImagesApart, true) => (layers, self.layer_inodes),
+            (Disks::ImagesApart, false) => (all.saturating_sub(layers), self.inodes),
+            (Disks::ImagesAlone, true) => (0, 0),
         };
         let container = |disk: &u64| ContainerUsage { memory: 0, disk: *disk };
         let containers = self.containers.iter().map(|(name, disk)| (name.clone(), container(disk)));
@@ -80,25 +82,16 @@ fn empty_dirs(pod: &Pod) -> impl Iterator<Item = (&str, Option<(u64, &str)>)> {
     })
 }
 
-fn limit_of(container: &Container) -> Option<u64> {
+/// A container's limit with how it is written.
+fn limit_of(container: &Container) -> Option<(u64, Notation)> {
     let limits = container.resources.as_ref()?.limits.as_ref();
-    u64::try_from(amount(limits, RESOURCE)?).ok().filter(|bytes| *bytes > 0)
-}
-
-/// The sum of the containers' limits; `None` where no container has one.
-fn pod_limit(pod: &Pod) -> Option<u64> {
-    let spec = spec_of(pod);
-    let init = spec.init_containers.as_deref().unwrap_or_default();
-    let (sidecars, first): (Vec<_>, Vec<_>) =
-        init.iter().partition(|c| c.restart_policy.as_deref() == Some("Always"));
-    let together = spec.containers.iter().chain(sidecars).filter_map(limit_of);
-    let together = together.reduce(|a, b| a.saturating_add(b));
-    together.max(first.into_iter().filter_map(limit_of).max())
+    let bytes = u64::try_from(amount(limits, RESOURCE)?).ok().filter(|bytes| *bytes > 0)?;
+    Some((bytes, Notation::of(&limits?.get(RESOURCE)?.0)))
 }
 
 /// Whether usage of the pod matters.
 fn has_limits(pod: &Pod) -> bool {
-    empty_dirs(pod).any(|(_, limit)| limit.is_some()) || pod_limit(pod).is_some()
+    empty_dirs(pod).any(|(_, limit)| limit.is_some()) || ephemeral_limit(pod).is_some()
 }
 
 /// Whether the pod may be evicted at all.
@@ -106,24 +99,27 @@ pub(super) fn may_be_evicted(pod: &Pod, source: Option<PodSource>) -> bool {
     source == Some(PodSource::Cluster) && !has_critical_priority(spec_of(pod))
 }
 
-/// Why the pod must go, by kubelet's name of the signal and in its words.
-fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
+/// Why the pod must go, by kubelet's name of the signal and in its words. A container is held to what
+/// lies on the node's file system: its layer counts for the pod where it lies elsewhere.
+fn plan_eviction(pod: &Pod, usage: &Usage, disks: Disks) -> Option<(&'static str, Verdict)> {
     let evicted =
         |signal, message: String| Some((signal, Verdict { message, ..Verdict::new("Evicted") }));
     for (name, limit) in empty_dirs(pod) {
         let Some((bytes, text)) = limit else { continue };
         if usage.empty_dirs.get(name).is_some_and(|used| *used > bytes) {
+            let limit = Notation::of(text).text(bytes);
             return evicted(
                 "emptydirfs.limit",
-                format!("Usage of EmptyDir volume {name:?} exceeds the limit {text:?}. "),
+                format!("Usage of EmptyDir volume {name:?} exceeds the limit {limit:?}. "),
             );
         }
     }
     let volumes: u64 = usage.empty_dirs.values().sum();
     let containers: u64 = usage.containers.values().sum();
-    if let Some(limit) = pod_limit(pod)
-        && usage.other + volumes + containers > limit
+    if let Some((limit, notation)) = ephemeral_limit(pod)
+        && i128::from(usage.other + volumes + containers) > i128::from(limit)
     {
+        let limit = notation.text(limit.unsigned_abs());
         return evicted(
             "ephemeralpodfs.limit",
             format!(
@@ -132,14 +128,17 @@ fn plan_eviction(pod: &Pod, usage: &Usage) -> Option<(&'static str, Verdict)> {
         );
     }
     for container in &spec_of(pod).containers {
+        let layer = usage.layers.get(&container.name).copied().unwrap_or_default();
+        let elsewhere = if disks == Disks::One { 0 } else { layer };
         let used = usage.containers.get(&container.name).copied().unwrap_or_default();
-        if let Some(limit) = limit_of(container)
-            && used > limit
+        if let Some((limit, notation)) = limit_of(container)
+            && used.saturating_sub(elsewhere) > limit
         {
+            let limit = notation.text(limit);
             return evicted(
                 "ephemeralcontainerfs.limit",
                 format!(
-                    "Container {} exceeded its local ephemeral storage limit \"{limit}\". ",
+                    "Container {} exceeded its local ephemeral storage limit {limit:?}. ",
                     container.name
                 ),
             );
@@ -155,16 +154,19 @@ pub(super) async fn watch(deps: Arc<Deps>, evictions: mpsc::UnboundedSender<(Pod
     }
     let mut ticks = tokio::time::interval(PERIOD);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut places = Places::new(&deps.node.root_dir, None);
     loop {
         ticks.tick().await;
         for view in deps.table.pods() {
             if !may_be_evicted(&view.pod, view.source) || !has_limits(&view.pod) {
                 continue;
             }
+            places.find(&*deps.runtime).await;
             let usage = measure(&deps, &view).await;
-            let Some((signal, verdict)) = plan_eviction(&view.pod, &usage) else { continue };
+            let plan = plan_eviction(&view.pod, &usage, places.disks());
+            let Some((signal, verdict)) = plan else { continue };
             METRICS.evicted(signal);
-            let eviction = Eviction { verdict, grace: GRACE, event: true };
+            let eviction = Eviction { verdict, grace: GRACE, event: Some(BTreeMap::new()) };
             if evictions.send((PodUid::of(&view.pod), eviction)).is_err() {
                 return;
             }
@@ -258,7 +260,10 @@ mod tests {
             containers: [("a".to_owned(), a), ("b".to_owned(), b)].into(),
             ..Usage::default()
         };
-        let why = |usage| plan_eviction(&limited, &usage).map(|(_, v)| (v.reason, v.message));
+        let on = |usage: &Usage, disks| {
+            plan_eviction(&limited, usage, disks).map(|(_, v)| (v.reason, v.message))
+        };
+        let why = |usage| on(&usage, Disks::One);
         assert_eq!(why(usage(1 << 20, 1 << 20, 2 << 20, 0)), None);
         let evicted = |text: &str| Some(("Evicted".to_owned(), text.to_owned()));
         assert_eq!(
@@ -268,18 +273,22 @@ mod tests {
         assert_eq!(
             why(usage(0, 6 << 20, 0, 0)),
             evicted(
-                "Pod ephemeral local storage usage exceeds the total limit of containers 5242880. "
+                "Pod ephemeral local storage usage exceeds the total limit of containers 5Mi. "
             )
         );
         assert_eq!(
             why(usage(0, 0, (2 << 20) + 1, 0)),
-            evicted("Container a exceeded its local ephemeral storage limit \"2097152\". ")
+            evicted("Container a exceeded its local ephemeral storage limit \"2Mi\". ")
         );
+        let layer =
+            Usage { layers: [("a".to_owned(), 1 << 20)].into(), ..usage(0, 0, (2 << 20) + 1, 0) };
+        assert_eq!(on(&layer, Disks::ImagesApart), None, "the layer lies elsewhere");
+        assert!(on(&layer, Disks::One).is_some());
         let plain = pod(
             r#"{"volumes":[{"name":"v","emptyDir":{}}],"containers":[{"name":"a","image":"i"}]}"#,
         );
         assert!(!has_limits(&plain));
-        assert_eq!(plan_eviction(&plain, &usage(u64::MAX / 4, 0, 0, 0)), None);
+        assert_eq!(plan_eviction(&plain, &usage(u64::MAX / 4, 0, 0, 0), Disks::One), None);
     }
 
     #[test]
@@ -292,14 +301,16 @@ mod tests {
             inodes: 5,
             layer_inodes: 7,
         };
-        for (signal, apart, expected) in [
-            (Signal::NodeFs, false, (131, 12)),
-            (Signal::ImageFs, false, (131, 12)),
-            (Signal::NodeFsInodes, true, (111, 5)),
-            (Signal::ImageFs, true, (20, 7)),
+        for (signal, disks, expected) in [
+            (Signal::NodeFs, Disks::One, (131, 12)),
+            (Signal::ImageFs, Disks::One, (131, 12)),
+            (Signal::NodeFsInodes, Disks::ImagesApart, (111, 5)),
+            (Signal::ImageFs, Disks::ImagesApart, (20, 7)),
+            (Signal::NodeFs, Disks::ImagesAlone, (131, 12)),
+            (Signal::ImageFs, Disks::ImagesAlone, (0, 0)),
         ] {
-            let on = usage.on(signal, apart);
-            assert_eq!((on.disk, on.inodes), expected, "{signal:?} {apart}");
+            let on = usage.on(signal, disks);
+            assert_eq!((on.disk, on.inodes), expected, "{signal:?} {disks:?}");
             assert_eq!(on.containers["a"].disk, 30);
         }
     }

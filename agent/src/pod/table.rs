@@ -140,6 +140,7 @@ impl PodTable {
                     && old.status == view.status
                     && old.containers == view.containers
                     && old.sandbox == view.sandbox
+                    && old.finished == view.finished
             });
             if same {
                 return;

@@ -20,6 +20,12 @@ pub fn image_dir(info: &api::ImageFsInfoResponse) -> Option<PathBuf> {
     Some(PathBuf::from(&id.mountpoint))
 }
 
+/// Where the containers' writable layers lie, if the runtime says.
+pub fn layer_dir(info: &api::ImageFsInfoResponse) -> Option<PathBuf> {
+    let id = info.container_filesystems.first()?.fs_id.as_ref()?;
+    Some(PathBuf::from(&id.mountpoint))
+}
+
 /// What kind of failure a runtime reported, as far as the caller acts on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RuntimeErrorKind {

@@ -7,7 +7,7 @@ use serde_json::json;
 use tests::harness::cluster::condition;
 use tests::harness::eventually;
 
-use crate::support::{World, container, idle, restarts, sh};
+use crate::support::{World, container, ended, idle, restarts, sh};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_loses_nothing_and_heals() {
@@ -111,5 +111,94 @@ async fn a_soft_threshold_ends_the_largest_pod_once_its_grace_period_is_over() {
     assert_eq!(world.event("greedy", "Evicted").await, said);
     let after = world.cluster.read_pod("steady").await.unwrap();
     assert_eq!(container(&after, "c"), container(&steady, "c"), "one was enough");
+    world.end(&["steady", "greedy"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_ended_pods_left_goes_before_any_pod_that_runs() {
+    let mut world = World::with_disk("disk-dead", "256m").await;
+    world.node.configure(|c| c["evictionHard"] = json!({"nodefs.available": "100Mi"})).unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    let steady = world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
+    let fills = sh("c", "dd if=/dev/zero of=/fill bs=1M count=110; exit 3");
+    let spent = json!({"restartPolicy": "Never", "containers": [fills]});
+    world.cluster.pod(&world.node, "spent", spent).await.unwrap();
+    let spent = world.cluster.pod_until("spent", "failed", ended).await;
+    assert_eq!(container(&spent, "c")["state"]["terminated"]["exitCode"], 3);
+
+    let fill = world.node.path("/var/lib/fill");
+    std::io::copy(
+        &mut std::io::Read::take(std::io::repeat(0), 70 << 20),
+        &mut std::fs::File::create(&fill).unwrap(),
+    )
+    .unwrap();
+    // Events about nodes are in the namespace `default`.
+    eventually("an Event about the node", async || {
+        let events = world.cluster.admin.read("/api/v1/namespaces/default/events").await?;
+        let all = events["items"].as_array().cloned().unwrap_or_default();
+        let met = all.iter().find(|e| e["reason"] == "EvictionThresholdMet");
+        let said = met.and_then(|e| e["message"].as_str());
+        anyhow::ensure!(said == Some("Attempting to reclaim ephemeral-storage"), "{said:?}");
+        Ok(())
+    })
+    .await;
+    eventually("room", async || {
+        let stat = nix::sys::statvfs::statvfs(&world.node.path("/var/lib"))?;
+        let free = stat.blocks_available() * stat.fragment_size();
+        anyhow::ensure!(free > 100 << 20, "{free} bytes are free");
+        Ok(())
+    })
+    .await;
+    // Its end is told as before, by this agent and by the next one.
+    for _ in 0..2 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let after = world.cluster.read_pod("spent").await.unwrap();
+        assert_eq!(after["status"], spent["status"]);
+        let after = world.cluster.read_pod("steady").await.unwrap();
+        assert_eq!(container(&after, "c"), container(&steady, "c"), "what runs is left alone");
+        world.node.restart().await.unwrap();
+        world.node.ready().await;
+    }
+    std::fs::remove_file(&fill).unwrap();
+    world.end(&["steady", "spent"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pods_that_use_up_what_is_the_pods_lose_the_largest_before_the_kernel_ends_any() {
+    let mut world = World::new("pods-memory").await;
+    let machine = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let kib: u64 = machine.split_whitespace().nth(1).unwrap().parse().unwrap();
+    // Leaves pods together 400 MiB, of which 100 must stay free.
+    let reserved = format!("{}Ki", kib - (400 << 10));
+    let change = |c: &mut serde_json::Value| {
+        c["kubeReserved"] = json!({"memory": reserved});
+        c["evictionHard"] = json!({"memory.available": "100Mi"});
+    };
+    world.node.configure(change).unwrap();
+    world.node.restart().await.unwrap();
+    world.node.ready().await;
+    let memory = json!([{"name": "v", "emptyDir": {"medium": "Memory"}}]);
+    let mut fills = sh("c", "dd if=/dev/zero of=/v/fill bs=1M count=320; sleep 1000");
+    fills["volumeMounts"] = json!([{"name": "v", "mountPath": "/v"}]);
+    world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
+    let greedy = json!({"volumes": memory, "containers": [fills]});
+    world.cluster.pod(&world.node, "greedy", greedy).await.unwrap();
+    let gone =
+        world.cluster.pod_until("greedy", "evicted", |p| p["status"]["phase"] == "Failed").await;
+    assert_eq!(gone["status"]["reason"], "Evicted");
+    let said = gone["status"]["message"].as_str().unwrap();
+    let words = "The node was low on resource: memory. Threshold quantity: 100Mi, available: ";
+    assert!(said.starts_with(words), "{said}");
+    assert!(said.contains("Container c was using "), "{said}");
+    assert_eq!(world.event("greedy", "Evicted").await, said);
+    let events = world.cluster.admin.read(&world.cluster.path("events")).await.unwrap();
+    let events = events["items"].as_array().unwrap();
+    let evicted = events.iter().find(|e| e["reason"] == "Evicted").unwrap();
+    let annotations = &evicted["metadata"]["annotations"];
+    assert_eq!(annotations["offending_containers"], "c");
+    assert_eq!(annotations["starved_resource"], "memory");
+    let steady = world.cluster.read_pod("steady").await.unwrap();
+    assert_eq!((steady["status"]["phase"].as_str(), restarts(&steady, "c")), (Some("Running"), 0));
     world.end(&["steady", "greedy"]).await;
 }

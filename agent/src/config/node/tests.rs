@@ -338,11 +338,14 @@ fn thresholds_replace_the_defaults_or_join_them() {
         (all.len(), all.get("memory.available").copied())
     };
     let (small, large) = (Some(Threshold::Absolute(100 << 20)), Some(Threshold::Absolute(1 << 30)));
-    assert_eq!(of(""), (5, small));
-    assert_eq!(of("evictionHard: {memory.available: 1Gi}"), (1, large));
+    // That of memory holds for the pods together, too, where they are held to what is theirs.
+    assert_eq!(of(""), (6, small));
+    assert_eq!(of("evictionHard: {memory.available: 1Gi}"), (2, large));
+    let unbound = "enforceNodeAllocatable: [none]\nevictionHard: {memory.available: 1Gi}";
+    assert_eq!(of(unbound), (1, large));
     let merge = "mergeDefaultEvictionSettings: true\n";
-    assert_eq!(of(&format!("{merge}evictionHard: {{memory.available: 1Gi}}")), (5, large));
-    assert_eq!(of(merge), (5, small));
+    assert_eq!(of(&format!("{merge}evictionHard: {{memory.available: 1Gi}}")), (6, large));
+    assert_eq!(of(merge), (6, small));
     // The defaults do not come back where all are taken away.
     let file = format!("{KUBELET}evictionHard: {{memory.available: 0%, nodefs.available: 0%}}\n");
     let none = resolved("", &file).unwrap().eviction;

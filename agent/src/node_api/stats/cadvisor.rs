@@ -1,11 +1,11 @@
 //! `/metrics/cadvisor`: containers under cAdvisor's names and labels, so that dashboards and alerts
 //! for kubelet work. Pure.
 
-use super::cgroup::Usage;
 use super::gather::{Interface, Sample, Snapshot};
 use super::text::Exposition;
 use super::text::Kind::{self, Counter, Gauge};
 use crate::node::machine::Machine;
+use crate::pod::cgroup::usage::Usage;
 
 type Metric = (&'static str, Kind, &'static str);
 

@@ -9,11 +9,11 @@ use cri_shim::api;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, PodStatus};
 
-use super::cgroup::{Mounts, Usage};
 use crate::ids::{NamespacedName, PodUid};
 use crate::node::machine::{FileSystem, Machine, file_system};
-use crate::node_context::{CgroupDriver, NodeContext};
-use crate::pod::cgroup::{parent_name, pod_path, slice_folders, slice_name};
+use crate::node_context::NodeContext;
+use crate::pod::cgroup::usage::{Mounts, Usage};
+use crate::pod::cgroup::{folder, pod_path, pods_folder};
 use crate::pod::qos::qos_class;
 use crate::pod::table::PodTable;
 use crate::runtime::Runtime;
@@ -279,7 +279,7 @@ impl Gatherer {
             .ok()
             .and_then(|text| text.split_whitespace().nth(3)?.split_once('/')?.1.parse().ok());
         let own = own_cgroup();
-        let pods = self.folder(&["kubepods".to_owned()]);
+        let pods = pods_folder(self.node.cgroup_driver, &self.node.cgroup_root);
         let system = [("pods", pods), ("kubelet", own.clone()), ("runtime", own)];
         NodeStats {
             started: self.booted,
@@ -306,13 +306,7 @@ impl Gatherer {
 
     /// The cgroup of `path` below the cgroup root, relative to the mounts.
     pub(super) fn folder(&self, path: &[String]) -> String {
-        let (driver, root) = (self.node.cgroup_driver, &self.node.cgroup_root);
-        match driver {
-            CgroupDriver::Cgroupfs => {
-                parent_name(driver, root, path).trim_start_matches('/').to_owned()
-            }
-            CgroupDriver::Systemd => slice_folders(&slice_name(root, path)).join("/"),
-        }
+        folder(self.node.cgroup_driver, &self.node.cgroup_root, path)
     }
 
     /// The QoS classes' cgroups.

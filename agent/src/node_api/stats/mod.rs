@@ -4,7 +4,6 @@
 //! its CRI statistics. Nothing is gathered between requests.
 
 mod cadvisor;
-mod cgroup;
 pub(super) mod gather;
 pub(super) mod live;
 mod resource;
@@ -27,11 +26,12 @@ use super::logs::options::query;
 #[cfg(test)]
 pub(super) fn example(machine: &crate::node::machine::Machine) -> [String; 2] {
     use self::gather::{ContainerStats, Interface, NodeStats, PodStats, Sample, Snapshot};
-    let usage = cgroup::Usage {
+    use crate::pod::cgroup::usage::{DeviceIo, Usage};
+    let usage = Usage {
         quota: Some(1),
         memory_limit: Some(1),
         swap_limit: Some(1),
-        io: vec![cgroup::DeviceIo::default()],
+        io: vec![DeviceIo::default()],
         ..Default::default()
     };
     let sample = Sample { usage, nano_cores: Some(1), ..Default::default() };

@@ -15,8 +15,8 @@ use cgroups_rs::fs::{Cgroup, Controllers, Hierarchy, MaxValue, Resources};
 
 use super::slices::Slices;
 use super::{
-    CgroupError, Group, GroupLimits, PodCgroups, cpu_weight, parent_name, pod_path, slice_folders,
-    slice_name,
+    CgroupError, Group, GroupLimits, PodCgroups, cpu_weight, folder, parent_name, pod_path,
+    pods_folder, slice_folders,
 };
 use crate::ids::PodUid;
 use crate::metrics::METRICS;
@@ -112,12 +112,7 @@ impl Inner {
 
     /// The folder of `path`, relative to a hierarchy's mount point.
     fn folder(&self, path: &[String]) -> String {
-        match self.driver {
-            CgroupDriver::Cgroupfs => {
-                parent_name(self.driver, &self.root, path).trim_start_matches('/').to_owned()
-            }
-            CgroupDriver::Systemd => slice_folders(&slice_name(&self.root, path)).join("/"),
-        }
+        folder(self.driver, &self.root, path)
     }
 
     fn ensure(&self, uid: &PodUid, qos: &str, limits: PodLimits) -> Result<String, CgroupError> {
@@ -238,7 +233,7 @@ impl Inner {
     /// The folder of a group: as it is named where that is there, else as a slice.
     fn folder_of(&self, group: &Group) -> String {
         match group {
-            Group::Pods => self.folder(&["kubepods".to_owned()]),
+            Group::Pods => pods_folder(self.driver, &self.root),
             Group::Reserved { cgroup, .. } => {
                 let named = cgroup.trim_matches('/');
                 let there = self.mounts.iter().any(|mount| mount.join(named).is_dir());

@@ -9,7 +9,9 @@ use crate::device::is_extended;
 use crate::dra::is_claimed;
 use crate::node_context::{MemoryQos, NodeContext};
 use crate::pod::qos::qos_class;
-use crate::pod::quantity::{ResourceList, amount, bytes_text, cpu_milli, milli_text, value};
+use crate::pod::quantity::{
+    Notation, ResourceList, amount, bytes_text, cpu_milli, milli_text, value,
+};
 use crate::pod::spec::{has_critical_priority, init_containers, is_sidecar, is_static, spec_of};
 
 /// Bounds of cgroup v1 `cpu.shares`.
@@ -321,6 +323,20 @@ fn pod_limit(pod: &Pod, resource: &str) -> Option<i64> {
     }
     let over = named(spec.overhead.as_ref(), resource).unwrap_or(0);
     Some(fold(pod, |c| of(c).unwrap_or(0), over))
+}
+
+/// Bytes of local disk that the pod may use, and how its first limit is written: the sum of the limits
+/// there are; `None` where no container has one.
+pub fn ephemeral_limit(pod: &Pod) -> Option<(i64, Notation)> {
+    const RESOURCE: &str = "ephemeral-storage";
+    let spec = spec_of(pod);
+    let written = |c: &Container| c.resources.as_ref()?.limits.as_ref()?.get(RESOURCE).cloned();
+    let mut all = spec.containers.iter().chain(init_containers(spec));
+    let notation = Notation::of(&all.find_map(written)?.0);
+    let own = |c: &Container| written(c).as_ref().and_then(value).unwrap_or(0);
+    let sum = fold(pod, own, 0);
+    let over = if sum == 0 { 0 } else { amount(spec.overhead.as_ref(), RESOURCE).unwrap_or(0) };
+    Some((sum.saturating_add(over), notation))
 }
 
 /// Resources of the pod as a whole, for its status: what it requests of everything that is

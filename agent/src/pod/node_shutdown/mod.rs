@@ -137,7 +137,7 @@ async fn end_pods(deps: &Deps, evictions: &mpsc::UnboundedSender<(PodUid, Evicti
                     let grace = SignedDuration::from_secs(grace.seconds.into());
                     let verdict = Verdict { message: MESSAGE.to_owned(), ..Verdict::new(REASON) };
                     let verdict = Verdict { disrupts: true, ..verdict };
-                    let eviction = Eviction { verdict, grace, event: false };
+                    let eviction = Eviction { verdict, grace, event: None };
                     if evictions.send((uid, eviction)).is_err() {
                         return;
                     }

@@ -7,7 +7,7 @@ use crate::pod::facts::{ProbeKind, Step};
 use crate::pod::plan::{KillCause, plan_end};
 use crate::pod::spec::grace_seconds;
 use crate::pod::status::Ending;
-use crate::report::EventType;
+use crate::report::{EventType, pod_reference};
 
 impl Worker {
     pub(super) fn evict(&mut self, Eviction { verdict, grace, event }: Eviction) {
@@ -17,9 +17,10 @@ impl Worker {
         if self.state != State::Running || self.verdict.is_some() {
             return;
         }
-        if event {
-            let (reason, message) = (verdict.reason.clone(), verdict.message.clone());
-            self.deps.pod_event(&self.pod, EventType::Warning, &reason, message);
+        if let Some(annotations) = event {
+            let (whom, message) = (pod_reference(&self.pod, None), verdict.message.clone());
+            let (kind, reason) = (EventType::Warning, &verdict.reason);
+            self.deps.events.record_annotated(whom, kind, reason, message, annotations);
         }
         self.grace_limit = Some(grace);
         self.verdict = Some(verdict);

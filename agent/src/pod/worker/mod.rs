@@ -4,7 +4,7 @@
 //! runs beside it and comes back as `Done`. So a pod can be deleted at any instant, and one that
 //! hangs holds up nobody else.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,8 +57,8 @@ pub(crate) struct Eviction {
     pub(crate) verdict: Verdict,
     /// At most; the pod's own grace period may be shorter.
     pub(crate) grace: SignedDuration,
-    /// Whether an Event says so.
-    pub(crate) event: bool,
+    /// The annotations of the Event that says so; `None` is no Event.
+    pub(crate) event: Option<BTreeMap<String, String>>,
 }
 
 /// What a worker is told.

@@ -114,7 +114,12 @@ impl Worker {
     /// Removes older dead instances of a container that was just started, and sandboxes that
     /// nothing is in any more.
     pub(super) fn collect(&mut self, name: &str) {
-        let keep = self.deps.node.gc.dead_per_container;
+        let gc = &self.deps.node.gc;
+        let (keep, now) = (gc.dead_per_container, self.deps.clock.now());
+        let old = |instance: &&Container| {
+            let age = std::time::Duration::try_from(now.duration_since(instance.created_at));
+            age.unwrap_or_default() >= gc.dead_min_age
+        };
         let dead: Vec<Container> = self
             .observed
             .instances(name)
@@ -122,6 +127,7 @@ impl Worker {
             .skip(1)
             .filter(|c| c.state == ContainerState::Exited)
             .skip(keep)
+            .filter(old)
             .cloned()
             .collect();
         let current = self.observed.sandboxes.first().map(|s| s.id.clone());

@@ -7,7 +7,8 @@ use cgroups_rs::fs::Controllers;
 use cgroups_rs::fs::hierarchies::{V1, is_cgroup2_unified_mode};
 
 /// Where the hierarchies are mounted.
-pub(super) struct Mounts {
+#[derive(Clone, Debug)]
+pub(crate) struct Mounts {
     unified: bool,
     cpu: PathBuf,
     cpuacct: PathBuf,
@@ -18,50 +19,50 @@ pub(super) struct Mounts {
 
 /// Bytes and operations of one block device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct DeviceIo {
+pub(crate) struct DeviceIo {
     /// `major:minor`.
-    pub(super) device: String,
-    pub(super) read_bytes: u64,
-    pub(super) written_bytes: u64,
-    pub(super) reads: u64,
-    pub(super) writes: u64,
+    pub(crate) device: String,
+    pub(crate) read_bytes: u64,
+    pub(crate) written_bytes: u64,
+    pub(crate) reads: u64,
+    pub(crate) writes: u64,
 }
 
 /// Usage at one moment; zero where the kernel does not say. Bytes and nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Usage {
-    pub(super) cpu: u64,
-    pub(super) cpu_user: u64,
-    pub(super) cpu_system: u64,
-    pub(super) periods: u64,
-    pub(super) throttled_periods: u64,
-    pub(super) throttled: u64,
-    pub(super) memory: u64,
-    pub(super) inactive_file: u64,
-    pub(super) anon: u64,
-    pub(super) cache: u64,
-    pub(super) mapped: u64,
-    pub(super) kernel: u64,
-    pub(super) memory_max: u64,
-    pub(super) memory_failures: u64,
-    pub(super) page_faults: u64,
-    pub(super) major_faults: u64,
-    pub(super) swap: u64,
-    pub(super) oom_kills: u64,
-    pub(super) processes: u64,
-    pub(super) memory_limit: Option<u64>,
-    pub(super) swap_limit: Option<u64>,
+pub(crate) struct Usage {
+    pub(crate) cpu: u64,
+    pub(crate) cpu_user: u64,
+    pub(crate) cpu_system: u64,
+    pub(crate) periods: u64,
+    pub(crate) throttled_periods: u64,
+    pub(crate) throttled: u64,
+    pub(crate) memory: u64,
+    pub(crate) inactive_file: u64,
+    pub(crate) anon: u64,
+    pub(crate) cache: u64,
+    pub(crate) mapped: u64,
+    pub(crate) kernel: u64,
+    pub(crate) memory_max: u64,
+    pub(crate) memory_failures: u64,
+    pub(crate) page_faults: u64,
+    pub(crate) major_faults: u64,
+    pub(crate) swap: u64,
+    pub(crate) oom_kills: u64,
+    pub(crate) processes: u64,
+    pub(crate) memory_limit: Option<u64>,
+    pub(crate) swap_limit: Option<u64>,
     /// CPU weight as v1 counts it.
-    pub(super) shares: u64,
+    pub(crate) shares: u64,
     /// Microseconds per period; `None` is no limit.
-    pub(super) quota: Option<u64>,
-    pub(super) period: u64,
-    pub(super) io: Vec<DeviceIo>,
+    pub(crate) quota: Option<u64>,
+    pub(crate) period: u64,
+    pub(crate) io: Vec<DeviceIo>,
 }
 
 impl Usage {
     /// What Kubernetes counts as used: everything but what could be dropped at once.
-    pub(super) fn working_set(&self) -> u64 {
+    pub(crate) fn working_set(&self) -> u64 {
         self.memory.saturating_sub(self.inactive_file)
     }
 }
@@ -70,7 +71,7 @@ impl Usage {
 const UNLIMITED: u64 = 1 << 60;
 
 impl Mounts {
-    pub(super) fn find() -> Self {
+    pub(crate) fn find() -> Self {
         if is_cgroup2_unified_mode() {
             let root = PathBuf::from("/sys/fs/cgroup");
             return Self {
@@ -98,14 +99,14 @@ impl Mounts {
     }
 
     /// Names of the cgroups below `cgroup`.
-    pub(super) fn children(&self, cgroup: &str) -> Vec<String> {
+    pub(crate) fn children(&self, cgroup: &str) -> Vec<String> {
         let entries = fs::read_dir(self.memory.join(cgroup)).into_iter().flatten().flatten();
         let folders = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
         folders.filter_map(|entry| entry.file_name().into_string().ok()).collect()
     }
 
     /// Reads what `cgroup`, relative to the mounts, uses; `None` if there is none.
-    pub(super) fn read(&self, cgroup: &str) -> Option<Usage> {
+    pub(crate) fn read(&self, cgroup: &str) -> Option<Usage> {
         let memory = self.memory.join(cgroup);
         if !memory.is_dir() {
             return None;
