@@ -19,6 +19,13 @@ pub struct ImageMetrics {
     pull_intents: Gauge,
     pulled_records: Gauge,
     image_requests: Family<ImageRequest, Counter>,
+    collected: Family<Collected, Counter>,
+}
+
+/// An image was removed for its `age`, or for `space`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Collected {
+    reason: &'static str,
 }
 
 /// What came of asking whether an image must be pulled again.
@@ -57,6 +64,7 @@ impl ImageMetrics {
             pull_intents: Gauge::default(),
             pulled_records: Gauge::default(),
             image_requests: Family::default(),
+            collected: Family::default(),
         }
     }
 
@@ -96,6 +104,11 @@ impl ImageMetrics {
             "Number of ensure-image requests processed by the kubelet",
             self.image_requests.clone(),
         );
+        all.register(
+            "kubelet_image_garbage_collected",
+            "Total number of images garbage collected by the kubelet, whether through disk usage or image age",
+            self.collected.clone(),
+        );
     }
 
     /// A credential provider's program ran.
@@ -110,6 +123,11 @@ impl ImageMetrics {
     /// Whether an image must be pulled again was asked.
     pub fn must_pull_checked(&self, result: &'static str) {
         self.pull_checks.get_or_create(&CheckResult { result }).inc();
+    }
+
+    /// An unused image was removed for its `age`, or for `space`.
+    pub fn image_collected(&self, reason: &'static str) {
+        self.collected.get_or_create(&Collected { reason }).inc();
     }
 
     /// So many records of pulls are on disk.

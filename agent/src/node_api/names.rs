@@ -35,6 +35,7 @@ fn touch() {
     METRICS.volumes_mounted(["kubernetes.io/empty-dir"].into_iter(), second, false);
     METRICS.evicted("emptydirfs.limit");
     METRICS.eviction_stats_aged("memory.available", second);
+    METRICS.images.image_collected("space");
     METRICS.pod_rejected("Evicted");
     METRICS.container_started("container", Some("RunContainerError"));
     METRICS.device_plugin_registered("a.example/b");

@@ -16,6 +16,7 @@ pub mod explain;
 pub mod facts;
 mod garbage;
 mod hooks;
+mod image_garbage;
 pub mod image_name;
 pub mod images;
 pub mod keyring;

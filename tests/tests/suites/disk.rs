@@ -117,7 +117,11 @@ async fn a_soft_threshold_ends_the_largest_pod_once_its_grace_period_is_over() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_ended_pods_left_goes_before_any_pod_that_runs() {
     let mut world = World::with_disk("disk-dead", "256m").await;
-    world.node.configure(|c| c["evictionHard"] = json!({"nodefs.available": "100Mi"})).unwrap();
+    let change = |c: &mut serde_json::Value| {
+        c["evictionHard"] = json!({"nodefs.available": "100Mi"});
+        c["imageMinimumGCAge"] = "1s".into();
+    };
+    world.node.configure(change).unwrap();
     world.node.restart().await.unwrap();
     world.node.ready().await;
     let steady = world.ready_pod("steady", json!({"containers": [idle("c")]})).await;
@@ -127,12 +131,12 @@ async fn what_ended_pods_left_goes_before_any_pod_that_runs() {
     let spent = world.cluster.pod_until("spent", "failed", ended).await;
     assert_eq!(container(&spent, "c")["state"]["terminated"]["exitCode"], 3);
 
-    let fill = world.node.path("/var/lib/fill");
-    std::io::copy(
-        &mut std::io::Read::take(std::io::repeat(0), 70 << 20),
-        &mut std::fs::File::create(&fill).unwrap(),
-    )
-    .unwrap();
+    let file = world.node.path("/var/lib/fill");
+    let fill = |mib: u64| {
+        let zeros = &mut std::io::Read::take(std::io::repeat(0), mib << 20);
+        std::io::copy(zeros, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    };
+    fill(70);
     // Events about nodes are in the namespace `default`.
     eventually("an Event about the node", async || {
         let events = world.cluster.admin.read("/api/v1/namespaces/default/events").await?;
@@ -160,8 +164,24 @@ async fn what_ended_pods_left_goes_before_any_pod_that_runs() {
         world.node.restart().await.unwrap();
         world.node.ready().await;
     }
-    std::fs::remove_file(&fill).unwrap();
-    world.end(&["steady", "spent"]).await;
+    std::fs::remove_file(&file).unwrap();
+    for pod in ["steady", "spent"] {
+        world.cluster.delete_pod(pod).await.unwrap();
+    }
+    // Nobody uses the image now.
+    let images = || {
+        let output = world.node.longshore(&["image", "ls"]).unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert!(images().contains("busybox"), "{}", images());
+    fill(180);
+    eventually("no image", async || {
+        anyhow::ensure!(!images().contains("busybox"), "{}", images());
+        Ok(())
+    })
+    .await;
+    std::fs::remove_file(&file).unwrap();
+    world.end(&[]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
