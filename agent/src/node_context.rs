@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::pod::cgroup::{Group, GroupLimits};
+use crate::pod::cgroup::{Group, GroupLimits, QosReserve};
 use crate::user_ids::UserIds;
 
 /// Who makes the cgroups of pods: the kernel's file system, or systemd's slices.
@@ -168,6 +168,8 @@ pub struct NodeContext {
     pub max_restart_backoff: Duration,
     /// Memory QoS on cgroup v2, where it is asked for.
     pub memory_qos: Option<MemoryQos>,
+    /// Memory that pods requested and others may not use (`qosReserved`).
+    pub qos_reserve: Option<QosReserve>,
     /// What the node's groups may use (`enforceNodeAllocatable`); none where nothing is enforced.
     pub node_limits: Vec<(Group, GroupLimits)>,
     /// Whether pods are held to their local storage (`localStorageCapacityIsolation`).
@@ -232,6 +234,7 @@ impl NodeContext {
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),
             memory_qos: None,
+            qos_reserve: None,
             node_limits: Vec::new(),
             local_storage_isolation: true,
             oom_group: true,

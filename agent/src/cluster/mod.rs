@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod event_sink;
 pub mod mirror;
 pub mod objects;
+mod one;
 pub mod references;
 pub mod status_sink;
 mod storage;
@@ -28,6 +29,7 @@ use tokio::task::JoinSet;
 use self::event_sink::ClusterEvents;
 use self::mirror::MirrorLoop;
 use self::objects::{ClusterObjects, Services};
+pub use self::one::Look;
 use self::status_sink::ClusterStatuses;
 use self::store::Store;
 use crate::api::{Api, ApiError};
@@ -69,6 +71,10 @@ pub struct ClusterConfig {
     pub server_tls_bootstrap: bool,
     /// Features that the API server counts on (`status.declaredFeatures`), in order.
     pub declared_features: Vec<String>,
+    /// Whether the client certificate is renewed before it expires (`rotateCertificates`).
+    pub rotate_certificates: bool,
+    /// How changes of ConfigMaps and Secrets are noticed.
+    pub look: Look,
     /// `--register-node`.
     pub register_node: bool,
     /// `--node-labels`.
@@ -130,6 +136,8 @@ impl ClusterConfig {
             max_pods: 110,
             local_storage_isolation: true,
             reserved: Vec::new(),
+            rotate_certificates: true,
+            look: Look::Watch,
             pods_cgroup: None,
             eviction: crate::eviction::EvictionConfig::default(),
             provider_id: None,
@@ -274,6 +282,7 @@ pub async fn start(
         node.clone(),
         services.clone(),
         [maps, secrets, tokens, handlers, storage],
+        config.look,
     );
 
     let name = config.node_name.clone();

@@ -20,7 +20,7 @@ use crate::node::{machine, object};
 use crate::node_context::{self, NodeContext, PullLimits};
 use crate::numa::{Kept, Numa, OpenError};
 use crate::pod::cgroup::node::{Capacity, plan_node_limits};
-use crate::pod::cgroup::{self, Group, GroupLimits};
+use crate::pod::cgroup::{self, Group, GroupLimits, QosReserve};
 use crate::runtime::Runtime;
 use crate::user_ids::UserIds;
 
@@ -83,6 +83,11 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
             verification: config.pull_verification.clone(),
         },
         gc: config.gc.clone(),
+        qos_reserve: config.resources.qos_reserved.map(|percent| QosReserve {
+            percent: percent.into(),
+            allocatable: i64::try_from(memory.saturating_sub(reserved("memory")))
+                .unwrap_or(i64::MAX),
+        }),
         max_restart_backoff: config.max_container_restart_period,
         shutdown_grace: config.shutdown_grace.clone(),
         oom_group: config.resources.single_process_oom_kill != Some(true),
@@ -266,6 +271,8 @@ pub(super) fn cluster(config: &NodeConfig) -> ClusterConfig {
         node_api_port: config.node_api.address.port(),
         declared_features: declared_features(config.parts.cri && config.node_api.enabled),
         server_tls_bootstrap: config.node_api.enabled && config.node_api.tls.bootstrap,
+        rotate_certificates: config.rotate_certificates,
+        look: config.object_look,
         register_node: config.register_node,
         node_labels: config.node_labels.iter().cloned().collect(),
         register_with_taints: config.register_with_taints.clone(),

@@ -1,5 +1,5 @@
-//! What the configuration refuses to run on: swap (`failSwapOn`) and kernel settings
-//! (`protectKernelDefaults`), as kubelet does before it takes a pod.
+//! What the configuration refuses to run on: swap (`failSwapOn`), cgroup v1 (`failCgroupV1`) and kernel
+//! settings (`protectKernelDefaults`), as kubelet does before it takes a pod.
 
 use anyhow::bail;
 
@@ -34,6 +34,13 @@ fn plan_refusals(config: &ResourceConfig, facts: &Facts) -> Vec<String> {
         refusals.push(
             "swap is on and KubeletConfiguration.failSwapOn is true; run swapoff -a and take swap \
              out of /etc/fstab, or set failSwapOn to false"
+                .to_owned(),
+        );
+    }
+    if config.fail_cgroup_v1 && !facts.unified {
+        refusals.push(
+            "this machine has cgroup v1 and KubeletConfiguration.failCgroupV1 is true; boot with \
+             systemd.unified_cgroup_hierarchy=1, or leave it out: cgroup v1 works here"
                 .to_owned(),
         );
     }
@@ -106,6 +113,7 @@ mod tests {
         let good = Facts { swap_on: false, unified: true, cpus, sysctls: right.clone() };
         let strict = ResourceConfig {
             fail_swap_on: true,
+            fail_cgroup_v1: true,
             protect_kernel_defaults: true,
             single_process_oom_kill: Some(false),
             reserved_cpus: "0-1".parse().unwrap(),
@@ -120,6 +128,7 @@ mod tests {
         let refusals = plan_refusals(&strict, &bad);
         for (refusal, said) in refusals.iter().zip([
             "swap is on",
+            "failCgroupV1 is true",
             "singleProcessOOMKill is false",
             "reservedSystemCPUs 0-1 is not within the CPUs that are online (1-3)",
             "vm.overcommit_memory is 0 and",
@@ -127,7 +136,7 @@ mod tests {
         ]) {
             assert!(refusal.contains(said), "{refusal}");
         }
-        assert_eq!(refusals.len(), 5);
+        assert_eq!(refusals.len(), 6);
         assert_eq!(plan_refusals(&ResourceConfig::default(), &bad), Vec::<String>::new());
     }
 }

@@ -324,7 +324,5 @@ winkernel: {enableDSR: false, forwardHealthCheckVip: false, networkName: "", roo
         };
         assert!(noted("enableControllerAttachDetach: false"));
         assert!(!noted("enableControllerAttachDetach: true"));
-        assert!(noted("qosReserved: {memory: 50%}"));
-        assert!(!noted("qosReserved: {}"));
     }
 }

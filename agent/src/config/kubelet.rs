@@ -9,6 +9,7 @@ use kube::core::Duration;
 use serde::Deserialize;
 
 use super::documents::{Fields, Treatment};
+use super::kube_proxy::Logging;
 use super::tracing::TracingConfiguration;
 
 /// The fields that this node reads. What is not given is `None`; defaults are applied by `resolve`.
@@ -33,6 +34,7 @@ pub struct KubeletConfiguration {
     pub tls_cipher_suites: Option<Vec<String>>,
     pub tls_curve_preferences: Option<Vec<i32>>,
     pub tls_min_version: Option<String>,
+    pub rotate_certificates: Option<bool>,
     #[serde(rename = "serverTLSBootstrap")]
     pub server_tls_bootstrap: Option<bool>,
     pub enable_debugging_handlers: Option<bool>,
@@ -106,6 +108,7 @@ pub struct KubeletConfiguration {
     pub memory_throttling_factor: Option<f64>,
     pub memory_reservation_policy: Option<String>,
     pub fail_swap_on: Option<bool>,
+    pub fail_cgroup_v1: Option<bool>,
     #[serde(rename = "singleProcessOOMKill")]
     pub single_process_oom_kill: Option<bool>,
     pub protect_kernel_defaults: Option<bool>,
@@ -137,6 +140,10 @@ pub struct KubeletConfiguration {
     pub image_service_endpoint: Option<String>,
     pub user_namespaces: Option<UserNamespaces>,
     pub tracing: Option<TracingConfiguration>,
+    pub qos_reserved: Option<BTreeMap<String, String>>,
+    pub run_once: Option<bool>,
+    pub config_map_and_secret_change_detection_strategy: Option<String>,
+    pub logging: Option<Logging>,
 }
 
 /// Who may talk to the node API.
@@ -258,7 +265,7 @@ pub(super) const FIELDS: Fields = &[
     ("tlsCipherSuites", Used),
     ("tlsCurvePreferences", Used),
     ("tlsMinVersion", Used),
-    ("rotateCertificates", NotBuilt(&["true"])),
+    ("rotateCertificates", Used),
     ("serverTLSBootstrap", Used),
     ("authentication", Used),
     ("authorization", Used),
@@ -284,7 +291,7 @@ pub(super) const FIELDS: Fields = &[
     ("imageGCHighThresholdPercent", Used),
     ("imageGCLowThresholdPercent", Used),
     ("volumeStatsAggPeriod", Inert),
-    ("kubeletCgroups", Inert), // systemd places the service
+    ("kubeletCgroups", NotBuilt(&[])), // systemd places the service
     ("systemCgroups", NotBuilt(&[])),
     ("cgroupRoot", Used),
     ("cgroupsPerQOS", Used),
@@ -297,14 +304,14 @@ pub(super) const FIELDS: Fields = &[
     ("topologyManagerPolicy", Used),
     ("topologyManagerScope", Used),
     ("topologyManagerPolicyOptions", Used),
-    ("qosReserved", NotBuilt(&[])),
+    ("qosReserved", Used),
     ("runtimeRequestTimeout", Used),
     ("hairpinMode", Inert), // the network plugin's; kubelet has no use for it either
     ("maxPods", Used),
     ("podCIDR", Used),
     ("podPidsLimit", Used),
     ("resolvConf", Used),
-    ("runOnce", NotBuilt(&[])),
+    ("runOnce", Used),
     ("cpuCFSQuota", Used),
     ("cpuCFSQuotaPeriod", Used),
     ("nodeStatusMaxImages", Used),
@@ -334,7 +341,7 @@ pub(super) const FIELDS: Fields = &[
     ("containerLogMaxFiles", Used),
     ("containerLogMaxWorkers", Inert), // each monitor rotates its own
     ("containerLogMonitorInterval", Used),
-    ("configMapAndSecretChangeDetectionStrategy", NotBuilt(&["\"Watch\""])),
+    ("configMapAndSecretChangeDetectionStrategy", Used),
     ("systemReserved", Used),
     ("kubeReserved", Used),
     ("reservedSystemCPUs", Used),
@@ -346,7 +353,7 @@ pub(super) const FIELDS: Fields = &[
     ("volumePluginDir", Inert), // flexVolume is refused by name
     ("providerID", Used),
     ("kernelMemcgNotification", Inert),
-    ("logging", Inert), // --v, --log-level, --logging-format
+    ("logging", Used),
     ("enableSystemLogHandler", Used),
     ("enableSystemLogQuery", Used),
     ("shutdownGracePeriod", Used),
@@ -365,6 +372,6 @@ pub(super) const FIELDS: Fields = &[
     ("localStorageCapacityIsolation", Used),
     ("containerRuntimeEndpoint", Used),
     ("imageServiceEndpoint", Used),
-    ("failCgroupV1", Inert), // cgroup v1 works here
+    ("failCgroupV1", Used),
     ("userNamespaces", Used),
 ];

@@ -2,6 +2,7 @@
 //!
 //! Floor 1: `resolve` is a pure function of what was given; reading the file is the caller's.
 
+mod behaviour;
 mod configz;
 mod documents;
 mod fields;

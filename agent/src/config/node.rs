@@ -11,9 +11,10 @@ use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_
 use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, ProxyPages, ResourceConfig, RuntimeHandler,
-    configz, garbage, node_api, proxy, proxy_pages, pulls, resources, shutdown,
+    behaviour, configz, garbage, node_api, proxy, proxy_pages, pulls, resources, shutdown,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
+use crate::cluster::Look;
 use crate::credential::Places;
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
 use crate::node_context::{GcLimits, ShutdownGrace};
@@ -138,6 +139,10 @@ pub struct NodeConfig {
     pub seccomp_default: bool,
     /// When pods must go for the node.
     pub eviction: EvictionConfig,
+    /// Whether the client certificate is renewed.
+    pub rotate_certificates: bool,
+    /// How changes of ConfigMaps and Secrets are noticed.
+    pub object_look: Look,
     pub cni_conf_dir: PathBuf,
     /// Folders with CDI files, where they are not the usual ones.
     pub cdi_spec_dirs: Option<Vec<PathBuf>>,
@@ -171,7 +176,12 @@ pub fn resolve(
                 && flags.container_runtime_endpoint.is_none()
                 && kubelet.container_runtime_endpoint.as_deref().unwrap_or_default().is_empty()),
     };
-    let (verbosity, log_json) = proxy::logging(&kube_proxy)?;
+    let of_agent = proxy::logging("KubeletConfiguration", &kubelet.logging)?;
+    let of_proxy = proxy::logging("KubeProxyConfiguration", &kube_proxy.logging)?;
+    let (verbosity, log_json) = (of_agent.0.or(of_proxy.0), of_agent.1 || of_proxy.1);
+    behaviour::check(&kubelet, &mut notes)?;
+    let (rotate_certificates, object_look) =
+        (kubelet.rotate_certificates != Some(false), behaviour::object_look(&kubelet)?);
     let path = |flag: &Option<PathBuf>, file: Option<String>, default: &str| -> PathBuf {
         let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
         flag.clone().or(file).unwrap_or_else(|| PathBuf::from(default))
@@ -468,6 +478,8 @@ pub fn resolve(
         container_log_max_files: kubelet.container_log_max_files.unwrap_or(5).max(2),
         seccomp_default: kubelet.seccomp_default.unwrap_or(false),
         eviction,
+        rotate_certificates,
+        object_look,
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
         pinned_images: flags.pinned_images.clone().or(longshore.pinned_images).unwrap_or_default(),

@@ -314,15 +314,16 @@ fn without_effect(
 
 /// The log's filter and whether it is JSON, as far as `logging` says.
 pub(super) fn logging(
-    document: &KubeProxyConfiguration,
+    kind: &str,
+    document: &Option<Logging>,
 ) -> Result<(Option<u8>, bool), ConfigError> {
-    let logging = document.logging.clone().unwrap_or_default();
+    let logging = document.clone().unwrap_or_default();
     let json = match logging.format.as_deref().unwrap_or_default() {
         "" | "text" => false,
         "json" => true,
         other => {
-            return Err(refused(
-                "logging.format",
+            return Err(ConfigError::invalid(
+                format!("{kind}.logging.format"),
                 format!("{other:?} is unknown; use text or json"),
             ));
         }

@@ -20,6 +20,10 @@ pub struct ResourceConfig {
     pub limited_swap: bool,
     /// `failSwapOn: true`, written down: the default is not to mind.
     pub fail_swap_on: bool,
+    /// Whether the agent refuses to start on cgroup v1 (`failCgroupV1`, where it is written down).
+    pub fail_cgroup_v1: bool,
+    /// Per cent of requested memory that pods of lower classes may not use (`qosReserved`).
+    pub qos_reserved: Option<u8>,
     /// `singleProcessOOMKill`; `None` is as the cgroups are: the whole container on v2.
     pub single_process_oom_kill: Option<bool>,
     /// `protectKernelDefaults`.
@@ -78,21 +82,54 @@ pub(super) fn resolve(kubelet: &KubeletConfiguration) -> Result<ResourceConfig, 
             }
         },
         fail_swap_on: kubelet.fail_swap_on == Some(true),
+        fail_cgroup_v1: kubelet.fail_cgroup_v1 == Some(true),
+        qos_reserved: qos_reserved(kubelet)?,
         single_process_oom_kill: kubelet.single_process_oom_kill,
         protect_kernel_defaults: kubelet.protect_kernel_defaults.unwrap_or(false),
     })
 }
 
 const MEMORY_QOS: &str = "MemoryQoS";
+/// What `qosReserved` is behind.
+pub(super) const QOS_RESERVED: &str = "QOSReserved";
+
+/// Whether a feature gate that is off by default is on.
+pub(super) fn gate(kubelet: &KubeletConfiguration, gate: &str) -> bool {
+    kubelet.feature_gates.as_ref().and_then(|gates| gates.get(gate)).copied().unwrap_or(false)
+}
+
+/// Per cent of requested memory that is kept from lower classes (`qosReserved`), where its gate is on.
+fn qos_reserved(kubelet: &KubeletConfiguration) -> Result<Option<u8>, ConfigError> {
+    let mut percent = None;
+    for (resource, text) in kubelet.qos_reserved.iter().flatten() {
+        let invalid = |reason: String| {
+            Err(ConfigError::invalid(
+                format!("KubeletConfiguration.qosReserved.{resource}"),
+                reason,
+            ))
+        };
+        if resource != "memory" {
+            return invalid("only memory can be reserved".to_owned());
+        }
+        let share = text.strip_suffix('%').and_then(|share| share.parse::<u8>().ok());
+        let Some(share) = share.filter(|share| *share <= 100) else {
+            return invalid(format!("{text:?} is no percentage from 0% to 100%"));
+        };
+        percent = Some(share);
+    }
+    Ok(percent.filter(|_| gate(kubelet, QOS_RESERVED)))
+}
 
 /// Whether a feature gate of Kubernetes' counts here.
 pub(super) fn reads_gate(gate: &str) -> bool {
-    gate == MEMORY_QOS || pulls::GATES.contains(&gate) || numa::GATES.contains(&gate)
+    gate == MEMORY_QOS
+        || gate == QOS_RESERVED
+        || pulls::GATES.contains(&gate)
+        || numa::GATES.contains(&gate)
 }
 
 fn memory_qos(kubelet: &KubeletConfiguration) -> Result<Option<MemoryQos>, ConfigError> {
-    let gates = kubelet.feature_gates.as_ref();
-    let on = gates.and_then(|gates| gates.get(MEMORY_QOS)).copied().unwrap_or(false);
+    let on = gate(kubelet, MEMORY_QOS);
     let throttling = kubelet.memory_throttling_factor.unwrap_or(0.9);
     if !(throttling > 0.0 && throttling <= 1.0) {
         return Err(ConfigError::invalid(
@@ -206,6 +243,22 @@ mod tests {
             (r#"{"memoryReservationPolicy":"Hard"}"#, "\"Hard\" is unknown"),
         ] {
             let error = of(text).unwrap_err();
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn memory_is_kept_from_lower_classes_behind_its_gate() {
+        let gate = r#""featureGates":{"QOSReserved":true}"#;
+        let with = |reserved: &str| of(&format!(r#"{{{gate},"qosReserved":{reserved}}}"#));
+        assert_eq!(with(r#"{"memory":"50%"}"#).unwrap().qos_reserved, Some(50));
+        assert_eq!(of(r#"{"qosReserved":{"memory":"50%"}}"#).unwrap().qos_reserved, None);
+        for (reserved, said) in [
+            (r#"{"cpu":"50%"}"#, "qosReserved.cpu: only memory"),
+            (r#"{"memory":"101%"}"#, "no percentage"),
+            (r#"{"memory":"50"}"#, "no percentage"),
+        ] {
+            let error = with(reserved).unwrap_err();
             assert!(error.contains(said), "{error}");
         }
     }

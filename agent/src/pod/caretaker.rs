@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -12,6 +13,9 @@ use super::deps::Deps;
 use super::worker::Eviction;
 use super::{garbage, image_garbage, pressure, storage};
 use crate::ids::PodUid;
+
+/// How often classes of pods are bounded anew, as under kubelet.
+const KEEP_PERIOD: Duration = Duration::from_secs(60);
 
 /// Starts the housekeeping; it ends when the set is dropped. Pods that must go are told to
 /// `evictions`.
@@ -24,6 +28,9 @@ pub(super) fn spawn(
     tasks.spawn(storage::watch(deps.clone(), evictions.clone()));
     tasks.spawn(pressure::watch(deps.clone(), reclaim, evictions));
     tasks.spawn(image_garbage::watch(deps.clone(), reclaims));
+    if deps.node.qos_reserve.is_some() {
+        tasks.spawn(keep_requested(deps.clone()));
+    }
     if garbage::is_due(&deps.node.gc) {
         tasks.spawn(garbage::watch(deps.clone()));
     }
@@ -31,6 +38,16 @@ pub(super) fn spawn(
         tasks.spawn(rotate_logs(deps.clone()));
     }
     tasks
+}
+
+/// Bounds classes of pods that could not be bounded when pods came, for ever.
+async fn keep_requested(deps: Arc<Deps>) {
+    let mut ticks = tokio::time::interval(KEEP_PERIOD);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        deps.cgroups.keep_requested().await;
+    }
 }
 
 async fn rotate_logs(deps: Arc<Deps>) {

@@ -11,11 +11,13 @@ use crate::node_context::CgroupDriver;
 
 mod fs;
 pub mod node;
+mod reserve;
 mod slices;
 pub(crate) mod usage;
 
 pub use fs::KernelCgroups;
 pub use node::{Group, GroupLimits};
+pub use reserve::QosReserve;
 
 /// Why a cgroup is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +52,8 @@ pub trait PodCgroups: Send + Sync + 'static {
     async fn bound(&self, _group: &Group, _limits: GroupLimits) -> Result<(), CgroupError> {
         Ok(())
     }
+    /// Keeps what pods requested from those of lower classes, as far as it can be by now.
+    async fn keep_requested(&self) {}
     /// Whether the node has cgroup v2.
     fn unified(&self) -> bool;
 }

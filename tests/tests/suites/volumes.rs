@@ -126,6 +126,51 @@ async fn objects_become_files_and_follow_their_changes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn objects_that_are_not_watched_are_asked_for() {
+    let mut world = World::new("volumes-asked").await;
+    let node = format!("/api/v1/nodes/{}", world.node.name());
+    let ttl = json!({"metadata": {"annotations": {"node.alpha.kubernetes.io/ttl": "1"}}});
+    for strategy in ["Cache", "Get"] {
+        let change = |config: &mut Value| {
+            config["configMapAndSecretChangeDetectionStrategy"] = strategy.into();
+            config["syncFrequency"] = "1s".into();
+        };
+        world.node.configure(change).unwrap();
+        world.node.restart().await.unwrap();
+        world.node.ready().await;
+        let c = &world.cluster;
+        c.admin.patch(&node, tests::harness::caller::MERGE, ttl.clone()).await;
+        let name = strategy.to_lowercase();
+        let object = json!({"metadata": {"name": &name}, "data": {"a": "1"}});
+        c.admin.create(&c.path("configmaps"), object).await.unwrap();
+        let volumes = json!([{"name": "cm", "configMap": {"name": &name}}]);
+        let mounts = mounting(idle("c"), &[mount("cm", "/cm")]);
+        let pod = world.ready_pod(&name, json!({"containers": [mounts], "volumes": volumes})).await;
+        let uid = pod["metadata"]["uid"].as_str().unwrap();
+        let file = format!("/var/lib/kubelet/pods/{uid}/volumes/kubernetes.io~configmap/cm/a");
+        let file = world.node.path(&file);
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "1");
+        let (path, two) = (c.path(&format!("configmaps/{name}")), json!({"data": {"a": "2"}}));
+        c.admin.patch(&path, tests::harness::caller::MERGE, two).await;
+        eventually("the volume follows the ConfigMap", async || {
+            let seen = std::fs::read_to_string(&file)?;
+            anyhow::ensure!(seen == "2", "{strategy}: {seen}");
+            Ok(())
+        })
+        .await;
+        if let Some(plane) = c.fake_plane() {
+            let records = plane.records();
+            let asked: Vec<_> = records.iter().filter(|r| r.resource == "configmaps").collect();
+            let by_node = |verb: &str| {
+                asked.iter().any(|r| r.user.starts_with("system:node:") && r.verb == verb)
+            };
+            assert!(by_node("get") && !by_node("watch"), "{strategy}");
+        }
+    }
+    world.end(&["cache", "get"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_api_token_is_good_and_only_for_its_pod() {
     let world = World::new("volumes-token").await;
     let c = &world.cluster;

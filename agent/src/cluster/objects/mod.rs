@@ -18,12 +18,12 @@ use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use kube::Resource;
 use kube::api::{Patch, PatchParams};
 use serde::de::DeserializeOwned;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::AbortHandle;
 
-use self::one::{Known, One, answer};
 pub use self::services::Services;
 use self::tokens::{expiry, must_renew, request_token, token_key};
+use super::one::{Known, Look, One, answer};
 use super::references;
 use super::storage::Storage;
 use super::store::Store;
@@ -31,7 +31,6 @@ use crate::api::{self, Api, ApiError, REQUEST_TIMEOUT};
 use crate::ids::{NamespacedName, PodUid};
 use crate::objects::{ObjectError, ObjectRef, Objects};
 
-mod one;
 mod services;
 mod tokens;
 
@@ -47,6 +46,10 @@ struct Entry {
     pods: HashSet<PodUid>,
     held: Held,
     task: AbortHandle,
+    /// A pod has come that it was not looked at for.
+    anew: bool,
+    /// Has it looked at again.
+    again: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -71,6 +74,7 @@ pub struct ClusterObjects {
     handler_store: Store,
     storage: Storage,
     earlier: OnceLock<Earlier>,
+    look: Look,
 }
 
 #[derive(Default)]
@@ -87,6 +91,7 @@ impl ClusterObjects {
         node: watch::Receiver<Option<Arc<Node>>>,
         services: Arc<Services>,
         stores: [Store; 5],
+        look: Look,
     ) -> Arc<Self> {
         let [maps, secrets, token_store, handler_store, storage] = stores;
         let handlers = handler_store.load::<(String, String)>().into_iter().flatten().collect();
@@ -109,6 +114,7 @@ impl ClusterObjects {
             handlers: Mutex::new(handlers),
             handler_store,
             earlier: OnceLock::new(),
+            look,
         })
     }
 
@@ -124,33 +130,35 @@ impl ClusterObjects {
         self.retained.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// `None` for what has no watch.
-    fn hold(&self, reference: &ObjectRef) -> Option<(Held, AbortHandle)> {
+    /// `None` for what is not held.
+    fn hold(&self, reference: &ObjectRef) -> Option<(Held, AbortHandle, Arc<Notify>)> {
         // Read before the first watch may write over it.
         let earlier = self.earlier();
         match reference {
             ObjectRef::ConfigMap(key) => {
                 let before = earlier.maps.get(key).cloned();
-                let (rx, task) = self.watch_one(reference, key, before, "ConfigMap", &self.maps);
-                Some((Held::ConfigMap(rx), task))
+                let (rx, task, again) =
+                    self.look_at_one(reference, key, before, "ConfigMap", &self.maps);
+                Some((Held::ConfigMap(rx), task, again))
             }
             ObjectRef::Secret(key) => {
                 let before = earlier.secrets.get(key).cloned();
-                let (rx, task) = self.watch_one(reference, key, before, "Secret", &self.secrets);
-                Some((Held::Secret(rx), task))
+                let (rx, task, again) =
+                    self.look_at_one(reference, key, before, "Secret", &self.secrets);
+                Some((Held::Secret(rx), task, again))
             }
             ObjectRef::CsiDriver(_) => None,
         }
     }
 
-    fn watch_one<K>(
+    fn look_at_one<K>(
         &self,
         reference: &ObjectRef,
         key: &NamespacedName,
         before: Option<Arc<K>>,
         kind: &'static str,
         store: &Store,
-    ) -> (watch::Receiver<Known<K>>, AbortHandle)
+    ) -> (watch::Receiver<Known<K>>, AbortHandle, Arc<Notify>)
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
             + Clone
@@ -172,7 +180,9 @@ impl ClusterObjects {
             changes: self.changes.clone(),
             store: store.clone(),
         };
-        (rx, tokio::spawn(one.run(objects)).abort_handle())
+        let again = Arc::new(Notify::new());
+        let run = one.run(objects, self.look, self.node.clone(), again.clone());
+        (rx, tokio::spawn(run).abort_handle(), again)
     }
 
     async fn get_directly<K>(
@@ -226,23 +236,47 @@ impl Objects for ClusterObjects {
         &self,
         key: &NamespacedName,
     ) -> Result<Option<Arc<ConfigMap>>, ObjectError> {
-        let held = match self.retained().entries.get(&ObjectRef::ConfigMap(key.clone())) {
-            Some(Entry { held: Held::ConfigMap(rx), .. }) => Some(rx.clone()),
-            _ => None,
+        let held = match self.retained().entries.get_mut(&ObjectRef::ConfigMap(key.clone())) {
+            Some(entry) => match &entry.held {
+                Held::ConfigMap(rx) => Some((rx.clone(), entry.is_stale(self.look))),
+                Held::Secret(_) => None,
+            },
+            None => None,
         };
         match held {
-            Some(rx) => answer(rx, "ConfigMap", key).await,
+            Some((rx, false)) => answer(rx, "ConfigMap", key).await,
+            Some((rx, true)) => {
+                let now = self.get_directly(key, "ConfigMap").await;
+                self.look_again(&ObjectRef::ConfigMap(key.clone()), now.is_ok());
+                // What was last seen serves while the control plane is away.
+                if matches!(now, Err(ObjectError::Unavailable { .. })) {
+                    return answer(rx, "ConfigMap", key).await;
+                }
+                now
+            }
             None => self.get_directly(key, "ConfigMap").await,
         }
     }
 
     async fn secret(&self, key: &NamespacedName) -> Result<Option<Arc<Secret>>, ObjectError> {
-        let held = match self.retained().entries.get(&ObjectRef::Secret(key.clone())) {
-            Some(Entry { held: Held::Secret(rx), .. }) => Some(rx.clone()),
-            _ => None,
+        let held = match self.retained().entries.get_mut(&ObjectRef::Secret(key.clone())) {
+            Some(entry) => match &entry.held {
+                Held::Secret(rx) => Some((rx.clone(), entry.is_stale(self.look))),
+                Held::ConfigMap(_) => None,
+            },
+            None => None,
         };
         match held {
-            Some(rx) => answer(rx, "Secret", key).await,
+            Some((rx, false)) => answer(rx, "Secret", key).await,
+            Some((rx, true)) => {
+                let now = self.get_directly(key, "Secret").await;
+                self.look_again(&ObjectRef::Secret(key.clone()), now.is_ok());
+                // What was last seen serves while the control plane is away.
+                if matches!(now, Err(ObjectError::Unavailable { .. })) {
+                    return answer(rx, "Secret", key).await;
+                }
+                now
+            }
             None => self.get_directly(key, "Secret").await,
         }
     }
@@ -378,11 +412,12 @@ impl Objects for ClusterObjects {
         for reference in &references {
             match retained.entries.get_mut(reference) {
                 Some(entry) => {
-                    entry.pods.insert(uid.clone());
+                    entry.anew |= entry.pods.insert(uid.clone());
                 }
                 None => {
-                    let Some((held, task)) = self.hold(reference) else { continue };
-                    let entry = Entry { pods: [uid.clone()].into(), held, task };
+                    let Some((held, task, again)) = self.hold(reference) else { continue };
+                    let pods = [uid.clone()].into();
+                    let entry = Entry { pods, held, task, anew: false, again };
                     retained.entries.insert(reference.clone(), entry);
                 }
             }
@@ -413,7 +448,26 @@ impl Objects for ClusterObjects {
     }
 }
 
+impl Entry {
+    /// Whether what is held is not to be given away as it is.
+    fn is_stale(&self, look: Look) -> bool {
+        match look {
+            Look::Watch => false,
+            Look::Cache => self.anew,
+            Look::Get(_) => true,
+        }
+    }
+}
+
 impl ClusterObjects {
+    /// Has an object looked at by whoever holds it: a caller has seen it as it is now.
+    fn look_again(&self, reference: &ObjectRef, seen: bool) {
+        if let Some(entry) = self.retained().entries.get_mut(reference) {
+            entry.anew &= !seen;
+            entry.again.notify_one();
+        }
+    }
+
     fn let_go(&self, retained: &mut Retained, reference: &ObjectRef, uid: &PodUid) {
         let Some(entry) = retained.entries.get_mut(reference) else { return };
         entry.pods.remove(uid);

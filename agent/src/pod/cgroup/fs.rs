@@ -13,6 +13,7 @@ use async_trait::async_trait;
 use cgroups_rs::fs::hierarchies::{V1, V2, is_cgroup2_unified_mode};
 use cgroups_rs::fs::{Cgroup, Controllers, Hierarchy, MaxValue, Resources};
 
+use super::reserve::{QosReserve, Requests};
 use super::slices::Slices;
 use super::{
     CgroupError, Group, GroupLimits, PodCgroups, cpu_weight, folder, parent_name, pod_path,
@@ -42,9 +43,9 @@ const CONTROLLERS: [Controllers; 13] = [
 
 /// The node's cgroups.
 #[derive(Clone)]
-pub struct KernelCgroups(Arc<Inner>);
+pub struct KernelCgroups(pub(super) Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     driver: CgroupDriver,
     root: String,
     period_us: u64,
@@ -58,7 +59,10 @@ struct Inner {
     /// Memory that pods are spared, by pod: never reclaimed, reclaimed last.
     spared: Mutex<HashMap<PodUid, Spared>>,
     /// With the systemd driver.
-    slices: Option<Slices>,
+    pub(super) slices: Option<Slices>,
+    /// What is kept from lower classes, and of what.
+    pub(super) reserve: Option<QosReserve>,
+    pub(super) requests: Mutex<Requests>,
 }
 
 /// Memory that a pod, or all below a cgroup, is spared.
@@ -98,12 +102,14 @@ impl KernelCgroups {
             burstable: Mutex::default(),
             spared: Mutex::default(),
             slices,
+            reserve: node.qos_reserve,
+            requests: Mutex::default(),
         }))
     }
 }
 
 impl Inner {
-    fn hierarchy(&self) -> Box<dyn Hierarchy> {
+    pub(super) fn hierarchy(&self) -> Box<dyn Hierarchy> {
         match &self.v1 {
             Some(v1) => Box::new(v1.clone()),
             None => Box::new(V2::new()),
@@ -111,7 +117,7 @@ impl Inner {
     }
 
     /// The folder of `path`, relative to a hierarchy's mount point.
-    fn folder(&self, path: &[String]) -> String {
+    pub(super) fn folder(&self, path: &[String]) -> String {
         folder(self.driver, &self.root, path)
     }
 
@@ -346,7 +352,7 @@ fn all_mounts() -> Vec<PathBuf> {
 }
 
 /// An error with its causes.
-struct Chain<'a>(&'a dyn std::error::Error);
+pub(super) struct Chain<'a>(pub(super) &'a dyn std::error::Error);
 
 impl std::fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -401,7 +407,7 @@ impl KernelCgroups {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     inner: &Arc<Inner>,
     work: impl FnOnce(&Inner) -> Result<T, CgroupError> + Send + 'static,
 ) -> Result<T, CgroupError> {
@@ -433,6 +439,8 @@ impl PodCgroups for KernelCgroups {
         {
             self.spare_classes(sums).await?;
         }
+        self.count_request(uid, Some((qos, limits)));
+        self.bound_classes().await;
         METRICS.cgroup_operation("create", began.elapsed());
         made
     }
@@ -442,6 +450,7 @@ impl PodCgroups for KernelCgroups {
             self.0.count(uid, Some(limits.cpu_shares));
         }
         self.0.count_spared(uid, Some(limits));
+        self.count_request(uid, Some((qos, limits)));
     }
 
     async fn remove(&self, uid: &PodUid) -> Result<(), CgroupError> {
@@ -466,6 +475,8 @@ impl PodCgroups for KernelCgroups {
         {
             tracing::warn!(%error, "what all pods are spared is more than they request");
         }
+        self.count_request(uid, None);
+        self.bound_classes().await;
         METRICS.cgroup_operation("destroy", began.elapsed());
         removed.and(stopped)
     }
@@ -484,8 +495,22 @@ impl PodCgroups for KernelCgroups {
         blocking(&self.0, |inner| Ok(inner.list())).await
     }
 
+    async fn keep_requested(&self) {
+        self.bound_classes().await;
+    }
+
     fn unified(&self) -> bool {
         self.0.v1.is_none()
+    }
+}
+
+#[cfg(test)]
+impl KernelCgroups {
+    /// Removes a root of a test's own.
+    pub(super) fn remove_root(&self) {
+        for mount in &self.0.mounts {
+            remove_tree(&mount.join(self.0.root.trim_start_matches('/'))).unwrap();
+        }
     }
 }
 
@@ -597,8 +622,6 @@ mod tests {
         reaped.join().unwrap().unwrap();
         cgroups.remove(&uid).await.unwrap();
         assert_eq!(cgroups.list().await.unwrap(), []);
-        for mount in &cgroups.0.mounts {
-            remove_tree(&mount.join(root.trim_start_matches('/'))).unwrap();
-        }
+        cgroups.remove_root();
     }
 }

@@ -112,6 +112,17 @@ impl Slices {
         Ok(())
     }
 
+    /// Bounds the memory of a class that has pods.
+    pub(super) async fn bound_class(&self, path: &[String], bytes: i64) -> Result<(), CgroupError> {
+        let slice = slice_name(&self.root, path);
+        if !self.parents().contains_key(&slice) {
+            return Ok(());
+        }
+        let limits = Limits { memory: Some(bytes), ..Limits::default() };
+        let set = self.systemd.set(&slice, &limits.properties()).await;
+        set.map_err(|e| error("set limits of", slice, e))
+    }
+
     async fn ensure_parent(&self, path: &[String], weight: Option<u64>) -> Result<(), CgroupError> {
         let slice = slice_name(&self.root, path);
         let given = self.parents().get(&slice).copied();

@@ -199,6 +199,8 @@ pub struct PodLimits {
     pub cpu_quota: Option<i64>,
     /// Bytes; `None` where a container has no memory limit.
     pub memory: Option<i64>,
+    /// Bytes that its containers request; nothing is set by it.
+    pub memory_request: i64,
     /// Bytes that are never reclaimed (`memory.min`, cgroup v2).
     pub memory_min: Option<i64>,
     /// Bytes that are reclaimed last (`memory.low`, cgroup v2).
@@ -213,6 +215,7 @@ impl PodLimits {
             cpu_shares: self.cpu_shares.max(other.cpu_shares),
             cpu_quota: both(self.cpu_quota, other.cpu_quota),
             memory: both(self.memory, other.memory),
+            memory_request: self.memory_request.max(other.memory_request),
             memory_min: self.memory_min.max(other.memory_min),
             memory_low: self.memory_low.max(other.memory_low),
         }
@@ -395,21 +398,19 @@ pub fn pod_resources(pod: &Pod) -> ResourceRequirements {
 
 /// Limits of the pod's own cgroup: a limit holds for the pod only where every container has one.
 pub fn pod_limits(pod: &Pod, node: &NodeContext) -> PodLimits {
-    let spared = node.memory_qos.filter(|qos| qos.reserve).map(|_| pod_requests(pod).memory);
+    let requests = pod_requests(pod);
+    let spared = node.memory_qos.filter(|qos| qos.reserve).map(|_| requests.memory);
     let spared = spared.filter(|bytes| *bytes > 0);
     let class = qos_class(pod);
     PodLimits {
         memory_min: spared.filter(|_| class == "Guaranteed"),
         memory_low: spared.filter(|_| class != "Guaranteed"),
-        cpu_shares: if class == "BestEffort" {
-            MIN_SHARES
-        } else {
-            cpu_shares(pod_requests(pod).cpu)
-        },
+        cpu_shares: if class == "BestEffort" { MIN_SHARES } else { cpu_shares(requests.cpu) },
         cpu_quota: pod_limit(pod, "cpu")
             .filter(|_| node.cpu_cfs_quota)
             .map(|milli| cpu_quota(milli, node.cpu_cfs_period_us)),
         memory: pod_limit(pod, "memory"),
+        memory_request: requests.memory,
     }
 }
 
@@ -527,11 +528,14 @@ mod tests {
                 cpu_shares: 1024,
                 cpu_quota: Some(100_000),
                 memory: Some(2 << 30),
+                memory_request: 2 << 30,
                 ..PodLimits::default()
             }
         );
         let one = pod(&format!(r#"{{"containers":[{{"name":"a",{limited}}},{{"name":"b"}}]}}"#));
-        assert_eq!(pod_limits(&one, &node), PodLimits { cpu_shares: 512, ..PodLimits::default() });
+        let expected =
+            PodLimits { cpu_shares: 512, memory_request: 1 << 30, ..PodLimits::default() };
+        assert_eq!(pod_limits(&one, &node), expected);
     }
 
     #[test]
@@ -546,6 +550,7 @@ mod tests {
                 cpu_shares: 1024,
                 cpu_quota: Some(200_000),
                 memory: Some(1 << 30),
+                memory_request: 512 << 20,
                 ..PodLimits::default()
             }
         );

@@ -1,20 +1,44 @@
-//! The watch of one object by its name, and the wait for its first answer.
+//! One ConfigMap or Secret that pods here use: watched by its name, or looked at now and then
+//! (`configMapAndSecretChangeDetectionStrategy`).
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Node;
 use kube::Resource;
 use serde::de::DeserializeOwned;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
 
+use super::store::Store;
 use crate::api::backoff::Backoff;
 use crate::api::watch::{Failure, Seen, Watch};
-use crate::cluster::store::Store;
+use crate::api::{self, REQUEST_TIMEOUT};
 use crate::ids::NamespacedName;
 use crate::objects::{ObjectError, ObjectRef};
 
-/// How long a caller waits for the first answer of a watch.
+/// How long a caller waits for the first answer.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);
+/// How long an answer is good for where the node does not say.
+const TIME_TO_LIVE: Duration = Duration::from_secs(60);
+/// The node's annotation that says so, which the cluster sets by its size.
+const TTL: &str = "node.alpha.kubernetes.io/ttl";
+
+/// How changes of ConfigMaps and Secrets are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// The API server tells of them (`Watch`).
+    Watch,
+    /// Asked anew when an answer is too old, or for a new pod (`Cache`).
+    Cache,
+    /// Asked whenever it is needed, and so often for pods that run (`Get`).
+    Get(Duration),
+}
+
+fn time_to_live(node: Option<&Node>) -> Duration {
+    let told = node.and_then(|node| node.metadata.annotations.as_ref()?.get(TTL)?.parse().ok());
+    // Zero is for small clusters, and is not meant to be all the time.
+    told.map_or(TIME_TO_LIVE, |seconds: u64| Duration::from_secs(seconds.max(1)))
+}
 
 /// What a watch of one object knows.
 #[derive(Clone)]
@@ -39,7 +63,18 @@ impl<K> One<K>
 where
     K: Resource + Clone + serde::Serialize + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    pub(super) async fn run(self, objects: kube::Api<K>) {
+    /// Looks for ever, in the way of `look`; `node` tells how long an answer is good for, `again` that
+    /// somebody wants to know sooner.
+    pub(super) async fn run(
+        self,
+        objects: kube::Api<K>,
+        look: Look,
+        node: watch::Receiver<Option<Arc<Node>>>,
+        again: Arc<Notify>,
+    ) {
+        if look != Look::Watch {
+            return self.poll(objects, look, node, again).await;
+        }
         // The Node authorizer learns of a new pod a moment after we do: be quick at first.
         let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(30));
         let fields = format!("metadata.name={}", self.key.name);
@@ -53,6 +88,39 @@ where
                 Seen::Applied(object) => self.tell(Some(object)),
                 Seen::Deleted(_) => self.tell(None),
                 Seen::Failed(failure) => self.fail(failure),
+            }
+        }
+    }
+
+    async fn poll(
+        self,
+        objects: kube::Api<K>,
+        look: Look,
+        node: watch::Receiver<Option<Arc<Node>>>,
+        again: Arc<Notify>,
+    ) {
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(30));
+        loop {
+            let what = format!("get {} {}", self.kind, self.key);
+            let got = api::timed(what, REQUEST_TIMEOUT, objects.get_opt(&self.key.name)).await;
+            let wait = match got {
+                Ok(object) => {
+                    self.tell(object);
+                    backoff.reset();
+                    match look {
+                        Look::Get(every) => every,
+                        Look::Cache | Look::Watch => time_to_live(node.borrow().as_deref()),
+                    }
+                }
+                Err(error) => {
+                    let forbidden = error.code() == Some(403);
+                    self.fail(Failure { forbidden, message: error.to_string() });
+                    backoff.next_delay()
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = again.notified() => {}
             }
         }
     }
@@ -116,5 +184,21 @@ pub(super) async fn answer<K>(
             key: key.clone(),
             cause: format!("no answer within {} s", FIRST_ANSWER.as_secs()),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cluster_says_how_long_an_answer_is_good_for() {
+        let mut node = Node::default();
+        assert_eq!(time_to_live(None), TIME_TO_LIVE);
+        assert_eq!(time_to_live(Some(&node)), TIME_TO_LIVE);
+        for (told, seconds) in [("15", 15), ("0", 1), ("x", 60)] {
+            node.metadata.annotations = Some([(TTL.to_owned(), told.to_owned())].into());
+            assert_eq!(time_to_live(Some(&node)).as_secs(), seconds, "{told}");
+        }
     }
 }
