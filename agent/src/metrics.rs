@@ -8,12 +8,13 @@ mod devices;
 mod dra;
 mod images;
 mod numa;
+mod pods;
+mod volumes;
 
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Volume;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -23,6 +24,7 @@ use prometheus_client::registry::Registry;
 
 pub use devices::PodResourcesCall;
 use images::ImageMetrics;
+pub use volumes::{VolumeWork, volume_plugin};
 
 /// The set of this process.
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
@@ -74,6 +76,26 @@ pub struct ProbeLabels {
     pub pod_uid: String,
 }
 
+/// Labels of the time that a probe takes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ProbeDuration {
+    probe_type: String,
+    container: String,
+    pod: String,
+    namespace: String,
+}
+
+impl ProbeDuration {
+    fn of(labels: &ProbeLabels) -> Self {
+        Self {
+            probe_type: labels.probe_type.clone(),
+            container: labels.container.clone(),
+            pod: labels.pod.clone(),
+            namespace: labels.namespace.clone(),
+        }
+    }
+}
+
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
 /// Upstream's default buckets, seconds.
@@ -106,11 +128,14 @@ pub struct Metrics {
     cgroups: Histograms<Operation>,
     relists: Histogram,
     relist_intervals: Histogram,
+    last_seen: Gauge,
     probes: Family<ProbeLabels, Counter>,
+    probe_durations: Histograms<ProbeDuration>,
     user_namespaced: Counter,
     user_namespaced_errors: Counter,
     pulls: Histograms<PullLabels>,
-    volumes: Histograms<StorageOperation>,
+    volumes: volumes::VolumeMetrics,
+    pods: pods::PodMetrics,
     /// Of device plugins, and of who asks for pods' resources.
     devices: devices::DeviceMetrics,
     dra: dra::DraMetrics,
@@ -126,15 +151,6 @@ pub struct Metrics {
     containers_not_started: Family<FailedContainer, Counter>,
     /// Of images and who may pull them.
     pub images: ImageMetrics,
-}
-
-/// Labels of work on a volume.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StorageOperation {
-    migrated: &'static str,
-    operation_name: &'static str,
-    status: &'static str,
-    volume_plugin: &'static str,
 }
 
 /// What a pod used too much of.
@@ -161,10 +177,6 @@ struct FailedContainer {
     code: String,
     container_type: &'static str,
 }
-
-/// Upstream's buckets of storage operations, seconds.
-const STORAGE: [f64; 13] =
-    [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 25.0, 50.0, 120.0, 300.0, 600.0];
 
 /// The size class of a pulled image.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -225,11 +237,14 @@ impl Metrics {
             cgroups: Family::new_with_constructor(histogram),
             relists: histogram(),
             relist_intervals: histogram(),
+            last_seen: Gauge::default(),
             probes: Family::default(),
+            probe_durations: Family::new_with_constructor(histogram),
             user_namespaced: Counter::default(),
             user_namespaced_errors: Counter::default(),
             pulls: Family::new_with_constructor(|| Histogram::new(PULL)),
-            volumes: Family::new_with_constructor(|| Histogram::new(STORAGE)),
+            volumes: volumes::VolumeMetrics::default(),
+            pods: pods::PodMetrics::default(),
             devices: devices::DeviceMetrics::default(),
             dra: dra::DraMetrics::default(),
             numa: numa::NumaMetrics::default(),
@@ -253,6 +268,8 @@ impl Metrics {
         self.devices.register(all);
         self.dra.register(all);
         self.numa.register(all);
+        self.volumes.register(all);
+        self.pods.register(all);
         // Counters end in `_total`, which the encoder adds; help ends in a full stop, likewise.
         all.register(
             "kubelet_runtime_operations",
@@ -313,6 +330,11 @@ impl Metrics {
             self.relist_intervals.clone(),
         );
         all.register(
+            "kubelet_pleg_last_seen_seconds",
+            "Timestamp in seconds when PLEG was last seen active",
+            self.last_seen.clone(),
+        );
+        all.register(
             "kubelet_started_user_namespaced_pods",
             "Cumulative number of pods with user namespaces started. This metric will only be collected on Linux",
             self.user_namespaced.clone(),
@@ -326,11 +348,6 @@ impl Metrics {
             "kubelet_image_pull_duration_seconds",
             "Duration in seconds to pull an image",
             self.pulls.clone(),
-        );
-        all.register(
-            "storage_operation_duration_seconds",
-            "Storage operation duration",
-            self.volumes.clone(),
         );
         all.register(
             "kubelet_started_pods",
@@ -384,6 +401,11 @@ impl Metrics {
             "Cumulative number of a liveness, readiness or startup probe for a container by result",
             self.probes.clone(),
         );
+        self.probes_registry.register(
+            "prober_probe_duration_seconds",
+            "Duration in seconds for a probe response",
+            self.probe_durations.clone(),
+        );
         self.registry = registry;
         self
     }
@@ -402,26 +424,6 @@ impl Metrics {
     pub fn image_pulled(&self, bytes: u64, took: Duration) {
         let labels = PullLabels { image_size_in_bytes: size_class(bytes) };
         self.pulls.get_or_create(&labels).observe(took.as_secs_f64());
-    }
-
-    /// The volumes of a pod were brought about, by these plugins. They are made together, so each is
-    /// credited with the time of all.
-    pub fn volumes_mounted(
-        &self,
-        plugins: impl Iterator<Item = &'static str>,
-        took: Duration,
-        failed: bool,
-    ) {
-        let status = if failed { "fail-unknown" } else { "success" };
-        for volume_plugin in plugins {
-            let operation = StorageOperation {
-                migrated: "false",
-                operation_name: "volume_mount",
-                status,
-                volume_plugin,
-            };
-            self.volumes.get_or_create(&operation).observe(took.as_secs_f64());
-        }
     }
 
     /// A pod must go for what it uses.
@@ -527,14 +529,19 @@ impl Metrics {
     /// The runtime was listed.
     pub fn relisted(&self, took: Duration, since_last: Option<Duration>) {
         self.relists.observe(took.as_secs_f64());
+        self.last_seen.set(Timestamp::now().as_second());
         if let Some(since) = since_last {
             self.relist_intervals.observe(since.as_secs_f64());
         }
     }
 
-    /// A probe was asked.
-    pub fn probed(&self, labels: &ProbeLabels) {
+    /// A probe was asked; how long it took, where it did not fail.
+    pub fn probed(&self, labels: &ProbeLabels, took: Option<Duration>) {
         self.probes.get_or_create(labels).inc();
+        if let Some(took) = took {
+            let labels = ProbeDuration::of(labels);
+            self.probe_durations.get_or_create(&labels).observe(took.as_secs_f64());
+        }
     }
 
     /// A probe is asked no more.
@@ -542,6 +549,7 @@ impl Metrics {
         for result in ["successful", "failed", "unknown"] {
             self.probes.remove(&ProbeLabels { result: result.to_owned(), ..labels.clone() });
         }
+        self.probe_durations.remove(&ProbeDuration::of(labels));
     }
 
     /// All but the probes', in OpenMetrics text.
@@ -552,27 +560,6 @@ impl Metrics {
     /// The probes', in OpenMetrics text.
     pub fn encode_probes(&self) -> String {
         encode(&self.probes_registry)
-    }
-}
-
-/// The plugin that upstream has for a volume.
-pub fn volume_plugin(volume: &Volume) -> &'static str {
-    if volume.config_map.is_some() {
-        "kubernetes.io/configmap"
-    } else if volume.secret.is_some() {
-        "kubernetes.io/secret"
-    } else if volume.projected.is_some() {
-        "kubernetes.io/projected"
-    } else if volume.downward_api.is_some() {
-        "kubernetes.io/downward-api"
-    } else if volume.empty_dir.is_some() {
-        "kubernetes.io/empty-dir"
-    } else if volume.host_path.is_some() {
-        "kubernetes.io/host-path"
-    } else if volume.csi.is_some() || volume.persistent_volume_claim.is_some() {
-        "kubernetes.io/csi"
-    } else {
-        "kubernetes.io/other"
     }
 }
 
@@ -641,7 +628,7 @@ mod tests {
             namespace: "ns".into(),
             pod_uid: "u".into(),
         };
-        metrics.probed(&labels);
+        metrics.probed(&labels, Some(Duration::from_millis(1)));
         assert!(metrics.encode_probes().contains("prober_probe_total{probe_type=\"Liveness\""));
         metrics.forget_probe(&labels);
         assert!(!metrics.encode_probes().contains("Liveness"));

@@ -73,7 +73,7 @@ impl Drivers {
     /// The driver `name`.
     pub(super) fn client(&self, name: &str) -> Result<Client, CsiError> {
         match self.lock().get(name) {
-            Some(driver) => Ok(Client::new(&driver.endpoint)),
+            Some(driver) => Ok(Client::new(name, &driver.endpoint)),
             None => Err(CsiError::NoDriver(name.to_owned())),
         }
     }

@@ -52,7 +52,7 @@ impl PluginHandler for Drivers {
             return Err(Refusal::Invalid(conflict));
         }
         let endpoint = if endpoint.is_empty() { socket } else { Path::new(&endpoint) };
-        let told = Client::new(endpoint).info().await;
+        let told = Client::new(&name, endpoint).info().await;
         let told = NodeInfo::from(told.map_err(|error| Refusal::Failed(error.to_string()))?);
         if told.node_id.is_empty() {
             let reason = format!("CSI driver {name:?} tells no name of the node (node_id)");

@@ -15,7 +15,7 @@ use super::wire::v1::{
 };
 use super::wire::{v1, v1beta1};
 use crate::metrics::METRICS;
-use crate::plugins::{connect, in_time};
+use crate::plugins::{code_name, connect, in_time};
 
 /// How long a driver may take for one call, as under kubelet.
 const CALL: Duration = Duration::from_secs(45);
@@ -66,15 +66,6 @@ pub struct Client {
     pub(super) endpoint: PathBuf,
     pub(super) service: Service,
     pub(super) channel: Option<Channel>,
-}
-
-/// The names of codes in Go's gRPC, where they differ.
-fn code_name(code: Code) -> String {
-    match code {
-        Code::Ok => "OK".into(),
-        Code::Cancelled => "Canceled".into(),
-        other => format!("{other:?}"),
-    }
 }
 
 impl Client {

@@ -16,6 +16,7 @@ use crate::ids::PodUid;
 use crate::join::csr::NodeCertificate;
 use crate::join::files::CURRENT;
 use crate::metrics::{HttpLabels, METRICS, volume_plugin};
+use crate::node::machine::is_unified;
 use crate::pod::spec::{is_static, spec_of};
 use crate::volume::VolumeUsage;
 use Kind::{Counter, Gauge};
@@ -243,11 +244,13 @@ fn pods(out: &mut Exposition, shared: &Shared) {
     let views = shared.sync.table().pods();
     let mut containers =
         BTreeMap::from([("created", 0), ("exited", 0), ("running", 0), ("unknown", 0)]);
-    let (mut sandboxes, mut volumes) = (0, BTreeMap::<&str, usize>::new());
+    let (mut sandboxes, mut ephemeral) = (0, 0);
+    let mut volumes = BTreeMap::<String, usize>::new();
     let mut by_kind = [0_usize; 2];
     for view in &views {
         sandboxes += usize::from(view.sandbox.is_some());
         by_kind[usize::from(is_static(&view.pod))] += usize::from(view.source.is_some());
+        ephemeral += spec_of(&view.pod).ephemeral_containers.as_ref().map_or(0, Vec::len);
         let status = &view.status;
         let all = [
             &status.container_statuses,
@@ -296,14 +299,22 @@ fn pods(out: &mut Exposition, shared: &Shared) {
         &[],
         by_kind[1],
     );
-    for (plugin, count) in volumes {
+    gauge(
+        "kubelet_managed_ephemeral_containers",
+        "Current number of ephemeral containers in pods managed by this kubelet.",
+        &[],
+        ephemeral,
+    );
+    let version = if is_unified() { 2 } else { 1 };
+    gauge("kubelet_cgroup_version", "cgroup version on the hosts.", &[], version);
+    for (plugin, count) in &volumes {
         for state in ["actual_state_of_world", "desired_state_of_world"] {
-            let labels = [("plugin_name", plugin), ("state", state)];
+            let labels = [("plugin_name", plugin.as_str()), ("state", state)];
             gauge(
                 "volume_manager_total_volumes",
                 "Number of volumes in Volume Manager",
                 &labels,
-                count,
+                *count,
             );
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::stats::example;
 use super::tests::{admin, rig};
-use crate::metrics::{ClientLabels, METRICS, PodResourcesCall, ProbeLabels};
+use crate::metrics::{ClientLabels, METRICS, PodResourcesCall, ProbeLabels, VolumeWork};
 
 /// Names in a text, without those that are the node's own.
 fn names(text: &str) -> BTreeSet<String> {
@@ -32,7 +32,11 @@ fn touch() {
     METRICS.worker_turned(second);
     METRICS.cgroup_operation("create", second);
     METRICS.relisted(second, Some(second));
-    METRICS.volumes_mounted(["kubernetes.io/empty-dir"].into_iter(), second, false);
+    let plugins = ["kubernetes.io/empty-dir".to_owned()].into_iter();
+    METRICS.volumes_done(VolumeWork::Mount, plugins, second, false);
+    METRICS.csi_called("d.example", "/csi.v1.Node/NodeStageVolume".into(), "OK".into(), second);
+    METRICS.sandbox_run("", second, true);
+    METRICS.pod_restarted(true);
     METRICS.evicted("emptydirfs.limit");
     METRICS.eviction_stats_aged("memory.available", second);
     METRICS.images.image_collected("space");
@@ -49,14 +53,15 @@ fn touch() {
     for call in [PodResourcesCall::List, PodResourcesCall::Allocatable, PodResourcesCall::Get] {
         METRICS.pod_resources_asked(call, true);
     }
-    METRICS.probed(&ProbeLabels {
+    let probe = ProbeLabels {
         probe_type: "Liveness".into(),
         result: "successful".into(),
         container: "c".into(),
         pod: "p".into(),
         namespace: "n".into(),
         pod_uid: "u".into(),
-    });
+    };
+    METRICS.probed(&probe, Some(second));
 }
 
 #[tokio::test]

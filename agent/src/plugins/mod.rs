@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tonic::Status;
+use tonic::{Code, Status};
 
 pub(crate) mod authority;
 mod connection;
@@ -52,6 +52,15 @@ pub trait PluginHandler: Send + Sync {
 
     /// The socket by which it was registered is gone.
     fn unregistered(&self, name: &str, socket: &Path);
+}
+
+/// The names of codes in Go's gRPC, where they differ.
+pub(crate) fn code_name(code: Code) -> String {
+    match code {
+        Code::Ok => "OK".into(),
+        Code::Cancelled => "Canceled".into(),
+        other => format!("{other:?}"),
+    }
 }
 
 /// What `work` comes to, or that it took longer than `limit`.

@@ -94,8 +94,9 @@ pub async fn run_probe(
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        let began = std::time::Instant::now();
         let outcome = check(&target.place, &target.probe).await;
-        counted.count(&outcome);
+        counted.count(&outcome, began.elapsed());
         target.last.set(&outcome, target.clock.now());
         report(&target, events.as_ref(), &outcome);
         if let Some(healthy) = tally.count(&outcome) {
@@ -125,13 +126,13 @@ impl Counted {
         })
     }
 
-    fn count(&self, outcome: &Outcome) {
-        let result = match outcome {
-            Outcome::Success | Outcome::Warning(_) => "successful",
-            Outcome::Failure(_) => "failed",
-            Outcome::Unknown(_) => "unknown",
+    fn count(&self, outcome: &Outcome, took: Duration) {
+        let (result, took) = match outcome {
+            Outcome::Success | Outcome::Warning(_) => ("successful", Some(took)),
+            Outcome::Failure(_) => ("failed", None),
+            Outcome::Unknown(_) => ("unknown", Some(took)),
         };
-        METRICS.probed(&ProbeLabels { result: result.to_owned(), ..self.0.clone() });
+        METRICS.probed(&ProbeLabels { result: result.to_owned(), ..self.0.clone() }, took);
     }
 }
 

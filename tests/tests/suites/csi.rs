@@ -128,6 +128,14 @@ async fn a_claim_is_attached_staged_once_and_taken_back_after_its_last_pod() {
     );
     let metrics = ask("/metrics");
     assert!(metrics.contains(&sample), "{metrics}");
+    let staged = metrics.lines().find(|line| {
+        line.starts_with("csi_operations_seconds_count{")
+            && line.contains("/csi.v1.Node/NodeStageVolume")
+    });
+    let staged = staged.unwrap_or_else(|| panic!("{metrics}"));
+    for label in [format!("driver_name=\"{DRIVER}\""), "grpc_status_code=\"OK\"".to_owned()] {
+        assert!(staged.contains(&label), "{staged}");
+    }
 
     // A second pod shares what is staged, and only reads.
     let mut spec = claiming("vol", sh("c", "cat /data/file; touch /data/no && exit 9; sleep 1000"));

@@ -66,6 +66,7 @@ impl Loop {
             return;
         }
         self.deps.objects.retain(&pod);
+        METRICS.pod_came(pod.spec.as_ref().map_or(0, |spec| spec.containers.len()));
         let mut kept = self.deps.store.kept(&uid);
         let allocation = kept.as_ref().and_then(|kept| kept.allocation.clone());
         let allocation = allocation.unwrap_or_else(|| Allocation::asked(&pod));
@@ -157,6 +158,7 @@ impl Loop {
         self.known.0.retain(|_, seen| seen.uid != uid);
         let Some(handle) = self.workers.remove(&uid) else { return };
         if let Some((source, pod)) = self.again.remove(&uid) {
+            METRICS.pod_restarted(source == PodSource::File);
             self.set(source, pod);
         } else if handle.source == Some(PodSource::File)
             && let Some(pod) = self.held.remove(&handle.key)

@@ -80,6 +80,7 @@ impl Loop {
 
     /// Ends what runs for a pod that no source knows.
     pub(super) fn end_orphan(&mut self, uid: PodUid, key: NamespacedName) {
+        METRICS.orphan_found();
         tracing::info!(pod = %key, %uid, "no source names this pod: its containers are ended");
         let mut pod = Pod::default();
         pod.metadata.name = Some(key.name.to_string());

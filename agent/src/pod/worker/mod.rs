@@ -22,7 +22,7 @@ use super::plan::{Action, BackingOff, deadline, plan};
 use super::spec::{find_container, grace_seconds, spec_of};
 use super::status::{Ending, Verdict, is_terminal};
 use crate::ids::{NamespacedName, PodUid};
-use crate::metrics::{METRICS, volume_plugin};
+use crate::metrics::{METRICS, VolumeWork, volume_plugin};
 use crate::objects::ObjectRef;
 use crate::report::EventType;
 use crate::source::PodSource;
@@ -482,7 +482,8 @@ impl Worker {
             let began = std::time::Instant::now();
             let mounted = deps.volumes.mount(&pod).await;
             let plugins = spec_of(&pod).volumes.iter().flatten().map(volume_plugin);
-            METRICS.volumes_mounted(plugins, began.elapsed(), mounted.is_err());
+            let took = began.elapsed();
+            METRICS.volumes_done(VolumeWork::Mount, plugins, took, mounted.is_err());
             Done::Volumes(failed, mounted)
         });
     }

@@ -96,7 +96,10 @@ async fn make(
         .await
         .map_err(|e| format!("create log directory {logs}: {e}"))?;
     let kept = Arc::new(config.clone());
-    let id = deps.runtime.run_pod_sandbox(config, &handler).await.map_err(|e| e.message)?;
+    let began = std::time::Instant::now();
+    let run = deps.runtime.run_pod_sandbox(config, &handler).await;
+    METRICS.sandbox_run(&handler, began.elapsed(), run.is_err());
+    let id = run.map_err(|e| e.message)?;
     let response = deps.runtime.pod_sandbox_status(&id).await.map_err(|e| e.to_string())?;
     let status =
         response.status.ok_or_else(|| format!("the runtime sent no status of sandbox {id}"))?;

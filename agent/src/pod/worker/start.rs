@@ -255,11 +255,11 @@ impl Job {
         if *self.ending.borrow() {
             return Err(failure("ContainerCreating", "the pod ends"));
         }
-        self.deps
-            .runtime
-            .create_container(self.start.sandbox.as_str(), config, sandbox_config)
-            .await
-            .map_err(|e| failure("CreateContainerError", e.message))
+        let images = config.mounts.iter().filter(|mount| mount.image.is_some()).count();
+        let sandbox = self.start.sandbox.as_str();
+        let made = self.deps.runtime.create_container(sandbox, config, sandbox_config).await;
+        METRICS.image_volumes_mounted(images, made.is_err());
+        made.map_err(|e| failure("CreateContainerError", e.message))
     }
 
     async fn remove_logs_of(&self, leftover: &ContainerId) {

@@ -7,10 +7,12 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::{Done, State, Step, Worker};
 use crate::ids::PodUid;
+use crate::metrics::{METRICS, VolumeWork, volume_plugin};
 use crate::pod::backoff::Restart;
 use crate::pod::deps::Deps;
 use crate::pod::logs::{remove_container_logs, remove_instance_logs, remove_pod_logs};
 use crate::pod::observed::{Container, ContainerId, ContainerState, SandboxId, names};
+use crate::pod::spec::spec_of;
 
 impl Worker {
     /// Begins the teardown where it is due.
@@ -205,6 +207,7 @@ async fn take_away(
     };
     let volumes = async {
         let dir = deps.node.pod_dir(uid);
+        let dir_was_there = tokio::fs::try_exists(&dir).await.unwrap_or(false);
         // Ours: the hosts file and the containers' last words. The rest is the volumes'.
         for own in ["etc-hosts", "containers"] {
             let path = dir.join(own);
@@ -216,7 +219,14 @@ async fn take_away(
             };
             removed.map_err(|e| format!("remove {}: {e}", path.display()))?;
         }
-        deps.volumes.unmount(uid).await.map_err(|e| e.to_string())
+        let began = std::time::Instant::now();
+        let unmounted = deps.volumes.unmount(uid).await.map_err(|e| e.to_string());
+        if dir_was_there || unmounted.is_err() {
+            let plugins = spec_of(pod).volumes.iter().flatten().map(volume_plugin);
+            let (took, failed) = (began.elapsed(), unmounted.is_err());
+            METRICS.volumes_done(VolumeWork::Unmount, plugins, took, failed);
+        }
+        unmounted
     };
     // Which ids it has lies with its volumes, and is known until nothing runs with them any more.
     let (runtime, volumes) = if deps.userns.has(uid) {
