@@ -27,7 +27,7 @@ use crate::dra::{Dra, Slices};
 use crate::health::{self, Watched};
 use crate::node::DevicesSeen;
 use crate::node::conditions::Pressure;
-use crate::node::logind;
+use crate::node::{housing, logind};
 use crate::node_api::{ClusterReviews, LiveUsage, NodeApi, Reviews};
 use crate::node_context::NodeContext;
 use crate::objects::Objects;
@@ -208,6 +208,9 @@ impl Parts {
         if self.config.container_runtime_endpoint.is_some() && self.config.parts.agent {
             self.config.cgroup_driver =
                 context::driver_of(&*runtime, self.config.cgroup_driver).await;
+        }
+        if self.config.housing != housing::Housing::default() && self.config.parts.agent {
+            tokio::spawn(housing::keep(self.config.housing.clone()));
         }
         let node = Arc::new(context::node_context(&self.config, self.config.standalone));
         let numa = match self.config.parts.agent {

@@ -3,6 +3,7 @@
 use super::fields::period;
 use super::{ConfigError, KubeletConfiguration, Note, resources};
 use crate::cluster::Look;
+use crate::node::housing::Housing;
 
 /// Refuses what upstream refuses, and notes what is without effect.
 pub(super) fn check(
@@ -26,6 +27,25 @@ pub(super) fn check(
         });
     }
     Ok(())
+}
+
+/// `kubeletCgroups` and `systemCgroups`; pods are to have a `root` of their own beside the latter.
+pub(super) fn housing(
+    kubelet: &KubeletConfiguration,
+    root: Option<&str>,
+) -> Result<Housing, ConfigError> {
+    let given = |field: &Option<String>| field.clone().filter(|cgroup| !cgroup.is_empty());
+    let housing =
+        Housing { own: given(&kubelet.kubelet_cgroups), system: given(&kubelet.system_cgroups) };
+    let invalid =
+        |reason: &str| Err(ConfigError::invalid("KubeletConfiguration.systemCgroups", reason));
+    match &housing.system {
+        Some(system) if system.trim_matches('/').is_empty() => {
+            invalid("cannot be the root, which it is to empty")
+        }
+        Some(_) if root.is_none_or(str::is_empty) => invalid("needs cgroupRoot"),
+        _ => Ok(housing),
+    }
 }
 
 /// `configMapAndSecretChangeDetectionStrategy`.
@@ -73,6 +93,20 @@ mod tests {
         ] {
             assert_eq!(of(text), Ok((look, vec![])), "{text}");
         }
+    }
+
+    #[test]
+    fn processes_are_moved_out_of_the_root_only() {
+        let of = |text: &str, root| {
+            housing(&serde_json::from_str(text).unwrap(), root).map_err(|error| error.to_string())
+        };
+        let text = r#"{"systemCgroups":"/system","kubeletCgroups":"/kubelet"}"#;
+        let both = Housing { own: Some("/kubelet".into()), system: Some("/system".into()) };
+        assert_eq!(of(text, Some("/")), Ok(both));
+        assert_eq!(of(r#"{"systemCgroups":""}"#, None), Ok(Housing::default()));
+        assert!(of(text, None).unwrap_err().contains("needs cgroupRoot"));
+        let root = of(r#"{"systemCgroups":"/"}"#, Some("/")).unwrap_err();
+        assert!(root.contains("cannot be the root"), "{root}");
     }
 
     #[test]

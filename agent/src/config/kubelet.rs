@@ -67,6 +67,8 @@ pub struct KubeletConfiguration {
     #[serde(rename = "imageGCLowThresholdPercent")]
     pub image_gc_low_threshold_percent: Option<u8>,
     pub cgroup_root: Option<String>,
+    pub system_cgroups: Option<String>,
+    pub kubelet_cgroups: Option<String>,
     pub cgroup_driver: Option<String>,
     #[serde(rename = "cgroupsPerQOS")]
     pub cgroups_per_qos: Option<bool>,
@@ -291,8 +293,8 @@ pub(super) const FIELDS: Fields = &[
     ("imageGCHighThresholdPercent", Used),
     ("imageGCLowThresholdPercent", Used),
     ("volumeStatsAggPeriod", Inert),
-    ("kubeletCgroups", NotBuilt(&[])), // systemd places the service
-    ("systemCgroups", NotBuilt(&[])),
+    ("kubeletCgroups", Used),
+    ("systemCgroups", Used),
     ("cgroupRoot", Used),
     ("cgroupsPerQOS", Used),
     ("cgroupDriver", Used),

@@ -17,6 +17,7 @@ use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::cluster::Look;
 use crate::credential::Places;
 use crate::eviction::{EvictionConfig, Settings, usual_hard};
+use crate::node::housing::Housing;
 use crate::node_context::{GcLimits, ShutdownGrace};
 use crate::pod::sysctls;
 use crate::pulled::decide::Policy;
@@ -141,6 +142,8 @@ pub struct NodeConfig {
     pub eviction: EvictionConfig,
     /// Whether the client certificate is renewed.
     pub rotate_certificates: bool,
+    /// Where this process and the machine's others belong.
+    pub housing: Housing,
     /// How changes of ConfigMaps and Secrets are noticed.
     pub object_look: Look,
     pub cni_conf_dir: PathBuf,
@@ -180,6 +183,8 @@ pub fn resolve(
     let of_proxy = proxy::logging("KubeProxyConfiguration", &kube_proxy.logging)?;
     let (verbosity, log_json) = (of_agent.0.or(of_proxy.0), of_agent.1 || of_proxy.1);
     behaviour::check(&kubelet, &mut notes)?;
+    let root = flags.cgroup_root.as_deref().or(kubelet.cgroup_root.as_deref());
+    let housing = behaviour::housing(&kubelet, root)?;
     let (rotate_certificates, object_look) =
         (kubelet.rotate_certificates != Some(false), behaviour::object_look(&kubelet)?);
     let path = |flag: &Option<PathBuf>, file: Option<String>, default: &str| -> PathBuf {
@@ -480,6 +485,7 @@ pub fn resolve(
         eviction,
         rotate_certificates,
         object_look,
+        housing,
         cni_conf_dir: path(&flags.cni_conf_dir, longshore.cni_conf_dir, "/etc/cni/net.d"),
         cni_bin_dir: path(&flags.cni_bin_dir, longshore.cni_bin_dir, "/opt/cni/bin"),
         pinned_images: flags.pinned_images.clone().or(longshore.pinned_images).unwrap_or_default(),

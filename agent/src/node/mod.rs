@@ -2,6 +2,7 @@
 
 pub mod conditions;
 pub mod cpu_set;
+pub mod housing;
 pub mod lease;
 pub(crate) mod logind;
 pub mod machine;

@@ -15,7 +15,7 @@ mod reserve;
 mod slices;
 pub(crate) mod usage;
 
-pub use fs::KernelCgroups;
+pub use fs::{KernelCgroups, hierarchies};
 pub use node::{Group, GroupLimits};
 pub use reserve::QosReserve;
 

@@ -78,16 +78,7 @@ impl KernelCgroups {
     /// Looks at how this node's cgroups are mounted.
     pub fn new(node: &NodeContext) -> Self {
         let v1 = (!is_cgroup2_unified_mode()).then(V1::new);
-        let mounts = match &v1 {
-            None => vec![V2::new().root()],
-            Some(v1) => {
-                let found = CONTROLLERS.into_iter().filter_map(|c| v1.get_mount_point(c));
-                // Runtimes make folders in hierarchies without a controller, too.
-                let unique: BTreeSet<PathBuf> =
-                    found.map(|(point, _)| point).chain(all_mounts()).collect();
-                unique.into_iter().collect()
-            }
-        };
+        let mounts = mounts(v1.as_ref());
         let pids = node.pod_pids_limit.filter(|n| *n > 0);
         let period_us = node.cpu_cfs_period_us;
         let slices = (node.cgroup_driver == CgroupDriver::Systemd)
@@ -106,6 +97,19 @@ impl KernelCgroups {
             requests: Mutex::default(),
         }))
     }
+}
+
+/// Where all hierarchies of this machine are mounted.
+pub fn hierarchies() -> Vec<PathBuf> {
+    mounts((!is_cgroup2_unified_mode()).then(V1::new).as_ref())
+}
+
+fn mounts(v1: Option<&V1>) -> Vec<PathBuf> {
+    let Some(v1) = v1 else { return vec![V2::new().root()] };
+    let found = CONTROLLERS.into_iter().filter_map(|c| v1.get_mount_point(c));
+    // Runtimes make folders in hierarchies without a controller, too.
+    let unique: BTreeSet<PathBuf> = found.map(|(point, _)| point).chain(all_mounts()).collect();
+    unique.into_iter().collect()
 }
 
 impl Inner {
