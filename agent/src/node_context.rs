@@ -159,6 +159,8 @@ pub struct NodeContext {
     pub cluster: bool,
     /// Image pulls.
     pub pull: PullLimits,
+    /// What of volumes feature gates decide.
+    pub volumes: crate::config::VolumeGates,
     /// Garbage collection.
     pub gc: GcLimits,
     /// When pods must go for the node.
@@ -230,6 +232,7 @@ impl NodeContext {
             allocatable_ephemeral: 0,
             cluster: false,
             pull: PullLimits::default(),
+            volumes: crate::config::VolumeGates::default(),
             gc: GcLimits::default(),
             eviction: crate::eviction::EvictionConfig::default(),
             max_restart_backoff: Duration::from_secs(300),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
+use k8s_openapi::api::certificates::v1beta1::{ClusterTrustBundle, PodCertificateRequest};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
 };
@@ -54,6 +55,10 @@ pub enum ObjectRef {
     Secret(NamespacedName),
     /// A CSI driver of this node, by name: it can be asked for volumes now.
     CsiDriver(Arc<str>),
+    /// Any ClusterTrustBundle.
+    TrustBundles,
+    /// Any PodCertificateRequest of this node.
+    CertificateRequests,
 }
 
 /// Read access to the objects that this node's pods use.
@@ -132,6 +137,28 @@ pub trait Objects: Send + Sync + 'static {
         _key: &NamespacedName,
     ) -> Result<Option<Arc<ResourceClaim>>, ObjectError> {
         Err(ObjectError::Standalone { what: "a ResourceClaim" })
+    }
+
+    /// All ClusterTrustBundles; as they last were while the control plane is away.
+    async fn trust_bundles(&self) -> Result<Vec<Arc<ClusterTrustBundle>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a ClusterTrustBundle" })
+    }
+
+    /// Makes a PodCertificateRequest of this node; which one it is.
+    async fn request_certificate(
+        &self,
+        _request: PodCertificateRequest,
+    ) -> Result<NamespacedName, ObjectError> {
+        Err(ObjectError::Standalone { what: "a pod's certificate" })
+    }
+
+    /// The PodCertificateRequest of `node`, `None` while it is not seen.
+    async fn certificate_request(
+        &self,
+        _node: &str,
+        _key: &NamespacedName,
+    ) -> Result<Option<Arc<PodCertificateRequest>>, ObjectError> {
+        Err(ObjectError::Standalone { what: "a pod's certificate" })
     }
 
     /// Services of `namespace` plus `default/kubernetes`, for the service environment variables.

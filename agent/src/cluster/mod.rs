@@ -11,6 +11,7 @@ pub mod mirror;
 pub mod objects;
 mod one;
 pub mod references;
+mod set;
 pub mod status_sink;
 mod storage;
 pub mod store;
@@ -241,6 +242,7 @@ pub async fn start(
         "tokens",
         "runtimeclasses",
         "storage",
+        "trustbundles",
     ];
     let [
         pod_store,
@@ -252,6 +254,7 @@ pub async fn start(
         tokens,
         handlers,
         storage,
+        bundles,
     ] = kinds.map(store);
 
     let in_use = Arc::new(InUse::default());
@@ -273,6 +276,7 @@ pub async fn start(
         &tokens,
         &handlers,
         &storage,
+        &bundles,
     ];
     for store in stores {
         tasks.spawn(store.clone().run());
@@ -281,7 +285,7 @@ pub async fn start(
         api.clone(),
         node.clone(),
         services.clone(),
-        [maps, secrets, tokens, handlers, storage],
+        [maps, secrets, tokens, handlers, storage, bundles],
         config.look,
     );
 

@@ -120,7 +120,7 @@ mod tests {
             .map(|r| match r {
                 ObjectRef::ConfigMap(key) => format!("cm {key}"),
                 ObjectRef::Secret(key) => format!("secret {key}"),
-                ObjectRef::CsiDriver(name) => format!("driver {name}"),
+                other => format!("{other:?}"),
             })
             .collect();
         assert_eq!(

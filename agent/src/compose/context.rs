@@ -42,6 +42,7 @@ pub(super) fn node_context(config: &NodeConfig, standalone: bool) -> NodeContext
         .map_or(0, |stat| stat.blocks() * stat.fragment_size());
     NodeContext {
         eviction: config.eviction.clone(),
+        volumes: config.volumes,
         hostname: config.hostname.clone(),
         root_dir: config.root_dir.clone(),
         pod_logs_dir: config.pod_logs_dir.clone(),

@@ -20,6 +20,7 @@ mod quantity;
 mod resources;
 mod shutdown;
 pub mod tracing;
+mod volumes;
 
 #[cfg(test)]
 pub(crate) use documents::has_kubelet_field;
@@ -34,6 +35,7 @@ pub use numa::{NumaConfig, Scope};
 pub use proxy_pages::ProxyPages;
 pub use quantity::{Threshold, parse_bytes};
 pub use resources::{MemoryQos, ResourceConfig};
+pub use volumes::VolumeGates;
 
 /// Something in the configuration that an operator should know, without stopping the node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,8 @@ use super::fields::{cidrs, ip_or, is_dns1123_subdomain, parse_port_range, parse_
 use super::quantity::parse_bytes;
 use super::{
     ConfigError, Documents, NodeApiConfig, Note, ProxyPages, ResourceConfig, RuntimeHandler,
-    behaviour, configz, garbage, node_api, proxy, proxy_pages, pulls, resources, shutdown,
+    VolumeGates, behaviour, configz, garbage, node_api, proxy, proxy_pages, pulls, resources,
+    shutdown, volumes,
 };
 use crate::cli::{CgroupDriverFlag, NodeFlags, Part};
 use crate::cluster::Look;
@@ -91,6 +92,8 @@ pub struct NodeConfig {
     pub credential_providers: Option<Places>,
     /// Who may use images that are on the node; `None` is everybody.
     pub pull_verification: Option<Policy>,
+    /// What of volumes feature gates decide.
+    pub volumes: VolumeGates,
     pub pod_manifest_path: Option<PathBuf>,
     /// Where else static pods come from.
     pub static_pod_url: Option<PodUrl>,
@@ -221,6 +224,7 @@ pub fn resolve(
     let static_pod_url = static_pod_url(&kubelet)?;
     let credential_providers = pulls::credential_providers(flags, &kubelet)?;
     let pull_verification = pulls::verification(&kubelet)?;
+    let volumes = volumes::gates(&kubelet)?;
     let gates = kubelet.feature_gates.iter().flatten();
     notes.extend(gates.filter(|(gate, _)| !resources::reads_gate(gate)).map(|(gate, on)| {
         let field = format!("KubeletConfiguration.featureGates.{gate}");
@@ -394,6 +398,7 @@ pub fn resolve(
             .filter(|endpoint| !endpoint.is_empty()),
         credential_providers,
         pull_verification,
+        volumes,
         pod_manifest_path: manifests,
         static_pod_url,
         cluster_dns: if flags.cluster_dns.is_empty() {

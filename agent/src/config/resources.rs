@@ -1,6 +1,6 @@
 //! What pods get of the machine: swap, and more to come with it. Pure.
 
-use super::{ConfigError, KubeletConfiguration, NumaConfig, numa, pulls};
+use super::{ConfigError, KubeletConfiguration, NumaConfig, numa, pulls, volumes};
 use crate::node::cpu_set::CpuSet;
 use crate::pod::cgroup::node::{Enforced, Reservation};
 
@@ -122,10 +122,8 @@ fn qos_reserved(kubelet: &KubeletConfiguration) -> Result<Option<u8>, ConfigErro
 
 /// Whether a feature gate of Kubernetes' counts here.
 pub(super) fn reads_gate(gate: &str) -> bool {
-    gate == MEMORY_QOS
-        || gate == QOS_RESERVED
-        || pulls::GATES.contains(&gate)
-        || numa::GATES.contains(&gate)
+    let known = [&pulls::GATES[..], &numa::GATES[..], &volumes::GATES[..]];
+    gate == MEMORY_QOS || gate == QOS_RESERVED || known.iter().any(|gates| gates.contains(&gate))
 }
 
 fn memory_qos(kubelet: &KubeletConfiguration) -> Result<Option<MemoryQos>, ConfigError> {

@@ -9,6 +9,7 @@ use k8s_openapi::api::core::v1::{
     ServiceAccountTokenProjection, Volume,
 };
 
+use super::certificate::account_of;
 use super::claim::{Backing, backing, bound_to, claim_of, is_used, mode_mismatch};
 use super::config_map::{self, Selection};
 use super::downward_api;
@@ -64,11 +65,17 @@ pub(super) trait Earlier: Send + Sync {
     fn existed(&self) -> bool;
 }
 
+mod issued;
+
+pub(super) use issued::Certificates;
+use issued::Making;
+
 /// What gathering needs.
 pub(super) struct Gather<'a> {
     pub(super) pod: &'a Pod,
     pub(super) objects: &'a Arc<dyn Objects>,
     pub(super) node: &'a NodeContext,
+    pub(super) certificates: &'a Certificates,
     pub(super) now: Timestamp,
 }
 
@@ -223,8 +230,10 @@ impl Gather<'_> {
         earlier: &dyn Earlier,
     ) -> Result<Wanted, VolumeError> {
         let default_mode = mode_bits(source.default_mode.unwrap_or(0o644));
-        let (mut payload, mut uses, mut due) = (Payload::default(), Vec::new(), None);
-        for projection in source.sources.iter().flatten() {
+        let mut making =
+            Making { volume: name, default_mode, payload: Payload::default(), uses: Vec::new() };
+        let mut due: Option<i64> = None;
+        for (index, projection) in source.sources.iter().flatten().enumerate() {
             if let Some(source) = &projection.config_map {
                 let selection = Selection {
                     volume: name,
@@ -233,7 +242,8 @@ impl Gather<'_> {
                     default_mode,
                     optional: source.optional.unwrap_or(false),
                 };
-                payload.extend(self.config_map(&selection, &mut uses).await?);
+                let files = self.config_map(&selection, &mut making.uses).await?;
+                making.payload.extend(files);
             } else if let Some(source) = &projection.secret {
                 let selection = Selection {
                     volume: name,
@@ -242,14 +252,21 @@ impl Gather<'_> {
                     default_mode,
                     optional: source.optional.unwrap_or(false),
                 };
-                payload.extend(self.secret(&selection, &mut uses).await?);
+                let files = self.secret(&selection, &mut making.uses).await?;
+                making.payload.extend(files);
             } else if let Some(source) = &projection.downward_api {
                 let items = source.items.as_deref().unwrap_or_default();
                 let files = downward_api::payload(self.pod, name, items, default_mode, self.node)?;
-                payload.extend(files);
+                making.payload.extend(files);
             } else if let Some(source) = &projection.service_account_token {
-                let renew = self.token(name, source, default_mode, earlier, &mut payload).await?;
+                let payload = &mut making.payload;
+                let renew = self.token(name, source, default_mode, earlier, payload).await?;
                 due = [due, Some(renew)].into_iter().flatten().min();
+            } else if let Some(source) = &projection.cluster_trust_bundle {
+                self.trust_bundle(source, &mut making).await?;
+            } else if let Some(source) = &projection.pod_certificate {
+                let renew = self.certificate(index, source, earlier, &mut making).await?;
+                due = [due, renew].into_iter().flatten().min();
             } else {
                 let fields = serde_json::to_value(projection).ok();
                 let kind = fields.and_then(|f| f.as_object()?.keys().next().cloned());
@@ -257,6 +274,7 @@ impl Gather<'_> {
                 return Err(VolumeError::Unsupported { volume: name.into(), kind });
             }
         }
+        let Making { payload, uses, .. } = making;
         Ok(Wanted::Files { plugin: Plugin::Projected, payload, uses, due })
     }
 
@@ -283,11 +301,6 @@ impl Gather<'_> {
             insert(token.clone())?;
             return Ok(life.renew_at());
         }
-        let spec = self.pod.spec.as_ref();
-        let account = spec
-            .and_then(|spec| spec.service_account_name.as_deref())
-            .filter(|name| !name.is_empty())
-            .unwrap_or("default");
         let request = TokenRequestSpec {
             audiences: Some(source.audience.iter().filter(|a| !a.is_empty()).cloned().collect()),
             expiration_seconds: Some(source.expiration_seconds.unwrap_or(3600)),
@@ -298,7 +311,7 @@ impl Gather<'_> {
                 uid: self.pod.metadata.uid.clone(),
             }),
         };
-        let key = self.key(account);
+        let key = self.key(account_of(self.pod));
         let answer = self.objects.service_account_token(&key, request).await.and_then(|issued| {
             issued
                 .token

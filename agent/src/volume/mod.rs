@@ -13,6 +13,7 @@ use crate::ids::PodUid;
 
 mod apply;
 mod atomic;
+mod certificate;
 mod claim;
 mod config_map;
 mod device;
@@ -33,6 +34,7 @@ mod secret;
 mod sub_path;
 mod teardown;
 mod token;
+mod trust_bundle;
 mod usage;
 
 pub(crate) use device::link as link_device;

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, watch};
 
 use super::apply::{OnDisk, apply_all};
 use super::claim::{BLOCK, Backing, claim_of};
-use super::gather::{Gather, Wanted, fs_group, group};
+use super::gather::{Certificates, Gather, Wanted, fs_group, group};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
 use super::usage::{Measure, Measured};
@@ -105,6 +105,7 @@ pub struct NodeVolumes {
     /// Where there is a control plane.
     csi: Option<Arc<Csi>>,
     slots: Mutex<HashMap<PodUid, Arc<Slot>>>,
+    certificates: Certificates,
     /// Wakes the refresh loop when a due time may have come nearer.
     pub(super) rescheduled: Notify,
 }
@@ -122,6 +123,7 @@ impl NodeVolumes {
             objects,
             csi,
             slots: Mutex::default(),
+            certificates: Certificates::default(),
             rescheduled: Notify::new(),
         })
     }
@@ -203,8 +205,13 @@ impl NodeVolumes {
         files_only: bool,
     ) -> Result<(), VolumeError> {
         let uid = PodUid::of(pod);
-        let gather =
-            Gather { pod, objects: &self.objects, node: &self.node, now: Timestamp::now() };
+        let gather = Gather {
+            pod,
+            objects: &self.objects,
+            node: &self.node,
+            certificates: &self.certificates,
+            now: Timestamp::now(),
+        };
         let mut wanted = Vec::new();
         let (mut all_uses, mut earliest) = (Vec::new(), None);
         let mut failure = None;
@@ -530,6 +537,7 @@ impl Volumes for NodeVolumes {
         let directory = self.layout.pod(uid);
         blocking(move || teardown::remove_tree(&directory)).await?;
         lock(&self.slots).remove(uid);
+        self.certificates.forget(uid);
         Ok(())
     }
 

@@ -379,6 +379,16 @@ fn authorize_node(store: &Store, node: &str, info: &RequestInfo) -> Result<(), S
                 )
             }
         }
+        ("certificates.k8s.io", "podcertificaterequests") => {
+            let own = selector.required_field("spec.nodeName") == Some(node);
+            match (info.verb, info.subresource.as_str()) {
+                ("create", "") => Ok(()),
+                ("list" | "watch", "") if own => Ok(()),
+                _ => {
+                    deny("can only list/watch podcertificaterequests with nodeName field selector")
+                }
+            }
+        }
         ("", "serviceaccounts") => {
             let used = pods_here().any(|pod| {
                 pod["metadata"]["namespace"] == info.namespace.as_str()
@@ -461,6 +471,7 @@ fn node_rules() -> Vec<Value> {
             &["certificatesigningrequests"],
             &["create", "get", "list", "watch"],
         ),
+        rule("certificates.k8s.io", &["clustertrustbundles"], &read),
         rule("storage.k8s.io", &["csidrivers"], &read),
         rule("node.k8s.io", &["runtimeclasses"], &read),
     ]

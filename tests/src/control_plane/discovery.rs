@@ -29,7 +29,9 @@ pub fn answer(path: &str) -> Option<Value> {
             value
         }),
         ["api", "v1"] => Some(resource_list("", "v1")),
-        ["apis", name, "v1"] => has_group(name).then(|| resource_list(name, &format!("{name}/v1"))),
+        ["apis", name, version] => {
+            versions(name).contains(version).then(|| resource_list(name, version))
+        }
         ["version"] => Some(json!({"major": "1", "minor": "36", "gitVersion": "v1.36.0",
             "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
             "goVersion": "none", "compiler": "rustc", "platform": "linux/amd64"})),
@@ -49,13 +51,25 @@ fn has_group(name: &str) -> bool {
 }
 
 fn group(name: &str) -> Value {
-    let version = json!({"groupVersion": format!("{name}/v1"), "version": "v1"});
-    json!({"name": name, "versions": [version], "preferredVersion": version})
+    let versions = versions(name);
+    let versions: Vec<Value> = versions
+        .iter()
+        .map(|version| json!({"groupVersion": format!("{name}/{version}"), "version": version}))
+        .collect();
+    json!({"name": name, "preferredVersion": versions.first(), "versions": versions})
 }
 
-fn resource_list(group: &str, group_version: &str) -> Value {
+/// The versions of a group, the preferred one first.
+fn versions(group: &str) -> BTreeSet<&'static str> {
+    let stored = RESOURCES.iter().filter(|r| r.group == group).map(|r| r.version);
+    stored.chain(REVIEWS.iter().filter(|r| r.0 == group).map(|_| "v1")).collect()
+}
+
+fn resource_list(group: &str, version: &str) -> Value {
+    let group_version =
+        if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
     let mut resources = Vec::new();
-    for resource in RESOURCES.iter().filter(|r| r.group == group) {
+    for resource in RESOURCES.iter().filter(|r| r.group == group && r.version == version) {
         resources.push(entry(resource, "", resource.kind, VERBS));
         if resource.status {
             resources.push(entry(resource, "/status", resource.kind, &["get", "patch", "update"]));
@@ -70,7 +84,7 @@ fn resource_list(group: &str, group_version: &str) -> Value {
             resources.push(entry(resource, suffix, kind, &["create"]));
         }
     }
-    for (_, plural, kind) in REVIEWS.iter().filter(|r| r.0 == group) {
+    for (_, plural, kind) in REVIEWS.iter().filter(|r| r.0 == group && version == "v1") {
         resources.push(json!({"name": plural, "singularName": kind.to_lowercase(),
             "namespaced": false, "kind": kind, "verbs": ["create"]}));
     }

@@ -93,6 +93,15 @@ pub static RESOURCES: &[Resource] = &[
         ),
         false,
     ),
+    Resource {
+        version: "v1beta1",
+        ..res("certificates.k8s.io", "clustertrustbundles", "ClusterTrustBundle", &[], false)
+    },
+    Resource {
+        version: "v1beta1",
+        status: true,
+        ..res("certificates.k8s.io", "podcertificaterequests", "PodCertificateRequest", &[], true)
+    },
     res("coordination.k8s.io", "leases", "Lease", &[], true),
     Resource {
         generation: true,

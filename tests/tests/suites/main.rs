@@ -19,6 +19,7 @@ mod devices;
 mod disk;
 mod dra;
 mod faults;
+mod issued;
 mod join;
 mod lab;
 mod numa;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use async_trait::async_trait;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::authentication::v1::{TokenRequestSpec, TokenRequestStatus};
+use k8s_openapi::api::certificates::v1beta1::{ClusterTrustBundle, PodCertificateRequest};
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
 };
@@ -16,7 +17,7 @@ use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::resource::v1::ResourceClaim;
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use kube::Resource;
-use kube::api::{Patch, PatchParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, broadcast, watch};
 use tokio::task::AbortHandle;
@@ -25,6 +26,7 @@ pub use self::services::Services;
 use self::tokens::{expiry, must_renew, request_token, token_key};
 use super::one::{Known, Look, One, answer};
 use super::references;
+use super::set::{Set, Wanted, Watched};
 use super::storage::Storage;
 use super::store::Store;
 use crate::api::{self, Api, ApiError, REQUEST_TIMEOUT};
@@ -73,6 +75,9 @@ pub struct ClusterObjects {
     handlers: Mutex<HashMap<String, String>>,
     handler_store: Store,
     storage: Storage,
+    bundles: Watched<ClusterTrustBundle>,
+    bundle_store: Store,
+    requests: Watched<PodCertificateRequest>,
     earlier: OnceLock<Earlier>,
     look: Look,
 }
@@ -84,16 +89,16 @@ struct Earlier {
 }
 
 impl ClusterObjects {
-    /// Over `api`; `stores` keep ConfigMaps, Secrets, tokens, handlers and what is known of claims and
-    /// their volumes (files 0600) for a restart while the control plane is away.
+    /// Over `api`; `stores` keep ConfigMaps, Secrets, tokens, handlers, what is known of claims and
+    /// their volumes, and trust bundles (files 0600) for a restart while the control plane is away.
     pub fn new(
         api: Api,
         node: watch::Receiver<Option<Arc<Node>>>,
         services: Arc<Services>,
-        stores: [Store; 5],
+        stores: [Store; 6],
         look: Look,
     ) -> Arc<Self> {
-        let [maps, secrets, token_store, handler_store, storage] = stores;
+        let [maps, secrets, token_store, handler_store, storage, bundle_store] = stores;
         let handlers = handler_store.load::<(String, String)>().into_iter().flatten().collect();
         let tokens = token_store
             .load::<(String, TokenRequestStatus)>()
@@ -113,6 +118,9 @@ impl ClusterObjects {
             token_store,
             handlers: Mutex::new(handlers),
             handler_store,
+            bundles: Watched::default(),
+            bundle_store,
+            requests: Watched::default(),
             earlier: OnceLock::new(),
             look,
         })
@@ -147,7 +155,9 @@ impl ClusterObjects {
                     self.look_at_one(reference, key, before, "Secret", &self.secrets);
                 Some((Held::Secret(rx), task, again))
             }
-            ObjectRef::CsiDriver(_) => None,
+            ObjectRef::CsiDriver(_) | ObjectRef::TrustBundles | ObjectRef::CertificateRequests => {
+                None
+            }
         }
     }
 
@@ -209,7 +219,7 @@ impl ClusterObjects {
     }
 }
 
-fn keyed<K: Resource>(object: K) -> (NamespacedName, Arc<K>) {
+pub(super) fn keyed<K: Resource>(object: K) -> (NamespacedName, Arc<K>) {
     let meta = object.meta();
     let key = NamespacedName::new(
         meta.namespace.as_deref().unwrap_or("default"),
@@ -397,6 +407,47 @@ impl Objects for ClusterObjects {
         self.storage.get("ResourceClaim", key, &objects).await
     }
 
+    async fn trust_bundles(&self) -> Result<Vec<Arc<ClusterTrustBundle>>, ObjectError> {
+        let kind = "ClusterTrustBundle";
+        let seen = self.bundles.seen(|| Wanted {
+            objects: kube::Api::all(self.api.objects.clone()),
+            fields: String::new(),
+            kind,
+            reference: ObjectRef::TrustBundles,
+            changes: self.changes.clone(),
+            store: Some(self.bundle_store.clone()),
+        });
+        let all = answer(seen, kind, &NamespacedName::new("", "*")).await?;
+        Ok(all.map(|all| all.values().cloned().collect()).unwrap_or_default())
+    }
+
+    async fn request_certificate(
+        &self,
+        request: PodCertificateRequest,
+    ) -> Result<NamespacedName, ObjectError> {
+        // What becomes of it is not to be missed.
+        self.certificate_requests(&request.spec.node_name);
+        let namespace = request.metadata.namespace.clone().unwrap_or_default();
+        let requests: kube::Api<PodCertificateRequest> =
+            kube::Api::namespaced(self.api.main.clone(), &namespace);
+        let what = format!("create a PodCertificateRequest of pod {}", request.spec.pod_name);
+        let params = PostParams::default();
+        let made = api::timed(what, REQUEST_TIMEOUT, requests.create(&params, &request)).await;
+        let key = NamespacedName::new(&namespace, &request.spec.pod_name);
+        let made =
+            made.map_err(|error| object_error("PodCertificateRequest of pod", &key, &error))?;
+        Ok(NamespacedName::new(&namespace, made.metadata.name.as_deref().unwrap_or_default()))
+    }
+
+    async fn certificate_request(
+        &self,
+        node: &str,
+        key: &NamespacedName,
+    ) -> Result<Option<Arc<PodCertificateRequest>>, ObjectError> {
+        let all = answer(self.certificate_requests(node), "PodCertificateRequest", key).await?;
+        Ok(all.and_then(|all| all.get(key).cloned()))
+    }
+
     fn services(&self, namespace: &str) -> Vec<Arc<Service>> {
         self.services.of(namespace)
     }
@@ -468,6 +519,20 @@ impl ClusterObjects {
         }
     }
 
+    fn certificate_requests(
+        &self,
+        node: &str,
+    ) -> watch::Receiver<Known<Set<PodCertificateRequest>>> {
+        self.requests.seen(|| Wanted {
+            objects: kube::Api::all(self.api.objects.clone()),
+            fields: format!("spec.nodeName={node}"),
+            kind: "PodCertificateRequest",
+            reference: ObjectRef::CertificateRequests,
+            changes: self.changes.clone(),
+            store: None,
+        })
+    }
+
     fn let_go(&self, retained: &mut Retained, reference: &ObjectRef, uid: &PodUid) {
         let Some(entry) = retained.entries.get_mut(reference) else { return };
         entry.pods.remove(uid);
@@ -477,7 +542,9 @@ impl ClusterObjects {
             match reference {
                 ObjectRef::ConfigMap(key) => self.maps.remove(&key.to_string()),
                 ObjectRef::Secret(key) => self.secrets.remove(&key.to_string()),
-                ObjectRef::CsiDriver(_) => {}
+                ObjectRef::CsiDriver(_)
+                | ObjectRef::TrustBundles
+                | ObjectRef::CertificateRequests => {}
             }
         }
     }
