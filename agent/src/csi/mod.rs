@@ -30,6 +30,7 @@ mod error;
 mod expand;
 mod in_use;
 mod layout;
+mod migrated;
 mod mount;
 mod node_info;
 mod record;

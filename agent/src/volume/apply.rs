@@ -6,14 +6,16 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use super::claim::Backing;
+use super::disks::Disks;
 use super::gather::{Earlier, Wanted};
 use super::layout::{Layout, Plugin, is_file_name};
-use super::{Group, VolumeError, atomic, device, empty_dir, host_path, local, mounts};
+use super::{Group, VolumeError, atomic, device, empty_dir, host_path, local, mounts, nfs};
 use crate::ids::PodUid;
 
 /// Brings about what is `wanted`, by the volumes' names. Blocking; done again it changes nothing.
 pub(super) fn apply_all(
     layout: &Layout,
+    disks: &Disks,
     uid: &PodUid,
     wanted: &[(String, Wanted)],
     group: Option<u32>,
@@ -41,11 +43,17 @@ pub(super) fn apply_all(
             Wanted::HostPath(source) | Wanted::Claimed(Backing::HostPath(source, _)) => {
                 host_path::apply(name, source)?;
             }
-            Wanted::Claimed(Backing::Local { name: pv, path, options, read_only }) => {
-                check_name(name, pv)?;
-                let target = layout.volume(uid, Plugin::Local, pv);
+            Wanted::Claimed(Backing::Local(volume)) => {
+                check_name(name, &volume.name)?;
+                let target = layout.volume(uid, Plugin::Local, &volume.name);
                 parent_directory(&target)?;
-                local::apply(pv, path, &target, (options, *read_only), of_existing)?;
+                local::apply(volume, &target, disks, of_existing)?;
+            }
+            Wanted::Claimed(Backing::Nfs(volume)) => {
+                check_name(name, &volume.name)?;
+                let target = layout.volume(uid, Plugin::Nfs, &volume.name);
+                parent_directory(&target)?;
+                nfs::apply(volume, &target)?;
             }
             Wanted::Claimed(Backing::Device { name: pv, path, .. }) => {
                 check_name(name, pv)?;

@@ -4,6 +4,8 @@ use k8s_openapi::api::core::v1::{
     Container, HostPathVolumeSource, PersistentVolume, PersistentVolumeClaim, Pod, Volume,
 };
 
+use super::local::LocalVolume;
+use super::nfs::NfsVolume;
 use crate::csi::CsiVolume;
 use crate::ids::PodUid;
 use crate::pod::spec::ephemeral_as_container;
@@ -20,8 +22,10 @@ pub(super) const FILESYSTEM: &str = "Filesystem";
 pub(super) enum Backing {
     /// A volume of a CSI driver.
     Csi(Box<CsiVolume>),
-    /// A folder of this node, by the PersistentVolume's name.
-    Local { name: String, path: String, options: Vec<String>, read_only: bool },
+    /// A folder or a file system of this node.
+    Local(LocalVolume),
+    /// A folder of a server.
+    Nfs(NfsVolume),
     /// A block device of this node, by the PersistentVolume's name.
     Device { name: String, path: String, read_only: bool },
     /// A path of the host.
@@ -108,13 +112,31 @@ pub(super) fn backing(
     if let Some(volume) = CsiVolume::of(pv, read_only) {
         return Ok(Backing::Csi(Box::new(volume)));
     }
+    if let Some(volume) = CsiVolume::of_in_tree(pv, read_only) {
+        let reason = |reason| format!("PersistentVolume {name} is of no CSI driver: {reason}");
+        return volume.map(Box::new).map(Backing::Csi).map_err(reason);
+    }
     let block = spec.volume_mode.as_deref() == Some(BLOCK);
     if let Some(local) = spec.local {
         if block {
             return Ok(Backing::Device { name: name.to_owned(), path: local.path, read_only });
         }
-        let options = spec.mount_options.unwrap_or_default();
-        return Ok(Backing::Local { name: name.to_owned(), path: local.path, options, read_only });
+        return Ok(Backing::Local(LocalVolume {
+            name: name.to_owned(),
+            path: local.path,
+            fs_type: local.fs_type,
+            options: spec.mount_options.unwrap_or_default(),
+            read_only,
+        }));
+    }
+    if !block && let Some(source) = spec.nfs {
+        return Ok(Backing::Nfs(NfsVolume {
+            name: name.to_owned(),
+            server: source.server,
+            path: source.path,
+            options: spec.mount_options.unwrap_or_default(),
+            read_only,
+        }));
     }
     if let Some(source) = spec.host_path {
         if block {
@@ -143,7 +165,7 @@ pub(super) fn backing(
         .map_or("unknown", String::as_str);
     Err(format!(
         "unimplemented: PersistentVolume {name} is of kind {kind}, which this node does not \
-         provide; use csi, local or hostPath"
+         provide; use csi, local, nfs or hostPath"
     ))
 }
 
@@ -303,14 +325,26 @@ mod tests {
             panic!()
         };
         assert!(csi.read_only);
-        let local = Backing::Local {
+        let local = Backing::Local(LocalVolume {
             name: "pv".into(),
             path: "/x".into(),
+            fs_type: Some("xfs".into()),
             options: vec!["noexec".into()],
             read_only: true,
-        };
-        let spec = with(json!({"local": {"path": "/x"}, "mountOptions": ["noexec"]}));
-        assert_eq!(of(spec), Ok(local));
+        });
+        let spec = json!({"local": {"path": "/x", "fsType": "xfs"}, "mountOptions": ["noexec"]});
+        assert_eq!(of(with(spec)), Ok(local));
+        let nfs = Backing::Nfs(NfsVolume {
+            name: "pv".into(),
+            server: "s".into(),
+            path: "/".into(),
+            options: vec!["hard".into()],
+            read_only: true,
+        });
+        let spec = json!({"nfs": {"server": "s", "path": "/"}, "mountOptions": ["hard"]});
+        assert_eq!(of(with(spec)), Ok(nfs));
+        let spec = json!({"cinder": {"volumeID": "c"}});
+        assert!(matches!(of(with(spec)), Ok(Backing::Csi(csi)) if csi.handle == "c"));
         let device = Backing::Device { name: "pv".into(), path: "/dev/x".into(), read_only: true };
         let spec = json!({"local": {"path": "/dev/x"}, "volumeMode": "Block"});
         assert_eq!(of(with(spec)), Ok(device));
@@ -322,7 +356,8 @@ mod tests {
         };
         assert_eq!(source.path, "/x");
         for (spec, words) in [
-            (with(json!({"nfs": {"server": "s", "path": "/"}})), "is of kind nfs"),
+            (with(json!({"rbd": {"monitors": [], "image": "i"}})), "is of kind rbd"),
+            (with(json!({"awsElasticBlockStore": {"volumeID": "aws://x"}})), "Invalid format"),
             (with(json!({})), "is of kind unknown"),
             (
                 with(json!({"hostPath": {"path": "/x"}, "volumeMode": "Block"})),

@@ -13,7 +13,7 @@ pub enum VolumeError {
     /// The volume names a kind that this node does not provide.
     #[error(
         "unimplemented: volume {volume:?} is of kind {kind}, which this node does not provide; \
-         use emptyDir, hostPath, image, configMap, secret, downwardAPI, projected, \
+         use emptyDir, hostPath, image, configMap, secret, downwardAPI, projected, nfs, \
          persistentVolumeClaim, ephemeral or csi"
     )]
     Unsupported {

@@ -16,6 +16,7 @@ use super::downward_api;
 use super::empty_dir::{Medium, plan_medium};
 use super::growth::{Growth, growth};
 use super::layout::Plugin;
+use super::nfs::NfsVolume;
 use super::payload::{File, Payload};
 use super::secret::{self, mode_bits};
 use super::token::Lifetime;
@@ -120,6 +121,23 @@ impl Gather<'_> {
                 (PodUid::of(self.pod), NamespacedName::of_pod(self.pod).namespace);
             let inline = CsiVolume::inline(&uid, &namespace, name, source);
             return Ok(Wanted::Claimed(Backing::Csi(Box::new(inline))));
+        }
+        if let Some(source) = &volume.nfs {
+            return Ok(Wanted::Claimed(Backing::Nfs(NfsVolume {
+                name: name.to_owned(),
+                server: source.server.clone(),
+                path: source.path.clone(),
+                options: Vec::new(),
+                read_only: source.read_only.unwrap_or(false),
+            })));
+        }
+        let namespace = NamespacedName::of_pod(self.pod).namespace;
+        if let Some(inline) = CsiVolume::of_inline_in_tree(volume, &namespace) {
+            if !is_used(self.pod, name) {
+                return Ok(Wanted::Unused);
+            }
+            let invalid = |reason| VolumeError::Invalid { volume: name.into(), reason };
+            return Ok(Wanted::Claimed(Backing::Csi(Box::new(inline.map_err(invalid)?))));
         }
         let mut uses = Vec::new();
         if let Some(source) = &volume.config_map {

@@ -13,6 +13,7 @@ pub(super) enum Plugin {
     DownwardApi,
     Projected,
     Local,
+    Nfs,
 }
 
 impl Plugin {
@@ -24,6 +25,7 @@ impl Plugin {
             Self::DownwardApi => "kubernetes.io~downward-api",
             Self::Projected => "kubernetes.io~projected",
             Self::Local => "kubernetes.io~local-volume",
+            Self::Nfs => "kubernetes.io~nfs",
         }
     }
 }
@@ -73,6 +75,21 @@ impl Layout {
 
     pub(super) fn volume(&self, uid: &PodUid, plugin: Plugin, name: &str) -> PathBuf {
         self.volumes(uid).join(plugin.directory()).join(name)
+    }
+
+    /// All volumes of a kind that the pod has.
+    pub(super) fn of_kind(&self, uid: &PodUid, plugin: Plugin) -> PathBuf {
+        self.volumes(uid).join(plugin.directory())
+    }
+
+    /// File systems on devices, one for each PersistentVolume.
+    pub(super) fn local_mounts(&self) -> PathBuf {
+        self.root.join("plugins/kubernetes.io/local-volume/mounts")
+    }
+
+    /// Where the file system on the device of PersistentVolume `name` is mounted for the node.
+    pub(super) fn local_mount(&self, name: &str) -> PathBuf {
+        self.local_mounts().join(name)
     }
 
     /// Everything that containers of the pod have of parts of volumes.

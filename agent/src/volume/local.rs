@@ -1,15 +1,31 @@
-//! A `local` PersistentVolume: a folder of this node, bound into the pod's own.
+//! A `local` PersistentVolume with files: a folder of this node, or the file system on a device of it,
+//! bound into the pod's own.
 
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
 
+use super::disks::Disks;
 use super::mounts::mounts_below;
 use super::{Group, VolumeError};
 
+/// What a PersistentVolume says of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct LocalVolume {
+    /// The PersistentVolume's name.
+    pub(super) name: String,
+    /// Of a folder or a block device.
+    pub(super) path: String,
+    /// Of a device's file system, where it has none yet.
+    pub(super) fs_type: Option<String>,
+    pub(super) options: Vec<String>,
+    pub(super) read_only: bool,
+}
+
 /// The flags that `mountOptions` stand for. A folder has no file system of its own, so that others
-/// mean nothing here.
-fn plan_flags(options: &[String]) -> Result<MsFlags, String> {
+/// mean nothing there; a device's was told of them when it was mounted.
+fn plan_flags(options: &[String], of_device: bool) -> Result<MsFlags, String> {
     let mut flags = MsFlags::empty();
     for option in options.iter().flat_map(|option| option.split(',')).map(str::trim) {
         flags |= match option {
@@ -24,6 +40,7 @@ fn plan_flags(options: &[String]) -> Result<MsFlags, String> {
             "nodiratime" => MsFlags::MS_NODIRATIME,
             "relatime" => MsFlags::MS_RELATIME,
             "strictatime" => MsFlags::MS_STRICTATIME,
+            _ if of_device => MsFlags::empty(),
             other => {
                 return Err(format!(
                     "mountOptions: {other:?} is not one of a folder that is bound; use ro, nosuid, \
@@ -35,31 +52,28 @@ fn plan_flags(options: &[String]) -> Result<MsFlags, String> {
     Ok(flags)
 }
 
-/// Binds the folder `source` onto `target`, unless it is, and gives its files to the pod's group.
+/// Binds the folder, or the device's file system, onto `target`, unless it is, and gives its files to the
+/// pod's group.
 pub(super) fn apply(
-    name: &str,
-    source: &str,
+    volume: &LocalVolume,
     target: &Path,
-    (options, read_only): (&[String], bool),
+    disks: &Disks,
     group: Option<Group>,
 ) -> Result<(), VolumeError> {
-    let invalid = |reason: String| VolumeError::Invalid { volume: name.into(), reason };
-    let mut flags = plan_flags(options).map_err(invalid)?;
-    if read_only {
-        flags |= MsFlags::MS_RDONLY;
-    }
-    let source = Path::new(source);
+    let invalid = |reason: String| VolumeError::Invalid { volume: volume.name.clone(), reason };
+    let source = Path::new(&volume.path);
     if !source.is_absolute() || source.components().any(|c| c == std::path::Component::ParentDir) {
         return Err(invalid(format!(
             "local.path {:?} must be absolute, without '..'",
             source.display()
         )));
     }
-    match std::fs::metadata(source) {
-        Ok(found) if found.is_dir() => {}
+    let of_device = match std::fs::metadata(source) {
+        Ok(found) if found.is_dir() => false,
+        Ok(found) if found.file_type().is_block_device() => true,
         Ok(_) => {
             return Err(invalid(format!(
-                "path {:?} is no directory; a block device needs volumeMode Block",
+                "path {:?}: only directory and block device are supported",
                 source.display()
             )));
         }
@@ -67,12 +81,18 @@ pub(super) fn apply(
             return Err(invalid(format!("path {:?} does not exist", source.display())));
         }
         Err(error) => return Err(VolumeError::io("look at", source)(error)),
+    };
+    let mut flags = plan_flags(&volume.options, of_device).map_err(invalid)?;
+    if volume.read_only {
+        flags |= MsFlags::MS_RDONLY;
     }
     std::fs::create_dir_all(target).map_err(VolumeError::io("create", target))?;
     let resolved = target.canonicalize().map_err(VolumeError::io("look at", target))?;
     if mounts_below(&resolved)?.contains(&resolved) {
         return Ok(());
     }
+    let mounted = if of_device { Some(disks.mounted(volume, source)?) } else { None };
+    let source = mounted.as_deref().unwrap_or(source);
     if let Some(group) = group.filter(|_| !flags.contains(MsFlags::MS_RDONLY)) {
         // Before it is mounted, so that what is mounted is done.
         group.apply(source)?;
@@ -100,11 +120,14 @@ mod tests {
     #[test]
     fn options_of_a_folder_are_flags_and_others_are_refused() {
         let of = |options: &[&str]| {
-            plan_flags(&options.iter().map(|&option| option.to_owned()).collect::<Vec<_>>())
+            let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
+            plan_flags(&options, false)
         };
         assert_eq!(of(&[]), Ok(MsFlags::empty()));
         assert_eq!(of(&["nosuid,nodev", "rw"]), Ok(MsFlags::MS_NOSUID | MsFlags::MS_NODEV));
         assert_eq!(of(&["ro"]), Ok(MsFlags::MS_RDONLY));
         assert!(of(&["data=ordered"]).unwrap_err().contains("\"data=ordered\""));
+        let told = ["data=ordered,ro".to_owned()];
+        assert_eq!(plan_flags(&told, true), Ok(MsFlags::MS_RDONLY));
     }
 }

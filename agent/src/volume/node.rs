@@ -14,11 +14,12 @@ use tokio::sync::{Notify, watch};
 
 use super::apply::{OnDisk, apply_all};
 use super::claim::{BLOCK, Backing, claim_of};
+use super::disks::Disks;
 use super::gather::{Certificates, Gather, Wanted, fs_group, group};
 use super::layout::{Layout, Plugin, is_file_name};
 use super::refresh::RETRY;
-use super::usage::{Measure, Measured};
-use super::{VolumeError, Volumes, device, sub_path, teardown};
+use super::usage::{AskingAll, Measure, Measured};
+use super::{VolumeError, Volumes, device, nfs, sub_path, teardown};
 use crate::csi::Csi;
 use crate::ids::{NamespacedName, PodUid};
 use crate::node_context::NodeContext;
@@ -106,6 +107,8 @@ pub struct NodeVolumes {
     csi: Option<Arc<Csi>>,
     slots: Mutex<HashMap<PodUid, Arc<Slot>>>,
     certificates: Certificates,
+    disks: Arc<Disks>,
+    asking: AskingAll,
     /// Wakes the refresh loop when a due time may have come nearer.
     pub(super) rescheduled: Notify,
 }
@@ -117,8 +120,11 @@ impl NodeVolumes {
         objects: Arc<dyn Objects>,
         csi: Option<Arc<Csi>>,
     ) -> Arc<Self> {
+        let layout = Layout::new(&node.root_dir);
         Arc::new(Self {
-            layout: Layout::new(&node.root_dir),
+            disks: Arc::new(Disks::new(&layout)),
+            asking: AskingAll::default(),
+            layout,
             node,
             objects,
             csi,
@@ -130,6 +136,10 @@ impl NodeVolumes {
 
     pub(super) fn objects(&self) -> &Arc<dyn Objects> {
         &self.objects
+    }
+
+    pub(super) fn asking(&self) -> &AskingAll {
+        &self.asking
     }
 
     pub(super) fn csi(&self) -> Option<&Arc<Csi>> {
@@ -262,7 +272,8 @@ impl NodeVolumes {
         }));
         let (layout, fs_group, group) = (self.layout.clone(), fs_group(pod), group(pod));
         let target = uid.clone();
-        blocking(move || apply_all(&layout, &target, &wanted, fs_group, group)).await?;
+        let disks = self.disks.clone();
+        blocking(move || apply_all(&layout, &disks, &target, &wanted, fs_group, group)).await?;
         if again || !files_only {
             revisit = None;
         }
@@ -314,11 +325,20 @@ impl NodeVolumes {
     /// Where a volume is that is behind a claim and no driver's.
     fn place(&self, uid: &PodUid, want: &Wanted, claim: Option<NamespacedName>) -> Option<Place> {
         match want {
-            Wanted::Claimed(Backing::Local { name, read_only, .. }) => Some(Place {
-                path: self.layout.volume(uid, Plugin::Local, name),
+            Wanted::Claimed(Backing::Local(volume)) => Some(Place {
+                path: self.layout.volume(uid, Plugin::Local, &volume.name),
                 device: None,
-                read_only: *read_only,
-                relabel: !read_only,
+                read_only: volume.read_only,
+                relabel: !volume.read_only,
+                claim,
+                measure: Measure::FileSystem,
+            }),
+            Wanted::Claimed(Backing::Nfs(volume)) => Some(Place {
+                path: self.layout.volume(uid, Plugin::Nfs, &volume.name),
+                device: None,
+                read_only: volume.read_only,
+                // What is the server's own keeps its labels.
+                relabel: false,
                 claim,
                 measure: Measure::FileSystem,
             }),
@@ -523,10 +543,14 @@ impl Volumes for NodeVolumes {
         slot.ending.send_replace(true);
         let _busy = slot.busy.lock().await;
         *lock(&slot.mounted) = None;
+        // What is bound to parts of a driver's or a server's volume would keep it from going.
+        let (bound, remote) = (self.layout.sub_paths(uid), self.layout.of_kind(uid, Plugin::Nfs));
+        blocking(move || {
+            teardown::unmount_below(&bound)?;
+            if remote.is_dir() { nfs::tear_down(&remote) } else { Ok(()) }
+        })
+        .await?;
         if let Some(csi) = &self.csi {
-            // What is bound to parts of a driver's volume would keep it from taking it back.
-            let bound = self.layout.sub_paths(uid);
-            blocking(move || teardown::unmount_below(&bound)).await?;
             csi.tear_down(uid).await.map_err(|source| VolumeError::Csi {
                 volume: uid.to_string(),
                 spec_name: uid.to_string(),
@@ -535,7 +559,12 @@ impl Volumes for NodeVolumes {
             })?;
         }
         let directory = self.layout.pod(uid);
-        blocking(move || teardown::remove_tree(&directory)).await?;
+        let disks = self.disks.clone();
+        blocking(move || {
+            teardown::remove_tree(&directory)?;
+            disks.release()
+        })
+        .await?;
         lock(&self.slots).remove(uid);
         self.certificates.forget(uid);
         Ok(())

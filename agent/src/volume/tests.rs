@@ -405,8 +405,8 @@ fn what_cannot_be_had_is_refused_by_name() {
     in_namespace(|bench| async move {
         for (volume, expected) in [
             (
-                serde_json::json!({"name": "v", "nfs": {"server": "s", "path": "/"}}),
-                "unimplemented: volume \"v\" is of kind nfs",
+                serde_json::json!({"name": "v", "fc": {"lun": 1}}),
+                "unimplemented: volume \"v\" is of kind fc",
             ),
             (
                 serde_json::json!({"name": "v", "persistentVolumeClaim": {"claimName": "c"}}),
@@ -426,7 +426,7 @@ fn what_cannot_be_had_is_refused_by_name() {
             ),
             (
                 serde_json::json!({"name": "v", "projected": {"sources": [{"clusterTrustBundle": {"path": "p", "name": "n"}}]}}),
-                "projected.clusterTrustBundle",
+                "featureGates: {ClusterTrustBundle: true",
             ),
             (
                 serde_json::json!({"name": "v", "hostPath": {"path": "/nonexistent", "type": "File"}}),

@@ -1,7 +1,9 @@
 //! How full volumes are that claims or drivers provide: asked for when somebody looks, and not more
 //! often than once a minute for each pod.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -55,6 +57,34 @@ pub(super) enum Measure {
 /// What was measured of a pod's volumes, and when.
 pub(super) type Measured = (Instant, Vec<VolumeUsage>);
 
+/// File systems that are being asked.
+#[derive(Clone, Default)]
+pub(super) struct AskingAll(Arc<Mutex<HashSet<PathBuf>>>);
+
+/// One of them, until it has answered.
+struct Asking {
+    path: PathBuf,
+    all: AskingAll,
+}
+
+impl AskingAll {
+    fn lock(&self) -> MutexGuard<'_, HashSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` while it owes an answer.
+    fn begin(&self, path: &Path) -> Option<Asking> {
+        let new = self.lock().insert(path.to_owned());
+        new.then(|| Asking { path: path.to_owned(), all: self.clone() })
+    }
+}
+
+impl Drop for Asking {
+    fn drop(&mut self) {
+        self.all.lock().remove(&self.path);
+    }
+}
+
 impl NodeVolumes {
     /// How full the volumes of pods are that claims or drivers provide.
     pub async fn usage(&self) -> HashMap<PodUid, Vec<VolumeUsage>> {
@@ -79,9 +109,10 @@ impl NodeVolumes {
         let (bytes, inodes) = match &place.measure {
             Measure::Nobody => return None,
             Measure::FileSystem => {
-                let path = place.path.clone();
-                // A file system that hangs must not hang the runtime.
-                let fs = tokio::task::spawn_blocking(move || file_system(&path)).await.ok()??;
+                // A file system that hangs must hang neither the runtime nor more than one thread.
+                let asking = self.asking().begin(&place.path)?;
+                let fs = tokio::task::spawn_blocking(move || file_system(&asking.path));
+                let fs = fs.await.ok()??;
                 let room = |available: u64, free: u64, capacity: u64| Room {
                     available,
                     capacity,
@@ -104,5 +135,20 @@ impl NodeVolumes {
         };
         let at = jiff::Timestamp::now();
         Some(VolumeUsage { name: name.to_owned(), claim: place.claim.clone(), bytes, inodes, at })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_owes_an_answer_is_not_asked_again() {
+        let all = AskingAll::default();
+        let one = all.begin(Path::new("/a"));
+        assert!(one.is_some() && all.begin(Path::new("/a")).is_none());
+        assert!(all.begin(Path::new("/b")).is_some());
+        drop(one);
+        assert!(all.begin(Path::new("/a")).is_some());
     }
 }

@@ -125,9 +125,11 @@ fn check_name(resource: &Resource, name: &str) -> Result<(), ApiError> {
     if resource.group == "rbac.authorization.k8s.io" {
         return Ok(());
     }
+    // The names of bundles begin with their signers', with colons.
+    let bundle = resource.plural == "clustertrustbundles";
     let good = !name.is_empty()
         && name.len() <= 253
-        && name.split('.').all(|label| {
+        && name.split(|c| c == '.' || (bundle && c == ':')).all(|label| {
             !label.is_empty()
                 && label.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
                 && !label.starts_with('-')

@@ -30,6 +30,7 @@ mod pulls;
 mod registry;
 mod restart;
 mod standalone;
+mod storage;
 mod support;
 mod traces;
 mod volumes;
