@@ -148,6 +148,23 @@ fn tokens_are_fetched_once_and_renewed_when_they_end() {
 }
 
 #[test]
+fn a_document_of_another_size_than_announced_is_refused() {
+    own_namespaces();
+    let image = super::example();
+    let mut content = (*Content::of(&image).0).clone();
+    let mut manifest: serde_json::Value = serde_json::from_slice(&image.manifest()).unwrap();
+    let size = image.config().len() + 1;
+    manifest["config"]["size"] = size.into();
+    content.insert("manifests/v1".to_owned(), serde_json::to_vec(&manifest).unwrap());
+    let registry = Content(Arc::new(content));
+    let registry = Server::start(move |request| registry.answer(request));
+    let folder = tempfile::tempdir().unwrap();
+    let error = pull(&store(folder.path()), &name(&registry), None).unwrap_err();
+    assert!(matches!(error, ImageError::Corrupt { .. }), "{error}");
+    assert!(error.to_string().contains(&format!("instead of {size}")), "{error}");
+}
+
+#[test]
 fn every_kind_of_credentials_is_used_and_none_is_told() {
     own_namespaces();
     let content = Content::of(&super::example());

@@ -80,7 +80,7 @@ impl Registry {
     /// As [`Registry::resolve`].
     pub(crate) async fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>, ImageError> {
         let what = format!("manifests/{}", descriptor.digest);
-        let check = |body: &[u8]| self.check("manifest", body, &descriptor.digest);
+        let check = |body: &[u8]| self.check_described("manifest", body, descriptor);
         self.document(&what, Some(ACCEPTED), |host| host.pull, check).await
     }
 
@@ -93,7 +93,7 @@ impl Registry {
             return Err(self.corrupt(&blob.digest, format!("{} bytes", blob.size)));
         }
         let what = format!("blobs/{}", blob.digest);
-        let check = |body: &[u8]| self.check("config", body, &blob.digest);
+        let check = |body: &[u8]| self.check_described("config", body, blob);
         self.document(&what, None, |host| host.pull, check).await
     }
 
@@ -236,6 +236,21 @@ impl Registry {
             if !bytes.is_empty() && sink.send(bytes).await.is_err() || full {
                 return Ok(());
             }
+        }
+    }
+
+    fn check_described(
+        &self,
+        object: &str,
+        body: &[u8],
+        described: &Descriptor,
+    ) -> Result<(), ImageError> {
+        self.check(object, body, &described.digest)?;
+        let size = body.len() as u64;
+        if size == described.size {
+            Ok(())
+        } else {
+            Err(self.corrupt(object, format!("{size} bytes instead of {}", described.size)))
         }
     }
 
