@@ -119,13 +119,23 @@ pub(crate) fn parse(reference: &str, text: &[u8]) -> Result<Document, ImageError
                 layer.digest
             )));
         }
-        let is_layer = kind.starts_with("application/vnd.oci.image.layer.v1.tar")
-            || kind.starts_with("application/vnd.docker.image.rootfs.diff.tar");
-        if !is_layer {
-            return Err(unsupported(format!("{} is {kind:?}, not a layer", layer.digest)));
+        if !kind.is_empty() && !is_layer(kind) {
+            return Err(unsupported(format!(
+                "{} is {kind:?}, not a layer that can be unpacked",
+                layer.digest
+            )));
         }
     }
     Ok(Document::Image { config, layers })
+}
+
+/// Whether a layer of this type can be unpacked: not, for example, an encrypted one. Which
+/// compression it has is read from its content.
+fn is_layer(kind: &str) -> bool {
+    ["application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar"]
+        .iter()
+        .filter_map(|tar| kind.strip_prefix(tar))
+        .any(|how| matches!(how, "" | "+gzip" | "+zstd" | ".gzip" | ".zstd"))
 }
 
 /// The manifest of an index that fits this machine best: its own architecture and variant, then
@@ -301,14 +311,20 @@ mod tests {
             (&layer("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"), "foreign"),
             (&layer("application/vnd.oci.image.layer.nondistributable.v1.tar"), "foreign"),
             (&layer("application/wasm"), "not a layer"),
+            (&layer("application/vnd.oci.image.layer.v1.tar+gzip+encrypted"), "not a layer"),
             (&artifact, "artifact (application/vnd.cncf.helm"),
             (&many, "1001 manifests"),
         ] {
             let error = parse("x", text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(want), "{text}: {error}");
         }
-        assert!(
-            parse("x", layer("application/vnd.oci.image.layer.v1.tar+zstd").as_bytes()).is_ok()
-        );
+        for kind in [
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.docker.image.rootfs.diff.tar",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+            "",
+        ] {
+            assert!(parse("x", layer(kind).as_bytes()).is_ok(), "{kind}");
+        }
     }
 }
