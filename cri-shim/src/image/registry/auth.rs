@@ -44,12 +44,14 @@ impl Credentials {
         if !auth.registry_token.is_empty() {
             return Ok(Self::Bearer(auth.registry_token.clone()));
         }
-        if !auth.identity_token.is_empty() {
-            return Ok(Self::Identity(auth.identity_token.clone()));
-        }
-        if !auth.username.is_empty() {
+        // A password is good for either kind of challenge, an identity token for one.
+        let password = !auth.password.is_empty() || auth.identity_token.is_empty();
+        if !auth.username.is_empty() && password {
             let (user, password) = (auth.username.clone(), auth.password.clone());
             return Ok(Self::Basic { user, password });
+        }
+        if !auth.identity_token.is_empty() {
+            return Ok(Self::Identity(auth.identity_token.clone()));
         }
         if auth.auth.is_empty() {
             return Ok(Self::Anonymous);
@@ -322,6 +324,10 @@ mod tests {
         assert_eq!(given(token, "quay.io").unwrap(), "bearer t");
         let identity = AuthConfig { identity_token: "i".to_owned(), ..Default::default() };
         assert_eq!(given(identity, "x").unwrap(), "identity i");
+        let both = AuthConfig { identity_token: "i".to_owned(), ..user.clone() };
+        assert_eq!(given(both.clone(), "x").unwrap(), "u p:q");
+        let named = AuthConfig { password: String::new(), ..both };
+        assert_eq!(given(named, "x").unwrap(), "identity i");
         for (server, host, same) in [
             ("https://index.docker.io/v1/", "registry-1.docker.io", true),
             ("quay.io", "quay.io", true),
