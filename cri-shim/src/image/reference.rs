@@ -29,6 +29,9 @@ impl ImageReference {
         if text.is_empty() {
             return Err(fail("it is empty"));
         }
+        if is_sha256_hex(text) {
+            return Err(fail("it is an image's id and names no repository"));
+        }
         if text.len() > 1024 {
             return Err(fail("it is longer than 1024 characters"));
         }
@@ -194,11 +197,11 @@ pub(crate) fn check_digest(digest: &str) -> Result<(), &'static str> {
     let Some(hex) = digest.strip_prefix("sha256:") else {
         return Err("the digest's algorithm is not sha256");
     };
-    if hex.len() == 64 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-        Ok(())
-    } else {
-        Err("the digest is not 64 lowercase hex digits")
-    }
+    if is_sha256_hex(hex) { Ok(()) } else { Err("the digest is not 64 lowercase hex digits") }
+}
+
+fn is_sha256_hex(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 #[cfg(test)]
@@ -246,6 +249,7 @@ mod tests {
             ("../../etc", "host name"),
             ("example.com/", "characters other"),
             (&"a".repeat(300), "255"),
+            (&"a".repeat(64), "image's id"),
         ] {
             let error = ImageReference::parse(text).unwrap_err().to_string();
             assert!(error.contains(reason), "{text:?}: {error}");
