@@ -493,6 +493,30 @@ async fn what_could_never_start_is_not_created() -> anyhow::Result<()> {
 }
 
 #[tokio::test]
+async fn what_does_not_start_has_exited_and_says_why() -> anyhow::Result<()> {
+    let mut node = Node::start().await?;
+    let pod = node.sandbox(NamespaceMode::Container).await?;
+    let target = node.run(&pod, "target", "exec sleep 1000").await?;
+    let beside = |config: &mut ContainerConfig| {
+        security(config).namespace_options = Some(NamespaceOption {
+            pid: NamespaceMode::Target as i32,
+            target_id: target.clone(),
+            ..Default::default()
+        });
+    };
+    let id = node.create_with(&pod, "late", "true", beside).await?;
+    let stop = StopContainerRequest { container_id: target.clone(), timeout: 0 };
+    node.runtime.stop_container(stop).await?;
+    let start = StartContainerRequest { container_id: id.clone() };
+    let refused = node.runtime.start_container(start).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+    let status = node.exited(&id).await?;
+    assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"));
+    assert_eq!(status.message, refused.message());
+    Ok(())
+}
+
+#[tokio::test]
 async fn calls_that_name_nothing_are_refused() -> anyhow::Result<()> {
     let mut node = Node::start().await?;
     let pod = node.sandbox(NamespaceMode::Container).await?;

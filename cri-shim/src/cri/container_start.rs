@@ -52,7 +52,16 @@ impl Shim {
                 )));
             }
         }
-        let request = self.plan_start(container).await?;
+        // As with other runtimes, a container that did not start has exited and says why, whatever
+        // it failed at: clients start one in state created again and again, without backing off
+        // and against the restart policy.
+        let request = match self.plan_start(container).await {
+            Ok(request) => request,
+            Err(status) => {
+                self.start_failed(container, status.message());
+                return Err(status);
+            }
+        };
         point("start container: bundle written");
         container.status.send_modify(|s| s.starting = true);
         let answer = self.ask_monitor(&container.sandbox, request).await;
@@ -69,25 +78,28 @@ impl Shim {
                 Ok(())
             }
             Err(message) => {
-                // As with other runtimes: the container has exited, and says why.
-                let exit = Exited {
-                    code: 128,
-                    at: record::now(),
-                    reason: "StartError".to_owned(),
-                    message: message.clone(),
-                    ..Exited::default()
-                };
-                let directory = self.layout.container(&container.id);
-                if let Err(error) = record::write(&directory, record::EXITED, &exit) {
-                    tracing::error!(container = container.id, %error, "recording a failed start");
-                }
-                self.exited(container, exit);
-                point("start container: failure recorded");
-                tracing::warn!(container = container.id, message, "cannot start a container");
+                self.start_failed(container, &message);
                 // Without its id, so that the Events of each further try count as one.
                 Err(Status::internal(format!("cannot start the container: {message}")))
             }
         }
+    }
+
+    fn start_failed(&self, container: &Arc<Container>, message: &str) {
+        let exit = Exited {
+            code: 128,
+            at: record::now(),
+            reason: "StartError".to_owned(),
+            message: message.to_owned(),
+            ..Exited::default()
+        };
+        let directory = self.layout.container(&container.id);
+        if let Err(error) = record::write(&directory, record::EXITED, &exit) {
+            tracing::error!(container = container.id, %error, "recording a failed start");
+        }
+        self.exited(container, exit);
+        point("start container: failure recorded");
+        tracing::warn!(container = container.id, message, "cannot start a container");
     }
 
     async fn ask_monitor(
