@@ -141,8 +141,10 @@ fn network(
     timestamp: i64,
     interfaces: Vec<api::NetworkInterfaceUsage>,
 ) -> Option<api::NetworkUsage> {
-    let default_interface = Some(interfaces.first()?.clone());
-    Some(api::NetworkUsage { timestamp, default_interface, interfaces })
+    let mut rest = interfaces.into_iter();
+    let default_interface = Some(rest.next()?);
+    // The API wants the default told once.
+    Some(api::NetworkUsage { timestamp, default_interface, interfaces: rest.collect() })
 }
 
 fn value(value: u64) -> Option<api::UInt64Value> {
@@ -189,4 +191,19 @@ fn psi(pressure: &Pressure) -> api::PsiStats {
         avg300: stall.avg300,
     };
     api::PsiStats { full: Some(data(&pressure.full)), some: Some(data(&pressure.some)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_interface_is_told_once() {
+        let named =
+            |name: &str| api::NetworkInterfaceUsage { name: name.to_owned(), ..Default::default() };
+        let told = network(1, vec![named("eth0"), named("net1")]).unwrap();
+        assert_eq!(told.default_interface, Some(named("eth0")));
+        assert_eq!(told.interfaces, [named("net1")]);
+        assert_eq!(network(1, Vec::new()), None);
+    }
 }
