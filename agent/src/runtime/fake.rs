@@ -144,7 +144,7 @@ impl FakeRuntime {
         self.state().faults.entry(verb).or_default().push_back(message.to_owned());
     }
 
-    /// Makes every call of `verb` take so long.
+    /// Makes every call of `verb` take so long; of ContainerStatus, its answer.
     pub fn delay(&self, verb: &'static str, time: Duration) {
         self.state().delays.insert(verb, time);
     }
@@ -252,6 +252,26 @@ impl FakeRuntime {
             container.finished = now;
         }
         self.emit(id, api::ContainerEventType::ContainerStoppedEvent);
+    }
+}
+
+fn container_status(id: &str, c: &Container) -> api::ContainerStatus {
+    let image = c.config.image.clone().unwrap_or_default();
+    api::ContainerStatus {
+        id: id.to_owned(),
+        metadata: c.config.metadata.clone(),
+        state: c.state.into(),
+        created_at: c.created,
+        started_at: c.started,
+        finished_at: c.finished,
+        exit_code: c.exit_code,
+        image_ref: image.image.clone(),
+        image_id: image.image.clone(),
+        image: Some(image),
+        reason: c.reason.clone(),
+        labels: c.config.labels.clone(),
+        annotations: c.config.annotations.clone(),
+        ..Default::default()
     }
 }
 
@@ -561,25 +581,15 @@ impl Runtime for FakeRuntime {
     }
 
     async fn container_status(&self, id: &str) -> Result<api::ContainerStatus> {
-        let state = self.state();
-        let c = state.containers.get(id).ok_or_else(|| not_found("ContainerStatus", id))?;
-        let image = c.config.image.clone().unwrap_or_default();
-        Ok(api::ContainerStatus {
-            id: id.to_owned(),
-            metadata: c.config.metadata.clone(),
-            state: c.state.into(),
-            created_at: c.created,
-            started_at: c.started,
-            finished_at: c.finished,
-            exit_code: c.exit_code,
-            image_ref: image.image.clone(),
-            image_id: image.image.clone(),
-            image: Some(image),
-            reason: c.reason.clone(),
-            labels: c.config.labels.clone(),
-            annotations: c.config.annotations.clone(),
-            ..Default::default()
-        })
+        let (status, delay) = {
+            let state = self.state();
+            let found = state.containers.get(id).map(|c| container_status(id, c));
+            (found, state.delays.get("ContainerStatus").copied())
+        };
+        if let Some(delay) = delay {
+            tokio::time::sleep(delay).await;
+        }
+        status.ok_or_else(|| not_found("ContainerStatus", id))
     }
 
     async fn update_container_resources(

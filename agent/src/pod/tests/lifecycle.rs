@@ -35,6 +35,23 @@ async fn a_pod_runs_and_goes() {
     assert_eq!(std::fs::read_dir(rig.dir.path().join("links")).unwrap().count(), 0);
 }
 
+/// The answer that says that it runs was on its way when it ended.
+#[tokio::test(start_paused = true)]
+async fn a_container_that_ends_before_its_start_is_told_has_ended() {
+    let rig = Rig::new().await;
+    rig.runtime.delay("ContainerStatus", Duration::from_secs(2));
+    let once = r#"{"restartPolicy":"Never","containers":[{"name":"c","image":"img:1",
+        "imagePullPolicy":"IfNotPresent"}]}"#;
+    rig.set(&named("a", once)).await;
+    rig.until("running", |r| !r.runtime.running().is_empty()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    rig.runtime.exit("c", 0);
+    let ended = tokio::time::Instant::now();
+    rig.until_phase("a", "Succeeded").await;
+    // Not by the next listing.
+    assert!(ended.elapsed() < Duration::from_secs(5), "{:?}", ended.elapsed());
+}
+
 /// Its own policy, its own failure, and no start before it is there.
 #[tokio::test(start_paused = true)]
 async fn an_image_volume_is_pulled_before_the_container_that_mounts_it() {

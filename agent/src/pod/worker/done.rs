@@ -98,6 +98,7 @@ impl Worker {
             Ok(made) => {
                 self.facts.sandbox = Step::Wanted;
                 let sandbox = Sandbox::from_cri(&made.status);
+                self.known(sandbox.id.as_str());
                 self.sandbox_config = Some((sandbox.attempt, made.config));
                 self.observed.sandboxes.retain(|s| s.id != sandbox.id);
                 self.observed.sandboxes.push(sandbox);
@@ -140,6 +141,7 @@ impl Worker {
         match status {
             Some(status) => {
                 let instance = Container::from_cri(*status, start.sandbox.clone());
+                self.known(instance.id.as_str());
                 self.observed.containers.retain(|c| c.id != instance.id);
                 self.observed.containers.push(instance);
                 self.observed.sort();

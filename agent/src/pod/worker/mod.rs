@@ -128,6 +128,8 @@ pub(crate) struct Begin {
 struct Stale {
     all: bool,
     ids: BTreeSet<String>,
+    /// Of steps in flight that have not said yet what they made.
+    early: BTreeSet<String>,
     retry_at: Option<Timestamp>,
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::ContainerStatus;
 
-use super::{State, Worker};
+use super::{Stale, State, Worker};
 use crate::pod::facts::ProbeKind;
 use crate::pod::logs::known_restarts;
 use crate::pod::observed::{Container, ContainerId, ContainerState, Sandbox, SandboxId, names};
@@ -42,7 +42,8 @@ impl Worker {
         };
         match looked {
             Ok(()) => {
-                self.stale = Default::default();
+                let early = std::mem::take(&mut self.stale.early);
+                self.stale = Stale { early, ..Stale::default() };
                 self.last_words().await;
                 let alive: Vec<_> = self
                     .observed
@@ -137,10 +138,13 @@ impl Worker {
             }
             let container = self.observed.containers.iter().position(|c| c.id.as_str() == id);
             let Some(at) = container else {
-                // Not one we know: made by a step in flight, which tells itself, or by a stranger.
+                // Not one we know: made by a step in flight, which may have seen it before this
+                // change, or by a stranger.
                 if self.facts.starting.is_empty() && self.facts.sandbox != super::Step::Busy {
+                    self.stale.early.clear();
                     return self.look_at_all().await;
                 }
+                self.stale.early.insert(id);
                 continue;
             };
             if self.observed.containers[at].state == ContainerState::Exited {
@@ -159,6 +163,13 @@ impl Worker {
         }
         self.observed.sort();
         Ok(())
+    }
+
+    /// What a step in flight made is known now; whether it has changed since that step saw it.
+    pub(super) fn known(&mut self, id: &str) {
+        if self.stale.early.remove(id) {
+            self.stale.ids.insert(id.to_owned());
+        }
     }
 
     /// Takes over what an earlier agent left: restart counts, and what probes had found.
