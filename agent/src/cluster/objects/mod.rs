@@ -214,6 +214,40 @@ impl ClusterObjects {
         }
     }
 
+    /// What is held of an object, or the object as it is now where that is not good enough.
+    async fn get_held<K>(
+        &self,
+        key: &NamespacedName,
+        kind: &'static str,
+        reference: ObjectRef,
+        of: impl Fn(&Held) -> Option<watch::Receiver<Known<K>>>,
+    ) -> Result<Option<Arc<K>>, ObjectError>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let held = self
+            .retained()
+            .entries
+            .get(&reference)
+            .and_then(|entry| Some((of(&entry.held)?, entry.is_stale(self.look))));
+        match held {
+            Some((rx, false)) => answer(rx, kind, key).await,
+            Some((rx, true)) => {
+                let now = self.get_directly(key, kind).await;
+                self.look_again(&reference, now.is_ok());
+                // What was last seen serves while the control plane is away.
+                if matches!(now, Err(ObjectError::Unavailable { .. })) {
+                    return answer(rx, kind, key).await;
+                }
+                now
+            }
+            None => self.get_directly(key, kind).await,
+        }
+    }
+
     fn tokens(&self) -> MutexGuard<'_, HashMap<String, TokenRequestStatus>> {
         self.tokens.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -246,49 +280,19 @@ impl Objects for ClusterObjects {
         &self,
         key: &NamespacedName,
     ) -> Result<Option<Arc<ConfigMap>>, ObjectError> {
-        let held = match self.retained().entries.get_mut(&ObjectRef::ConfigMap(key.clone())) {
-            Some(entry) => match &entry.held {
-                Held::ConfigMap(rx) => Some((rx.clone(), entry.is_stale(self.look))),
-                Held::Secret(_) => None,
-            },
-            None => None,
+        let of = |held: &Held| match held {
+            Held::ConfigMap(rx) => Some(rx.clone()),
+            Held::Secret(_) => None,
         };
-        match held {
-            Some((rx, false)) => answer(rx, "ConfigMap", key).await,
-            Some((rx, true)) => {
-                let now = self.get_directly(key, "ConfigMap").await;
-                self.look_again(&ObjectRef::ConfigMap(key.clone()), now.is_ok());
-                // What was last seen serves while the control plane is away.
-                if matches!(now, Err(ObjectError::Unavailable { .. })) {
-                    return answer(rx, "ConfigMap", key).await;
-                }
-                now
-            }
-            None => self.get_directly(key, "ConfigMap").await,
-        }
+        self.get_held(key, "ConfigMap", ObjectRef::ConfigMap(key.clone()), of).await
     }
 
     async fn secret(&self, key: &NamespacedName) -> Result<Option<Arc<Secret>>, ObjectError> {
-        let held = match self.retained().entries.get_mut(&ObjectRef::Secret(key.clone())) {
-            Some(entry) => match &entry.held {
-                Held::Secret(rx) => Some((rx.clone(), entry.is_stale(self.look))),
-                Held::ConfigMap(_) => None,
-            },
-            None => None,
+        let of = |held: &Held| match held {
+            Held::Secret(rx) => Some(rx.clone()),
+            Held::ConfigMap(_) => None,
         };
-        match held {
-            Some((rx, false)) => answer(rx, "Secret", key).await,
-            Some((rx, true)) => {
-                let now = self.get_directly(key, "Secret").await;
-                self.look_again(&ObjectRef::Secret(key.clone()), now.is_ok());
-                // What was last seen serves while the control plane is away.
-                if matches!(now, Err(ObjectError::Unavailable { .. })) {
-                    return answer(rx, "Secret", key).await;
-                }
-                now
-            }
-            None => self.get_directly(key, "Secret").await,
-        }
+        self.get_held(key, "Secret", ObjectRef::Secret(key.clone()), of).await
     }
 
     async fn service_account(
