@@ -253,12 +253,13 @@ async fn a_claim_that_cannot_be_used_says_why_and_is_used_once_it_can() {
     assert_eq!(driver.verbs("vol"), ["publish"]);
     assert_eq!(driver.last("publish", "vol").unwrap()["staging"], "");
 
-    v.claim_of("nfs", json!({"nfs": {"server": "s", "path": "/"}})).await.unwrap();
-    world.cluster.pod(&world.node, "nfs", claiming("nfs", idle("c"))).await.unwrap();
-    let said = world.event("nfs", "FailedMount").await;
-    assert!(said.contains("is of kind nfs"), "{said}");
+    let iscsi = json!({"iscsi": {"targetPortal": "10.0.0.9:3260", "iqn": "iqn.2001-04.com.example:s", "lun": 0}});
+    v.claim_of("iscsi", iscsi).await.unwrap();
+    world.cluster.pod(&world.node, "iscsi", claiming("iscsi", idle("c"))).await.unwrap();
+    let said = world.event("iscsi", "FailedMount").await;
+    assert!(said.contains("is of kind iscsi"), "{said}");
     // A pod that waits for its volumes is deleted without them.
-    end(world, driver, &["nfs", "pod"]).await;
+    end(world, driver, &["iscsi", "pod"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
